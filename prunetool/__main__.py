@@ -1,0 +1,5 @@
+"""``python -m prunetool``."""
+
+from prunetool.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Files and bytes: no architecture, no mathematics."""

@@ -1,0 +1,125 @@
+"""Which tensor lies in which shard, with shapes and dtypes, from the headers alone."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  safetensors reads bfloat16 into NumPy only with its dtypes registered
+from safetensors import SafetensorError, safe_open
+
+from prunetool.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as its shard's header describes it; ``dtype`` is safetensors' code, as ``BF16``."""
+
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        count = DTYPE_BYTES.get(self.dtype, 1)
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+class Index(Mapping[str, TensorInfo]):
+    """The tensors of a checkpoint directory, by name, in the order of their names."""
+
+    def __init__(self, directory: Path, tensors: dict[str, TensorInfo]) -> None:
+        self.directory = directory
+        self._tensors = dict(sorted(tensors.items()))
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and shard sizes, in hexadecimal."""
+        rows = [
+            (name, t.dtype, t.shape, t.shard.name, t.shard.stat().st_size)
+            for name, t in self.items()
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a checkpoint.
+
+    Raises:
+      CheckpointError: where the file cannot be read or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path, "no such file", "give a checkpoint directory") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"cannot be read as JSON ({error})", "get it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(path, "is not a JSON object", "get it again")
+    return value
+
+
+def read_index(directory: Path) -> Index:
+    """Read the headers of every shard of a checkpoint.
+
+    Raises:
+      CheckpointError: no safetensors here, a shard missing or truncated, a tensor not where the
+        index says, or an index that names a file outside the directory.
+    """
+    index_path = directory / INDEX_NAME
+    if not index_path.exists():
+        if not (directory / SINGLE_NAME).exists():
+            raise CheckpointError(
+                directory,
+                f"holds neither {INDEX_NAME} nor {SINGLE_NAME}",
+                "give a directory of safetensors (pickled .bin files are never read)",
+            )
+        return Index(directory, _read_header(directory / SINGLE_NAME))
+
+    listed = read_json(index_path).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(s, str) for s in listed.values()):
+        raise CheckpointError(index_path, "has no weight_map of names to files", "get it again")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for shard in sorted(set(listed.values())):
+        if Path(shard).name != shard or shard in ("", "..", "."):
+            raise CheckpointError(
+                index_path, f"names {shard!r}, outside the directory", "do not trust this checkpoint"
+            )
+        headers[shard] = _read_header(directory / shard)
+    for name, shard in listed.items():
+        if name not in headers[shard]:
+            raise CheckpointError(
+                shard, f"no tensor {name}, which the index lists here", "get the shard again"
+            )
+    return Index(directory, {name: headers[shard][name] for name, shard in listed.items()})
+
+
+def _read_header(shard: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(shard, "numpy", backend="pread") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: TensorInfo(shard, part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except FileNotFoundError:
+        raise CheckpointError(shard, "no such shard", "get it again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            shard, f"truncated or not safetensors ({error})", "get the shard again"
+        ) from error

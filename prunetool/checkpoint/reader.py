@@ -1,0 +1,52 @@
+"""Tensors of a checkpoint, one at a time, as NumPy arrays."""
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from prunetool.checkpoint.index import Index, TensorInfo
+from prunetool.errors import CheckpointError
+
+
+def read_tensor(index: Index, name: str) -> np.ndarray:
+    """Read one tensor in its stored dtype.
+
+    The file is read, not mapped: mapped pages would count in the peak memory.
+
+    Raises:
+      CheckpointError: where the tensor is absent, unreadable, or holds NaN or infinity.
+    """
+    info = index[name]
+    try:
+        with safe_open(info.shard, "numpy", backend="pread") as file:
+            array: np.ndarray = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            info.shard, f"{name} cannot be read ({error})", "get the shard again"
+        ) from error
+    if not _all_finite(array):
+        raise CheckpointError(
+            info.shard, f"{name} holds NaN or infinity", "get the shard again or mend the model"
+        )
+    return array
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    if array.dtype.name != "bfloat16":
+        return bool(np.isfinite(array).all())
+    # NumPy would widen bfloat16 element by element; all exponent bits set means NaN or infinity.
+    exponent = np.uint16(0x7F80)
+    return bool(((array.view(np.uint16) & exponent) != exponent).all())
+
+
+def dtype_of(info: TensorInfo) -> str:
+    """NumPy's name of a tensor's dtype (``bfloat16`` as ml_dtypes has it).
+
+    Raises:
+      CheckpointError: where the dtype is none of the floating-point types read here.
+    """
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    if info.dtype not in names:
+        raise CheckpointError(
+            info.shard, f"stores {info.dtype}", "give an unquantised checkpoint (bf16, f16, f32)"
+        )
+    return names[info.dtype]

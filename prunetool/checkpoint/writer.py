@@ -1,0 +1,130 @@
+"""Files that appear whole or not at all, and checkpoints whose index is written last."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from prunetool.checkpoint.index import INDEX_NAME
+from prunetool.errors import WorkError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; flush it to disk and rename it on success."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file atomically."""
+    # safetensors writes the buffer as it lies in memory, so a transposed view would come out wrong.
+    whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with atomic(path) as partial:
+        save_file(whole, partial, metadata={"format": "pt"})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def need_room(directory: Path, needed_bytes: int) -> None:
+    """Refuse before the work begins where the disk cannot hold its result.
+
+    Raises:
+      WorkError: with the bytes missing.
+    """
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise WorkError(
+            directory,
+            f"needs {needed_bytes / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free",
+            "make room or choose another place",
+        )
+
+
+class CheckpointWriter:
+    """Writes a checkpoint shard by shard; the directory counts as a checkpoint after `close`.
+
+    Args:
+      directory: where; must not hold anything yet unless ``overwrite``.
+      shards: how many there will be (their number is part of each name).
+      overwrite: replace the files of a checkpoint that lies there.
+
+    Raises:
+      WorkError: where the directory holds something and ``overwrite`` is not given.
+    """
+
+    def __init__(self, directory: Path, shards: int, *, overwrite: bool = False) -> None:
+        refuse_non_empty(directory, overwrite=overwrite)
+        directory.mkdir(parents=True, exist_ok=True)
+        # The index goes first: a directory half cleared must not look whole either.
+        (directory / INDEX_NAME).unlink(missing_ok=True)
+        for entry in sorted(directory.iterdir()):
+            if entry.is_file():
+                entry.unlink()
+        self.directory = directory
+        self._shards = shards
+        self._weight_map: dict[str, str] = {}
+        self._written = 0
+        self.size_bytes = 0
+        self.parameters = 0
+
+    def write(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write the next shard."""
+        self._written += 1
+        name = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
+        write_tensors(self.directory / name, tensors)
+        self._weight_map.update(dict.fromkeys(tensors, name))
+        self.size_bytes += sum(array.nbytes for array in tensors.values())
+        self.parameters += sum(array.size for array in tensors.values())
+
+    def close(self) -> None:
+        """Write the index, which makes the directory a checkpoint."""
+        if self._written != self._shards:
+            raise AssertionError(f"{self._written} of {self._shards} shards were written")
+        index = {
+            "metadata": {"total_size": self.size_bytes, "total_parameters": self.parameters},
+            "weight_map": dict(sorted(self._weight_map.items())),
+        }
+        write_json(self.directory / INDEX_NAME, index)
+
+
+def refuse_non_empty(directory: Path, *, overwrite: bool) -> None:
+    """Refuse an output directory that holds something.
+
+    Raises:
+      WorkError: where it does, unless it is a checkpoint (whole or begun) and ``overwrite``; or
+        where it is a file.
+    """
+    if directory.is_file():
+        raise WorkError(directory, "is a file", "name a directory")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not overwrite:
+        raise WorkError(directory, "is not empty", "name another directory or give --overwrite")
+    if not any(directory.glob("*.safetensors")):
+        raise WorkError(directory, "is not empty and holds no checkpoint", "name another directory")

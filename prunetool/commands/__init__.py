@@ -1,0 +1,1 @@
+"""Verbs: one file = one command = one function of the same name."""

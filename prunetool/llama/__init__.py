@@ -1,0 +1,1 @@
+"""The Llama architecture: configuration, layer weights, equations. Knows no files."""

@@ -1,0 +1,108 @@
+"""The options and arguments that several commands share, one name each."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from prunetool.checkpoint.writer import atomic
+from prunetool.errors import RecordError
+
+Parameter = click.Parameter
+
+
+def _no_terminal(_: click.Context, __: Parameter, path: str) -> str:
+    if path == "-" and sys.stdin.isatty():
+        raise click.UsageError(
+            "stdin is a terminal: pipe the step before in, or name a file of its records"
+        )
+    return path
+
+
+def _dampings(_: click.Context, __: Parameter, value: str) -> tuple[float, ...] | None:
+    if value == "auto":
+        return None
+    try:
+        numbers = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter("give a number, several with commas, or auto") from None
+    if not all(0 <= number < float("inf") for number in numbers):
+        raise click.BadParameter("a damping is 0 or more")
+    return numbers
+
+
+model_arg = click.argument("model")
+source_arg = click.argument(
+    "source", metavar="[FILE]", default="-", callback=_no_terminal, required=False
+)
+output_opt = click.option(
+    "-o", "--output", "sink", default="-", metavar="FILE", help="Write the records here.",
+    show_default="stdout",
+)  # fmt: skip
+revision_opt = click.option("--revision", help="Branch, tag or commit of a Hub model.")
+text_opt = click.option(
+    "--text", "texts", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
+    help="Text to use: .txt, or .jsonl with --text-field. Several are joined.",
+)  # fmt: skip
+text_field_opt = click.option(
+    "--text-field", default="text", show_default=True, help="Field of .jsonl lines."
+)
+tokens_opt = click.option(
+    "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),
+    help="Token ids instead of text: .npy or .safetensors.",
+)  # fmt: skip
+length_opt = click.option(
+    "--sequence-length", "length", default=2048, show_default=True,
+    type=click.IntRange(2, 1 << 20), help="Tokens a sequence.",
+)  # fmt: skip
+dtype_opt = click.option(
+    "--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
+    show_default=True, help="Of the products; sums are float32. auto: bfloat16 where the "
+    "checkpoint is, else float32.",
+)  # fmt: skip
+overwrite_opt = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+damping_opt = click.option(
+    "--damping", "dampings", default="auto", show_default=True, callback=_dampings,
+    help="Of the refit, as a fraction of the Gram matrix's mean diagonal. auto tries "
+    "1e-4 … 1 on the held-out tokens; several with commas are tried in the same way.",
+)  # fmt: skip
+
+
+def product_dtype(asked: str, stored: str) -> str:
+    """Resolve ``--dtype`` against what the checkpoint stores."""
+    return asked if asked != "auto" else "bfloat16" if stored == "bfloat16" else "float32"
+
+
+@contextmanager
+def open_source(path: str) -> Iterator[IO[str]]:
+    """Open the records to read, ``-`` being stdin."""
+    if path == "-":
+        yield sys.stdin
+        return
+    try:
+        file = Path(path).open(encoding="utf-8")
+    except OSError as error:
+        raise RecordError(path, error.strerror or "cannot be read", "check the name") from error
+    with file:
+        yield file
+
+
+@contextmanager
+def open_sink(path: str) -> Iterator[IO[str]]:
+    """Open where the records go, ``-`` being stdout. A file appears when the stream is whole."""
+    if path == "-":
+        yield sys.stdout
+    elif Path(path).exists() and not Path(path).is_file():  # a named pipe, a device
+        with Path(path).open("w", encoding="utf-8") as file:
+            yield file
+    else:
+        with atomic(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
+            yield file
+
+
+def history_step(command: str, version: str, **options: Any) -> dict[str, Any]:
+    """A step's entry in the history."""
+    return {"command": command, "version": version, "options": options}

@@ -1,0 +1,156 @@
+"""Sequences driven through a model, one layer at a time, with the residual stream in files.
+
+The stream between two layers is on disk, batch by batch, so memory is set by one layer and one
+batch however many sequences there are (the system's page cache makes it as fast as memory where
+memory is free), and a killed run finds it there.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prunetool.checkpoint.writer import atomic
+from prunetool.errors import NumericalError
+from prunetool.llama import forward
+from prunetool.llama.weights import Layer, map_layer
+from prunetool.model import Model
+
+# Sums over tokens are float64; everything else names its dtype.
+jax.config.update("jax_enable_x64", True)
+
+BATCH_TOKENS = 2048  # a batch is as many whole sequences as fit, and at least one
+LOGIT_TOKENS = 256  # tokens whose logits, (V, 256) float32, exist at a time
+
+
+class HiddenStates:
+    """The residual stream of all sequences before one layer: float32, (D, B, N) a batch.
+
+    Args:
+      path: the file.
+      hidden_size: D.
+      samples, length: number of sequences, and tokens in each.
+    """
+
+    def __init__(self, path: Path, hidden_size: int, samples: int, length: int) -> None:
+        self.path = path
+        self.hidden_size = hidden_size
+        self.samples = samples
+        self.length = length
+
+    def at(self, path: Path) -> "HiddenStates":
+        """Another file of the same sizes."""
+        return HiddenStates(path, self.hidden_size, self.samples, self.length)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.samples * self._sample_bytes
+
+    @property
+    def _sample_bytes(self) -> int:
+        return self.hidden_size * self.length * 4
+
+    def read(self, batch: range) -> np.ndarray:
+        """One batch, (D, B, N)."""
+        out = np.empty((self.hidden_size, len(batch), self.length), np.float32)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(batch.start * self._sample_bytes)
+            view = memoryview(out).cast("B")
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise EOFError(f"{self.path} is shorter than its batches")
+                view = view[count:]
+        return out
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[range, np.ndarray], None]]:
+        """Give a function that writes a batch; the file appears when all is written."""
+        with atomic(self.path) as partial, partial.open("wb") as file:
+            yield lambda batch, h: self._write(file, batch, h)
+
+    def _write(self, file: BinaryIO, batch: range, h: np.ndarray) -> None:
+        file.seek(batch.start * self._sample_bytes)
+        file.write(memoryview(np.ascontiguousarray(h)).cast("B"))
+
+
+def batches(start: int, stop: int, length: int) -> list[range]:
+    """Ranges of sequences of about `BATCH_TOKENS` tokens each, of as few sizes as can be."""
+    size = max(1, BATCH_TOKENS // length)
+    return [range(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def embed(model: Model, tokens: np.ndarray, out: HiddenStates) -> None:
+    """Write the embedded tokens, (samples, N) int32, as the stream before layer 0."""
+    table = model.embedding()
+    with out.writing() as write:
+        for batch in batches(0, len(tokens), tokens.shape[1]):
+            rows = table[tokens[batch.start : batch.stop]].astype(np.float32)  # (B, N, D)
+            write(batch, rows.transpose(2, 0, 1))
+
+
+def rotation(model: Model, length: int) -> forward.Rotation:
+    """The rotary angles of this model for sequences of ``length``."""
+    config = model.config
+    return forward.rotation(
+        config.rope, config.head_dim, length, config.max_position_embeddings
+    )
+
+
+def to_device(layer: Layer, dtype: str) -> Layer:
+    """A layer's arrays on the device, in the dtype of the products."""
+    return map_layer(lambda part: jnp.asarray(part, dtype=jnp.dtype(dtype)), layer)
+
+
+def check_finite(h: Any, layer: int) -> None:
+    """Refuse a residual stream that overflowed.
+
+    Raises:
+      NumericalError: naming the layer.
+    """
+    if not math.isfinite(float(jnp.sum(jnp.abs(h)))):
+        raise NumericalError(
+            f"layer {layer}", "gives NaN or infinity", "try --dtype float32, or check the model"
+        )
+
+
+def layer_step(model: Model) -> Callable[[jax.Array, Layer, forward.Rotation], jax.Array]:
+    """The compiled layer without its inputs, for an evaluation."""
+    config = model.config
+
+    @jax.jit
+    def step(h: jax.Array, w: Layer, rope: forward.Rotation) -> jax.Array:
+        return forward.decoder_layer(
+            h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
+        )[0]
+
+    return step
+
+
+def mean_loss(model: Model, stream: HiddenStates, tokens: np.ndarray, dtype: str) -> float:
+    """Mean -log p(next token) of the stream behind the last layer, in nats.
+
+    Args:
+      model: for its final norm and head.
+      stream: the residual stream behind the last layer.
+      tokens: the sequences, (samples, N), int32.
+      dtype: of the product with the head.
+    """
+    norm = jnp.asarray(model.final_norm(), jnp.float32)
+    head = jnp.asarray(model.head(), jnp.dtype(dtype))
+    losses = jax.jit(forward.token_losses, static_argnames="eps")
+    total = 0.0
+    for sample in range(stream.samples):
+        h = stream.read(range(sample, sample + 1))
+        for start in range(0, stream.length - 1, LOGIT_TOKENS):
+            stop = min(start + LOGIT_TOKENS, stream.length - 1)
+            targets = jnp.asarray(tokens[sample, start + 1 : stop + 1])
+            part = losses(h[:, :, start:stop], norm, head, targets, eps=model.config.rms_norm_eps)
+            total += float(jnp.sum(part, dtype=jnp.float64))
+    return total / (stream.samples * (stream.length - 1))

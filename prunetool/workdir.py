@@ -1,0 +1,123 @@
+"""The work directory: what a run is of, and the files that let a killed one go on.
+
+    work/
+      run.json              what the run is of: checkpoint, tokens, options, version
+      stats/                sums over calibration tokens, two files a layer (fit, held-out)
+      hidden-00012          residual stream before layer 12, while calibrate is under way
+      score-3f9a…/          scores and units kept, one file a layer
+      compensate-77c1…/     refitted weights, one file a layer
+
+A step's directory carries a hash of all options so far, so several sparsities share one
+calibration, and a file that exists is whole (files are renamed into place): a step run again
+makes only what is missing.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from prunetool.checkpoint.index import read_json
+from prunetool.checkpoint.writer import write_json, write_tensors
+from prunetool.errors import RecordError, WorkError
+from prunetool.records import Header, LayerRecord
+
+RUN_NAME = "run.json"
+
+
+def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Make ``work`` the directory of this run, or go on with the same run in it.
+
+    Args:
+      work: the directory.
+      run: everything that decides the result: checkpoint, tokens, options, version.
+      overwrite: drop another run's files.
+
+    Raises:
+      WorkError: where it holds another run; names what differs.
+    """
+    run_path = work / RUN_NAME
+    if run_path.exists():
+        old = read_json(run_path)
+        differing = [key for key in {**old, **run} if old.get(key) != run.get(key)]
+        if not differing:
+            return
+        if not overwrite:
+            key = differing[0]
+            raise WorkError(
+                work,
+                f"holds another run: {key} was {old.get(key)!r} and is {run.get(key)!r}",
+                "give --overwrite to drop it, or another --work",
+            )
+        shutil.rmtree(work)
+    elif work.exists() and (not work.is_dir() or any(work.iterdir())):
+        raise WorkError(work, "is not a work directory of prunetool", "give another --work")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(run_path, run)
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def step_directory(header: Header) -> str:
+    """Name, below ``work``, of the directory of the last step in the header's history."""
+    return f"{header.history[-1]['command']}-{digest(header.history)}"
+
+
+def layer_file(directory: str, layer: int, kind: str = "") -> str:
+    """Name, below ``work``, of a layer's file."""
+    return f"{directory}/layer-{layer:05d}{kind}.safetensors"
+
+
+def make_once(
+    work: Path, name: str, make: Callable[[], Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return the arrays of a file below ``work``, making and writing it where it is not there."""
+    path = work / name
+    if path.exists():
+        return load(work, name)
+    arrays = dict(make())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, arrays)
+    return arrays
+
+
+def load(work: Path, name: str) -> dict[str, np.ndarray]:
+    """Read the arrays of a file below ``work``.
+
+    Raises:
+      RecordError: where it is gone or damaged.
+    """
+    try:
+        return dict(load_file(work / name))
+    except (OSError, SafetensorError) as error:
+        raise RecordError(
+            work / name, f"cannot be read ({error})", "run the step that made it again"
+        ) from error
+
+
+def load_kind(work: Path, record: LayerRecord, kind: str, needs: str) -> dict[str, np.ndarray]:
+    """Read a record's file of a kind.
+
+    Args:
+      work: the work directory.
+      record: the layer's record.
+      kind: key of ``record.files``.
+      needs: the command that makes it, for the message.
+
+    Raises:
+      RecordError: where the stream lacks it.
+    """
+    if kind not in record.files:
+        raise RecordError(
+            f"layer {record.index}", f"has no {kind}", f"put prunetool {needs} before this step"
+        )
+    return load(work, record.files[kind])
