@@ -24,9 +24,7 @@ class Group(click.Group):
         """The command of this name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(
-            import_module(f"prunetool.commands.{cmd_name}"), cmd_name
-        )
+        command: click.Command = getattr(import_module(f"prunetool.commands.{cmd_name}"), cmd_name)
         return command
 
 

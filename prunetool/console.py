@@ -8,10 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
 T = TypeVar("T")
 log = logging.getLogger("prunetool")
 
@@ -28,6 +24,8 @@ def setup_logging(verbosity: int) -> None:
 
 def progress(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterator[T]:
     """Iterate with a bar on a terminal; silent elsewhere and with -q."""
+    from tqdm import tqdm
+
     quiet = not log.isEnabledFor(logging.INFO)
     yield from tqdm(
         items, what, total, initial=done, disable=True if quiet else None, leave=False, unit="layer"
@@ -38,6 +36,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     """Print a table to stderr, unless -q."""
     if not log.isEnabledFor(logging.INFO):
         return
+    from rich.console import Console
+    from rich.table import Table
+
     made = Table(title=title, title_justify="left")
     for column in columns:
         made.add_column(column, justify="right")

@@ -17,6 +17,29 @@ from tokenizers import Tokenizer
 from prunetool.errors import CorpusError
 
 
+def load(
+    directory: Path,
+    vocab_size: int,
+    texts: Sequence[Path],
+    field: str,
+    tokens_path: Path | None,
+    *,
+    samples: int | None,
+    length: int,
+    shuffle: int | None = None,
+) -> np.ndarray:
+    """The sequences of text files or of a token file, (samples, length), int32.
+
+    See `read_text`, `tokenize`, `read_tokens` and `sequences`, which raise CorpusError.
+    """
+    if tokens_path is not None:
+        ids = read_tokens(tokens_path)
+    else:
+        ids = tokenize(read_text(texts, field), directory)
+    where = tokens_path or ", ".join(map(str, texts))
+    return sequences(ids, samples, length, vocab_size, where, shuffle)
+
+
 def read_text(paths: Sequence[Path], field: str) -> str:
     """Join text files, and the given field of every line of ``.jsonl`` files.
 
@@ -111,8 +134,10 @@ def sequences(
       vocab_size: every id must be below it.
       where: what the ids came from, for messages.
       shuffle: a seed, to draw windows at random positions instead of consecutive ones.
+
     Returns:
       (samples, length), int32.
+
     Raises:
       CorpusError: where there are too few; says how many are missing.
     """

@@ -4,6 +4,9 @@ Every message is one line, ``where: what; what to do``. Anything raised that is 
 `PrunetoolError` is a bug of ours and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PrunetoolError(Exception):
     """The work failed for a reason that the user can act on.
@@ -16,6 +19,7 @@ class PrunetoolError(Exception):
 
     def __init__(self, where: object, what: str, todo: str) -> None:
         super().__init__(f"{where}: {what}; {todo}".replace("\n", " "))
+        self.where, self.what, self.todo = where, what, todo
 
 
 class CheckpointError(PrunetoolError):
@@ -44,3 +48,12 @@ class WorkError(PrunetoolError):
 
 class HubError(PrunetoolError):
     """The Hugging Face Hub refused or did not answer."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say where in the model a solve failed, when the mathematics inside cannot know."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{where}: {error.where}", error.what, error.todo) from error

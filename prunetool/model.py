@@ -46,9 +46,11 @@ class Model:
     def layer(self, number: int) -> Layer:
         """Read a decoder layer in its stored dtype."""
         parts = part_shapes(self.config, self.config.layer_shapes[number])
-        return Layer(
-            **{part: read_tensor(self.index, tensor_name(number, part)) for part in parts}
-        )
+        return Layer(**{part: self.part(number, part) for part in parts})
+
+    def part(self, number: int, part: str) -> np.ndarray:
+        """Read one part (a field of `Layer`) of a decoder layer in its stored dtype."""
+        return read_tensor(self.index, tensor_name(number, part))
 
     def padded_layer(self, number: int) -> Layer:
         """Read a layer, zero-padded to the model's widest, so that one compilation serves all."""
@@ -56,9 +58,7 @@ class Model:
         widest = self.config.widest
         if shape == widest or shape.group_size != widest.group_size:
             return layer
-        return scatter(
-            layer, shape, widest, np.arange(shape.kv_heads), np.arange(shape.channels)
-        )
+        return scatter(layer, shape, widest, np.arange(shape.kv_heads), np.arange(shape.channels))
 
     def padded_layers(self, start: int = 0) -> Iterator[tuple[int, Layer]]:
         """The layers from ``start`` on, each read while the one before is in use."""
@@ -129,3 +129,15 @@ def open_model(name: str, revision: str | None = None) -> Model:
     return Model(directory, config, index)
 
 
+def reopen(directory: str, fingerprint: str) -> Model:
+    """Open the checkpoint that an earlier step worked on.
+
+    Raises:
+      CheckpointError: where it is no longer the same.
+    """
+    model = open_model(directory)
+    if model.index.fingerprint() != fingerprint:
+        raise CheckpointError(
+            directory, "is not the checkpoint that was calibrated", "calibrate again"
+        )
+    return model

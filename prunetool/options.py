@@ -8,7 +8,6 @@ from typing import IO, Any
 
 import click
 
-from prunetool.checkpoint.writer import atomic
 from prunetool.errors import RecordError
 
 Parameter = click.Parameter
@@ -83,7 +82,7 @@ def open_source(path: str) -> Iterator[IO[str]]:
         yield sys.stdin
         return
     try:
-        file = Path(path).open(encoding="utf-8")
+        file = Path(path).open(encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise RecordError(path, error.strerror or "cannot be read", "check the name") from error
     with file:
@@ -93,6 +92,8 @@ def open_source(path: str) -> Iterator[IO[str]]:
 @contextmanager
 def open_sink(path: str) -> Iterator[IO[str]]:
     """Open where the records go, ``-`` being stdout. A file appears when the stream is whole."""
+    from prunetool.checkpoint.writer import atomic
+
     if path == "-":
         yield sys.stdout
     elif Path(path).exists() and not Path(path).is_file():  # a named pipe, a device

@@ -5,11 +5,10 @@ batch however many sequences there are (the system's page cache makes it as fast
 memory is free), and a killed run finds it there.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,9 @@ from prunetool.llama.weights import Layer, map_layer
 from prunetool.model import Model
 
 # Sums over tokens are float64; everything else names its dtype.
-jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
 
 BATCH_TOKENS = 2048  # a batch is as many whole sequences as fit, and at least one
-LOGIT_TOKENS = 256  # tokens whose logits, (V, 256) float32, exist at a time
 
 
 class HiddenStates:
@@ -61,7 +59,7 @@ class HiddenStates:
         out = np.empty((self.hidden_size, len(batch), self.length), np.float32)
         with self.path.open("rb", buffering=0) as file:
             file.seek(batch.start * self._sample_bytes)
-            view = memoryview(out).cast("B")
+            view = out.data.cast("B")
             while view:
                 count = file.readinto(view)
                 if not count:
@@ -77,7 +75,7 @@ class HiddenStates:
 
     def _write(self, file: BinaryIO, batch: range, h: np.ndarray) -> None:
         file.seek(batch.start * self._sample_bytes)
-        file.write(memoryview(np.ascontiguousarray(h)).cast("B"))
+        file.write(np.ascontiguousarray(h).data.cast("B"))
 
 
 def batches(start: int, stop: int, length: int) -> list[range]:
@@ -98,9 +96,7 @@ def embed(model: Model, tokens: np.ndarray, out: HiddenStates) -> None:
 def rotation(model: Model, length: int) -> forward.Rotation:
     """The rotary angles of this model for sequences of ``length``."""
     config = model.config
-    return forward.rotation(
-        config.rope, config.head_dim, length, config.max_position_embeddings
-    )
+    return forward.rotation(config.rope, config.head_dim, length, config.max_position_embeddings)
 
 
 def to_device(layer: Layer, dtype: str) -> Layer:
@@ -108,49 +104,13 @@ def to_device(layer: Layer, dtype: str) -> Layer:
     return map_layer(lambda part: jnp.asarray(part, dtype=jnp.dtype(dtype)), layer)
 
 
-def check_finite(h: Any, layer: int) -> None:
+def check_finite(h: np.ndarray, layer: int) -> None:
     """Refuse a residual stream that overflowed.
 
     Raises:
       NumericalError: naming the layer.
     """
-    if not math.isfinite(float(jnp.sum(jnp.abs(h)))):
+    if not np.isfinite(h.sum()):
         raise NumericalError(
             f"layer {layer}", "gives NaN or infinity", "try --dtype float32, or check the model"
         )
-
-
-def layer_step(model: Model) -> Callable[[jax.Array, Layer, forward.Rotation], jax.Array]:
-    """The compiled layer without its inputs, for an evaluation."""
-    config = model.config
-
-    @jax.jit
-    def step(h: jax.Array, w: Layer, rope: forward.Rotation) -> jax.Array:
-        return forward.decoder_layer(
-            h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
-        )[0]
-
-    return step
-
-
-def mean_loss(model: Model, stream: HiddenStates, tokens: np.ndarray, dtype: str) -> float:
-    """Mean -log p(next token) of the stream behind the last layer, in nats.
-
-    Args:
-      model: for its final norm and head.
-      stream: the residual stream behind the last layer.
-      tokens: the sequences, (samples, N), int32.
-      dtype: of the product with the head.
-    """
-    norm = jnp.asarray(model.final_norm(), jnp.float32)
-    head = jnp.asarray(model.head(), jnp.dtype(dtype))
-    losses = jax.jit(forward.token_losses, static_argnames="eps")
-    total = 0.0
-    for sample in range(stream.samples):
-        h = stream.read(range(sample, sample + 1))
-        for start in range(0, stream.length - 1, LOGIT_TOKENS):
-            stop = min(start + LOGIT_TOKENS, stream.length - 1)
-            targets = jnp.asarray(tokens[sample, start + 1 : stop + 1])
-            part = losses(h[:, :, start:stop], norm, head, targets, eps=model.config.rms_norm_eps)
-            total += float(jnp.sum(part, dtype=jnp.float64))
-    return total / (stream.samples * (stream.length - 1))

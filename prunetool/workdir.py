@@ -62,6 +62,12 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
     write_json(run_path, run)
 
 
+def size_bytes(work: Path) -> int:
+    """Bytes of the files of this calibration that are there already."""
+    files = [*work.glob("stats/*.safetensors"), *work.glob("hidden-?????")]
+    return sum(path.stat().st_size for path in files)
+
+
 def digest(value: Any) -> str:
     """Twelve hexadecimal digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -201,5 +201,7 @@ class GGUFModel:
             return np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         except NotImplementedError:
             raise ConfigError(
-                self.path, f"{name} is {tensor.tensor_type.name}", "convert from another quantisation"
+                self.path,
+                f"{name} is {tensor.tensor_type.name}",
+                "convert from another quantisation",
             ) from None

@@ -96,7 +96,7 @@ def _byte_level(model: GGUFModel) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(_numbered(texts), merges, ignore_merges=word.startswith("llama"))
     )
-    tokenizer.pre_tokenizer = splitting[word]()
+    tokenizer.pre_tokenizer = splitting[word]()  # type: ignore[no-untyped-call]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -98,7 +98,9 @@ def read_index(directory: Path) -> Index:
     for shard in sorted(set(listed.values())):
         if Path(shard).name != shard or shard in ("", "..", "."):
             raise CheckpointError(
-                index_path, f"names {shard!r}, outside the directory", "do not trust this checkpoint"
+                index_path,
+                f"names {shard!r}, outside the directory",
+                "do not trust this checkpoint",
             )
         headers[shard] = _read_header(directory / shard)
     for name, shard in listed.items():

@@ -48,6 +48,7 @@ def locate(model: str, revision: str | None = None) -> Path:
         raise HubError(model, f"no revision {revision!r}", "see its branches and tags") from error
     except (HfHubHTTPError, OSError) as error:
         raise HubError(
-            model, f"no such directory, and the Hub did not give it ({type(error).__name__})",
+            model,
+            f"no such directory, and the Hub did not give it ({type(error).__name__})",
             "check the path or the connection and run again; downloaded files are kept",
         ) from error

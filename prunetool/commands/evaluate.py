@@ -2,15 +2,11 @@
 
 import json
 import math
-import tempfile
 from pathlib import Path
 
 import click
-import numpy as np
 
-from prunetool import __version__, console, corpus, options
-from prunetool.checkpoint.writer import need_room
-from prunetool.model import Model, open_model
+from prunetool import __version__, console, options
 
 
 @click.command()
@@ -46,14 +42,16 @@ def evaluate(
     """
     if bool(texts) == bool(tokens_path):
         raise click.UsageError("give either --text or --tokens")
+    from prunetool import corpus
+    from prunetool.model import open_model
+    from prunetool.steps.evaluate import mean_loss
+
     with console.summary("evaluate") as said:
         opened = open_model(model, revision)
-        if tokens_path is not None:
-            ids = corpus.read_tokens(tokens_path)
-        else:
-            ids = corpus.tokenize(corpus.read_text(texts, text_field), opened.directory)
-        where = tokens_path or ", ".join(map(str, texts))
-        tokens = corpus.sequences(ids, samples, length, opened.config.vocab_size, where)
+        tokens = corpus.load(
+            opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,
+            samples=samples, length=length,
+        )  # fmt: skip
         dtype = options.product_dtype(dtype, opened.dtype)
         loss = mean_loss(opened, tokens, dtype)
         result = {
@@ -70,34 +68,3 @@ def evaluate(
         }
         click.echo(json.dumps(result))
         said += [f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"]
-
-
-def mean_loss(model: Model, tokens: np.ndarray, dtype: str) -> float:
-    """Mean of -log p over every predicted token, in nats.
-
-    Args:
-      model: the checkpoint.
-      tokens: (samples, N), int32.
-      dtype: of the products.
-    """
-    from prunetool import streaming  # JAX: not for --help
-
-    samples, length = tokens.shape
-    need = 2 * tokens.size * model.config.hidden_size * 4
-    with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
-        need_room(Path(directory), need)
-        stream = streaming.HiddenStates(
-            Path(directory) / "hidden", model.config.hidden_size, samples, length
-        )
-        streaming.embed(model, tokens, stream)
-        step, rope = streaming.layer_step(model), streaming.rotation(model, length)
-        layers = console.progress(model.padded_layers(), "evaluate", model.layers)
-        for number, layer in layers:
-            weights = streaming.to_device(layer, dtype)
-            # Read before it is replaced: the new file takes the name when it is whole.
-            with stream.writing() as write:
-                for batch in streaming.batches(0, samples, length):
-                    h = step(stream.read(batch), weights, rope)
-                    streaming.check_finite(h, number)
-                    write(batch, np.asarray(h))
-        return streaming.mean_loss(model, stream, tokens, dtype)

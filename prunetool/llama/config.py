@@ -1,5 +1,7 @@
-"""What config.json says of a Llama model; anything that changes the result and is not computed
-here is refused by name."""
+"""What config.json says of a Llama model.
+
+Anything in it that changes the result and is not computed here is refused by name.
+"""
 
 import math
 from collections.abc import Mapping
@@ -90,9 +92,7 @@ class LlamaConfig:
         shapes = self.layer_shapes
         kv_heads = max(shape.kv_heads for shape in shapes)
         group_size = max(shape.group_size for shape in shapes)
-        return LayerShape(
-            kv_heads * group_size, kv_heads, max(shape.channels for shape in shapes)
-        )
+        return LayerShape(kv_heads * group_size, kv_heads, max(shape.channels for shape in shapes))
 
     def with_shapes(self, shapes: tuple[LayerShape, ...]) -> "LlamaConfig":
         """The same model with other layer shapes."""

@@ -133,7 +133,7 @@ def linear(W: jax.Array, b: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def rms_norm(h: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
-    """h / sqrt(mean(h²) + ε) ∘ w over the features; statistics in float32."""
+    """H / sqrt(mean(h²) + ε) ∘ w over the features; statistics in float32."""
     scale = lax.rsqrt(jnp.mean(h * h, axis=0, keepdims=True) + jnp.float32(eps))
     return (h * scale * weight.astype(jnp.float32)[:, None, None]).astype(dtype)
 
@@ -154,6 +154,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Args:
       q: queries, already scaled by 1/√d, (n_kv, g, d, B, N).
       k, v: (n_kv, d, B, N).
+
     Returns:
       The heads' outputs, (n_kv · g · d, B, N), in the dtype of ``v``.
     """
@@ -195,6 +196,7 @@ def decoder_layer(
       w: the layer's weights; products take their dtype and sum in float32.
       rope: the angles, for N positions.
       head_dim, eps: d, and the ε of the norms.
+
     Returns:
       The residual stream behind the layer, and what each matrix was given.
     """

@@ -72,16 +72,16 @@ def tensor_name(layer: int, part: str) -> str:
 
 def part_shapes(config: LlamaConfig, shape: LayerShape) -> dict[str, tuple[int, ...]]:
     """Shape of every part that a layer of this model has, in the order of `Layer`."""
-    D, d, I = config.hidden_size, config.head_dim, shape.channels
+    D, d, channels = config.hidden_size, config.head_dim, shape.channels
     q, kv = shape.heads * d, shape.kv_heads * d
     shapes: dict[str, tuple[int, ...]] = {
         "input_norm": (D,), "q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q),
-        "post_norm": (D,), "gate": (I, D), "up": (I, D), "down": (D, I),
+        "post_norm": (D,), "gate": (channels, D), "up": (channels, D), "down": (D, channels),
     }  # fmt: skip
     if config.attention_bias:
         shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,), "o_bias": (D,)}
     if config.mlp_bias:
-        shapes |= {"gate_bias": (I,), "up_bias": (I,), "down_bias": (D,)}
+        shapes |= {"gate_bias": (channels,), "up_bias": (channels,), "down_bias": (D,)}
     return shapes
 
 

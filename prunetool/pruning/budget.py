@@ -57,6 +57,7 @@ def allocate_global(
       channel_cost: parameters of a channel.
       target: parameters to remove.
       limits: the grid.
+
     Raises:
       ConfigError: where the units cannot make up the target.
     """
@@ -106,6 +107,7 @@ def allocate_uniform(
       group_cost, channel_cost: parameters of one unit.
       target: parameters to remove in all.
       limits: the grid of channels.
+
     Raises:
       ConfigError: where the units cannot make up the target.
     """

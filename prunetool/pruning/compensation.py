@@ -26,36 +26,59 @@ def refit(W: np.ndarray, A: np.ndarray, kept: np.ndarray, *, damping: float) -> 
       A: Gram matrix XᵀX, (D, D), float64, symmetric, squared activation units.
       kept: which rows stay, (D,), bool.
       damping: fraction of the mean of A's diagonal.
+
     Returns:
       δW_k, (k, D').
+
     Raises:
       NumericalError: where A'_kk is not positive definite.
     """
-    A_kk = A[np.ix_(kept, kept)]
-    A_kk[np.diag_indices(len(A_kk))] += damping * np.diagonal(A).mean()
     B = A[np.ix_(kept, ~kept)] @ W[~kept]  # (k, D')
+    return _solve(A[np.ix_(kept, kept)], B, damping * np.diagonal(A).mean())
+
+
+def _solve(A_kk: np.ndarray, B: np.ndarray, ridge: float) -> np.ndarray:
+    """(A_kk + ridge · I)⁻¹ B, (k, D')."""
+    damped = np.array(A_kk, order="F")
+    damped[np.diag_indices(len(damped))] += ridge
     try:
-        factor = cho_factor(A_kk, lower=True, overwrite_a=True, check_finite=False)
+        factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError as error:
         raise NumericalError(
             f"the Gram matrix of {len(A_kk)} kept rows",
-            f"is not positive definite at damping {damping:g}",
+            f"is not positive definite at ridge {ridge:.1e}",
             "raise --damping or calibrate on more tokens",
         ) from error
-    return np.asarray(cho_solve(factor, B, overwrite_b=True, check_finite=False))
+    return np.asarray(cho_solve(factor, B, check_finite=False))
 
 
-def change(W: np.ndarray, kept: np.ndarray, dW_k: np.ndarray | None = None) -> np.ndarray:
-    """The change of W when pruned rows go and kept rows move by δW_k (or stay), (D, D')."""
-    delta = np.where(kept[:, None], 0.0, -W)
-    if dW_k is not None:
-        delta[kept] = dW_k
-    return delta
+def output_energy(A: np.ndarray, W: np.ndarray) -> float:
+    """‖X W‖² = tr(Wᵀ A W), squared output units summed over tokens."""
+    return float(np.vdot(W, A @ W))
 
 
-def output_error(A: np.ndarray, delta: np.ndarray) -> float:
-    """‖X ΔW‖² = tr(ΔWᵀ A ΔW), squared output units summed over tokens."""
-    return float(np.vdot(delta, A @ delta))
+class OutputError:
+    """‖X ΔW‖² over tokens of Gram matrix A, as a quadratic in δW_k when the others go.
+
+        e(δW_k) = tr(W_pᵀ A_pp W_p) − 2⟨δW_k, A_kp W_p⟩ + tr(δW_kᵀ A_kk δW_k)
+
+    Args:
+      W, A, kept: as for `refit`.
+
+    Attributes:
+      removed: e(0), the error of plain removal.
+    """
+
+    def __init__(self, W: np.ndarray, A: np.ndarray, kept: np.ndarray) -> None:
+        W_p = W[~kept]
+        self.A_kk = A[np.ix_(kept, kept)]
+        self.B = A[np.ix_(kept, ~kept)] @ W_p  # (k, D')
+        self.removed = output_energy(A[np.ix_(~kept, ~kept)], W_p)
+
+    def __call__(self, dW_k: np.ndarray) -> float:
+        """e(δW_k)."""
+        pull = self.A_kk @ dW_k - 2 * self.B
+        return self.removed + float(np.vdot(dW_k, pull))
 
 
 def centred(A: np.ndarray, total: np.ndarray, tokens: int, about: np.ndarray) -> np.ndarray:
@@ -80,26 +103,27 @@ class Choice(NamedTuple):
 def choose_damping(
     W: np.ndarray, A_fit: np.ndarray, A_held: np.ndarray, kept: np.ndarray, grid: tuple[float, ...]
 ) -> Choice:
-    """Refit on one part of the tokens at every damping of the grid, and measure on another.
+    """Refit on one part of the tokens at dampings of the grid, and measure on another.
 
     Too little damping with too few tokens refits their noise and is worse than no refit at all.
+    The grid is gone through from the largest damping down, until the held-out error rises (a
+    heuristic: the error has been seen to have one minimum).
 
     Raises:
       NumericalError: where no damping of the grid gives a positive definite system.
     """
-    before = output_error(A_held, change(W, kept))
-    best: Choice | None = None
-    failure: NumericalError | None = None
-    for damping in sorted(grid):
+    fit, held = OutputError(W, A_fit, kept), OutputError(W, A_held, kept)
+    scale = np.diagonal(A_fit).mean()
+    best = Choice(None, held.removed, held.removed)
+    for damping in sorted(grid, reverse=True):
         try:
-            dW_k = refit(W, A_fit, kept, damping=damping)
-        except NumericalError as error:
-            failure = error
-            continue
-        after = output_error(A_held, change(W, kept, dW_k))
-        if best is None or after < best.after:
-            best = Choice(damping, before, after)
-    if best is None:
-        assert failure is not None, "the grid is empty"
-        raise failure
-    return best if best.after < before else Choice(None, before, before)
+            after = held(_solve(fit.A_kk, fit.B, damping * scale))
+        except NumericalError:
+            if damping == max(grid):
+                raise
+            break
+        if best.damping is not None and after >= best.after:
+            break
+        if after < best.after:
+            best = Choice(damping, held.removed, after)
+    return best

@@ -54,7 +54,8 @@ def add(sums: Sums, x: jax.Array, h: jax.Array) -> Sums:
       x: the matrix's inputs, (D, B, N), float32 or bfloat16.
       h: the residual stream its output joins, (·, B, N), float32.
     """
-    x = lax.optimization_barrier(x.reshape(x.shape[0], -1))  # (D, T); not computed twice
+    # The barrier keeps XLA from computing x once for each of its uses.
+    x = lax.optimization_barrier(x.reshape(x.shape[0], -1))  # type: ignore[no-untyped-call] # (D, T)
     energy = jnp.sum(jnp.square(h.reshape(h.shape[0], -1)), axis=0)  # ‖h_t‖², (T,)
     weight = jnp.where(energy > 0, 1 / energy, jnp.zeros_like(energy))
     weighted = x * jnp.sqrt(weight).astype(x.dtype)

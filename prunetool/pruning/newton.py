@@ -35,7 +35,7 @@ def contribution_gram(W: np.ndarray, A: np.ndarray) -> np.ndarray:
       W: (D, D'), float64.
       A: XᵀX, (D, D), float64.
     """
-    K = W @ W.T
+    K: np.ndarray = W @ W.T
     K *= A
     return K
 
@@ -67,8 +67,10 @@ def newton(K: np.ndarray, s: float, *, lam: float = np.inf, damping: float = 0.0
       s: units to remove, ρD.
       lam: λ, may be infinite.
       damping: γ of K + γ diag(K), which has no scale.
+
     Returns:
       z, (D,), float64; −∞ for a dead unit, which goes first.
+
     Raises:
       NumericalError: where K + γ diag(K) is not positive definite.
     """
@@ -115,6 +117,7 @@ def newton_box(
       order, (D,): z, continued beyond the box by the multiplier w_i/K_ii, so that units at a bound
         have an order too; −∞ for dead units.
       Info: residual is the largest violation of the conditions above, relative to c.
+
     Raises:
       NumericalError: as `newton`.
     """
@@ -151,7 +154,7 @@ def newton_box(
 
 
 def tie(K: np.ndarray, blocks: int) -> np.ndarray:
-    """The problem with one mask value a block: K_g[B, B'] = Σ_{i∈B, j∈B'} K_ij, (blocks, blocks)."""
+    """K_g[B, B'] = Σ_{i∈B, j∈B'} K_ij, (blocks, blocks): one mask value a block."""
     size = len(K) // blocks
     return np.asarray(K.reshape(blocks, size, blocks, size).sum(axis=(1, 3)))
 

@@ -22,7 +22,7 @@ def wanda(W: np.ndarray, second_moment: np.ndarray) -> np.ndarray:
       W: (D, D').
       second_moment: A_ii / N, or the token-weighted one, (D,).
     """
-    return energy(W) * second_moment
+    return np.asarray(energy(W) * second_moment)
 
 
 def flap(W: np.ndarray, second_moment: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -60,8 +60,10 @@ def obs(W: np.ndarray, A: np.ndarray, *, damping: float, blocks: int = 0) -> np.
       A: (D, D), float64.
       damping: fraction of the mean of A's diagonal.
       blocks: how many blocks to score; 0 scores the rows.
+
     Returns:
       (D,) or (n_B,), in A's squared output units.
+
     Raises:
       NumericalError: where A' is not positive definite.
     """
@@ -71,7 +73,7 @@ def obs(W: np.ndarray, A: np.ndarray, *, damping: float, blocks: int = 0) -> np.
         factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
         inverse = cho_solve(factor, np.eye(len(A)), overwrite_b=True, check_finite=False)
         if not blocks:
-            return energy(W) / np.diagonal(inverse)
+            return np.asarray(energy(W) / np.diagonal(inverse))
         size = len(A) // blocks
         losses = np.empty(blocks)
         for block in range(blocks):

@@ -1,0 +1,71 @@
+"""The model card of a pruned checkpoint: what was done to it, in full."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from prunetool import __version__
+from prunetool.checkpoint.source import HUB_ID
+from prunetool.llama.config import LayerShape
+from prunetool.llama.forms import LOADER_FILES
+from prunetool.model import Model
+from prunetool.records import Header
+
+
+def model_card(
+    header: Header,
+    dense: Model,
+    form: str,
+    shapes: Sequence[LayerShape],
+    parameters: int,
+) -> str:
+    """README.md for the Hub: front matter, sizes, how to load, and the history.
+
+    Args:
+      header: of the records that were exported.
+      dense: the checkpoint before.
+      form: what config.json calls it, or ``dense``.
+      shapes: what each layer keeps.
+      parameters: stored in the result.
+    """
+    before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
+    after = [dense.layer_parameters(shape) for shape in shapes]
+    name = Path(header.source).name
+    hub = bool(HUB_ID.fullmatch(header.source)) and not Path(header.source).exists()
+    front = ["---", *([f"base_model: {header.source}"] if hub else [])]
+    front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- pruned"]
+    lines = [
+        *front, "---", "",
+        f"# {name}, pruned", "",
+        f"Made from `{header.source}` by [prunetool](https://pypi.org/project/prunetool) "
+        f"{__version__}, without training. The licence is the base model's.", "",
+        "| | before | after |", "|---|---:|---:|",
+        f"| parameters in decoder layers | {sum(before):,} | {sum(after):,} "
+        f"(−{1 - sum(after) / sum(before):.2%}) |",
+        f"| parameters stored | {dense.parameters():,} | {parameters:,} "
+        f"(−{1 - parameters / dense.parameters():.2%}) |", "",
+        *_how_to_load(form), "",
+        "## What each layer keeps", "",
+        "| layer | query heads | KV heads | MLP channels |", "|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for layer, (old, new) in enumerate(zip(dense.config.layer_shapes, shapes, strict=True)):
+        cells = (
+            f"{getattr(new, k)} / {getattr(old, k)}" for k in ("heads", "kv_heads", "channels")
+        )
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    lines += ["", "## History", "", "```json"]
+    lines += [json.dumps(step, ensure_ascii=False) for step in header.history]
+    return "\n".join([*lines, "```", ""])
+
+
+def _how_to_load(form: str) -> list[str]:
+    if form != "pruned_llama":
+        note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
+        return [f"{note}Loads like the base model."]
+    files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADER_FILES.items())
+    return [
+        f"Layers differ in size, so the loader comes along: {files}. Read it, then:", "",
+        "```python",
+        'AutoModelForCausalLM.from_pretrained("…", trust_remote_code=True)',
+        "```",
+    ]  # fmt: skip

@@ -1,0 +1,40 @@
+"""``prunetool compensate``."""
+
+import click
+
+from prunetool import __version__, console, options, records
+
+
+@click.command()
+@options.source_arg
+@options.damping_opt
+@options.output_opt
+def compensate(source: str, dampings: tuple[float, ...] | None, sink: str) -> None:
+    """Refit o_proj and down_proj so that the layer's output moves least.
+
+    Reads the records of score. The refit is closed-form; its damping is chosen on the held-out
+    calibration tokens, and the final refit is on all of them.
+
+    \b
+    Example:
+      prunetool compensate kept.jsonl > refitted.jsonl
+    """
+    from prunetool.model import reopen
+    from prunetool.steps import compensate as step
+
+    grid = dampings or step.DAMPING_GRID
+    with console.summary("compensate") as said, options.open_source(source) as stream:
+        header, layers = records.read(stream)
+        header = header.after(options.history_step("compensate", __version__, damping=list(grid)))
+        model = reopen(header.model, header.fingerprint)
+        rows: list[list[object]] = []
+        with options.open_sink(sink) as out:
+            refitted = step.refit_layers(model, header, layers, grid, rows)
+            bar = console.progress(refitted, "compensate", header.layers)
+            records.write(out, header, bar)
+        console.table(
+            "Relative output error, o_proj | down_proj",
+            ["layer", "removed", "refitted", "held out: removed", "refitted", "damping"],
+            rows,
+        )
+        said += [f"{header.layers} layers"]

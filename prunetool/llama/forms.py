@@ -1,0 +1,87 @@
+"""The architecture that a pruned model is written as, so that other programs load it.
+
+| counts of the layers | form | loads in |
+|---|---|---|
+| equal, hidden size a multiple of the heads | ``llama`` | everything that loads Llama |
+| equal, otherwise, no biases | ``mistral`` without a window | the same; it does not check |
+| unequal | ``pruned_llama`` with its own loader files | transformers, vLLM, MLX-LM |
+"""
+
+from typing import Any
+
+from prunetool.llama.config import LayerShape, LlamaConfig
+
+WIDTH_MULTIPLE = 32  # loaders of unequal layers want MLP widths in these steps, and one at least
+OLDEST_TRANSFORMERS = "5.0.0"  # said in config.json; older values make readers warn for nothing
+LOADER_FILES = {
+    "modeling_pruned_llama.py": "transformers, vLLM",
+    "mlx_pruned_llama.py": "MLX-LM",
+}
+
+
+def choose_form(config: LlamaConfig) -> str:
+    """The form for these layer shapes: ``llama``, ``mistral`` or ``pruned_llama``."""
+    shapes = set(config.layer_shapes)
+    if len(shapes) > 1:
+        return "pruned_llama"
+    if config.hidden_size % shapes.pop().heads == 0:
+        return "llama"
+    return "pruned_llama" if config.attention_bias or config.mlp_bias else "mistral"
+
+
+def normalised(shape: LayerShape) -> LayerShape:
+    """The shape that a layer of an unequal model is zero-padded to (exact, and loadable)."""
+    channels = max(-(-shape.channels // WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
+    return LayerShape(shape.heads, shape.kv_heads, channels)
+
+
+def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
+    """The config.json of a model of these layer shapes in a form.
+
+    Everything else is the source's; the rotary embedding is said both ways, since transformers 4
+    and MLX-LM take theta 10000 where only ``rope_parameters`` is there.
+    """
+    raw = dict(config.raw)
+    for key in ("per_layer_config", "auto_map", "model_file", "_name_or_path"):
+        raw.pop(key, None)
+    widest, rope = config.widest, config.rope
+    scaling = None if rope.type == "default" else {"rope_type": rope.type, **rope.parameters}
+    theta = int(rope.theta) if rope.theta.is_integer() else rope.theta
+    raw |= {
+        "head_dim": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": widest.heads,
+        "num_key_value_heads": widest.kv_heads,
+        "intermediate_size": widest.channels,
+        "num_hidden_layers": config.layers,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
+        "tie_word_embeddings": config.tied,
+        "transformers_version": OLDEST_TRANSFORMERS,
+    }
+    architectures = {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "pruned_llama": "PrunedLlamaForCausalLM",
+    }
+    raw |= {"model_type": form, "architectures": [architectures[form]]}
+    if form == "mistral":
+        raw["sliding_window"] = None  # absent means 4096
+    if form == "pruned_llama":
+        module = "modeling_pruned_llama"
+        raw["auto_map"] = {
+            "AutoConfig": f"{module}.PrunedLlamaConfig",
+            "AutoModel": f"{module}.PrunedLlamaModel",
+            "AutoModelForCausalLM": f"{module}.PrunedLlamaForCausalLM",
+        }
+        raw["model_file"] = "mlx_pruned_llama.py"
+        raw["per_layer_config"] = {
+            str(layer): {
+                "num_attention_heads": shape.heads,
+                "num_key_value_heads": shape.kv_heads,
+                "intermediate_size": shape.channels,
+            }
+            for layer, shape in enumerate(config.layer_shapes)
+        }
+    return raw

@@ -1,0 +1,76 @@
+"""Llama whose decoder layers differ in attention heads and MLP width, for MLX-LM.
+
+``mlx_lm.generate --model DIR --trust-remote-code`` finds this file by config.json's
+``model_file``. Written by prunetool; Apache-2.0.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama
+from mlx_lm.models.base import create_attention_mask
+
+
+@dataclass
+class ModelArgs(llama.ModelArgs):
+    per_layer_config: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+
+    def of_layer(self, index):
+        own = self.per_layer_config.get(str(index), {})
+        return replace(self, per_layer_config={}, **own)
+
+
+class PrunedBlock(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.self_attn = llama.Attention(args)
+        self.mlp = llama.MLP(args)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, x, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class PrunedBody(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [PrunedBlock(args.of_layer(i)) for i in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, tokens, cache=None):
+        h = self.embed_tokens(tokens)
+        cache = cache or [None] * len(self.layers)
+        mask = create_attention_mask(h, cache[0])
+        for block, own in zip(self.layers, cache):
+            h = block(h, mask, own)
+        return self.norm(h)
+
+
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = PrunedBody(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(self, tokens, cache=None):
+        h = self.model(tokens, cache)
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(h)
+        return self.lm_head(h)
+
+    def sanitize(self, weights):
+        if self.args.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        return weights
+
+    @property
+    def layers(self):
+        return self.model.layers

@@ -1,0 +1,152 @@
+"""The pruned checkpoint, from the records of all layers."""
+
+import shutil
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
+import numpy as np
+
+from prunetool import console, records, workdir
+from prunetool.card import model_card
+from prunetool.checkpoint.reader import dtype_of
+from prunetool.checkpoint.writer import CheckpointWriter, need_room, write_json, write_text
+from prunetool.errors import RecordError, WorkError
+from prunetool.llama import forms
+from prunetool.llama.config import LayerShape
+from prunetool.llama.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Layer,
+    scatter,
+    select,
+    tensor_name,
+    tensor_shapes,
+)
+from prunetool.model import Model, reopen
+from prunetool.pruned import CHANNELS, HEADS, kept_units
+
+# Copied as they are; re-saving a tokenizer writes classes that older readers refuse.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template*", "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*",
+)  # fmt: skip
+
+
+def write_checkpoint(
+    header: records.Header,
+    made: Sequence[records.LayerRecord],
+    out: Path,
+    *,
+    dense: bool,
+    overwrite: bool,
+) -> list[str]:
+    """Write the checkpoint, its index last.
+
+    Args:
+      header, made: the whole stream.
+      out: the directory.
+      dense: keep the original shapes, with zeros.
+      overwrite: replace a checkpoint that lies there.
+
+    Returns:
+      What to say of it.
+
+    Raises:
+      WorkError: where the disk is short or ``out`` is taken.
+      RecordError: where a refit is of other units than those kept.
+    """
+    model, work = reopen(header.model, header.fingerprint), Path(header.work)
+    if out.exists() and out.resolve() == model.directory:
+        raise WorkError(out, "is the model itself", "name another directory")
+    kept = [
+        kept_units(work, record, shape)
+        for record, shape in zip(made, model.config.layer_shapes, strict=True)
+    ]
+    shapes = tuple(
+        _kept_shape(shape, masks)
+        for shape, masks in zip(model.config.layer_shapes, kept, strict=True)
+    )
+    target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
+    kind = forms.choose_form(target)
+    if kind == "pruned_llama":
+        target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
+    itemsize = np.dtype(model.dtype).itemsize
+    count = sum(int(np.prod(shape)) for shape in tensor_shapes(target).values())
+    need_room(out, count * itemsize)
+
+    writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite)
+    for record, masks in zip(console.progress(made, "export", model.layers), kept, strict=True):
+        number = record.index
+        layer = _pruned_layer(model, work, record, masks)
+        if dense:
+            places = [np.flatnonzero(masks[unit]) for unit in (HEADS, CHANNELS)]
+        else:
+            places = [np.arange(shapes[number].kv_heads), np.arange(shapes[number].channels)]
+        layer = scatter(layer, shapes[number], target.layer_shapes[number], *places)
+        writer.write(
+            {
+                tensor_name(number, part): array
+                for part, array in layer._asdict().items()
+                if array is not None
+            }
+        )
+    ends = {EMBEDDING: model.embedding(), FINAL_NORM: model.final_norm()}
+    writer.write(ends if model.config.tied else {**ends, HEAD: model.head()})
+
+    write_json(out / "config.json", forms.config_json(target, kind))
+    if kind == "pruned_llama":
+        for name in forms.LOADER_FILES:
+            text = resources.files("prunetool.loaders").joinpath(name).read_text("utf-8")
+            write_text(out / name, text)
+    for pattern in COMPANIONS:
+        for file in sorted(model.directory.glob(pattern)):
+            shutil.copyfile(file, out / file.name)
+    label = "dense" if dense else kind
+    write_text(out / "README.md", model_card(header, model, label, shapes, writer.parameters))
+    writer.close()
+    now, before = writer.parameters, model.parameters()
+    return [
+        f"{kind}, {now:,} of {before:,} parameters ({1 - now / before:.2%} fewer)",
+        f"{writer.size_bytes / 1e6:,.1f} MB in {out}",
+    ]
+
+
+def _kept_shape(shape: LayerShape, masks: dict[str, np.ndarray]) -> LayerShape:
+    groups = int(masks[HEADS].sum())
+    return LayerShape(groups * shape.group_size, groups, int(masks[CHANNELS].sum()))
+
+
+def _pruned_layer(
+    model: Model, work: Path, record: records.LayerRecord, masks: dict[str, np.ndarray]
+) -> Layer:
+    """The layer with only what it keeps, refitted where compensate came before; stored dtypes.
+
+    Raises:
+      RecordError: where the refit is of other units than those kept.
+    """
+    shape = model.config.layer_shapes[record.index]
+    layer = select(
+        model.layer(record.index),
+        shape,
+        np.flatnonzero(masks[HEADS]),
+        np.flatnonzero(masks[CHANNELS]),
+    )
+    if "refit" not in record.files:
+        return layer
+    refit = workdir.load(work, record.files["refit"])
+    for part, name in (("o", "o_proj.weight"), ("down", "down_proj.weight"),
+                       ("o_bias", "o_proj.bias"), ("down_bias", "down_proj.bias")):  # fmt: skip
+        old, new = getattr(layer, part), refit.get(name)
+        if new is None:
+            continue
+        if new.shape != old.shape:
+            raise RecordError(
+                f"layer {record.index}", f"{name} was refitted for other units than are kept",
+                "put compensate behind the last score",
+            )  # fmt: skip
+        info = model.index[tensor_name(record.index, part)]
+        layer = layer._replace(**{part: new.astype(np.dtype(dtype_of(info)))})
+    return layer

@@ -1,0 +1,264 @@
+"""Scores of a layer's units, and the budget shared out between layers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunetool import console, records, workdir
+from prunetool.errors import ConfigError, naming
+from prunetool.model import Model
+from prunetool.pruned import CHANNELS, HEADS, all_stats, kept_units, rows_kept, used_weight
+from prunetool.pruning import budget, compensation, gram, newton, structural
+
+# These scores are a loss in output units: between units of different size, loss a parameter
+# counts. The others' are already relative to their layer.
+LOSS_METHODS = ("obs", "wanda-sp", "magnitude")
+
+
+@dataclass
+class _Units:
+    """A layer's units of one target: the order they go in, and what layers are compared by."""
+
+    order: np.ndarray
+    compared: np.ndarray
+
+
+class Scoring:
+    """One scoring: all that its layers share.
+
+    Args:
+      model: the dense checkpoint.
+      work: the work directory.
+      targets: ``heads``, ``channels`` or both.
+      how: the command's other options, by their names.
+    """
+
+    def __init__(
+        self, model: Model, work: Path, targets: tuple[str, ...], how: dict[str, Any]
+    ) -> None:
+        self.model, self.work, self.targets, self.how = model, work, targets, how
+        self.said: list[str] = []  # what was reached, once all layers are given
+
+    def layers(
+        self, header: records.Header, source: Iterator[records.LayerRecord]
+    ) -> Iterator[records.LayerRecord]:
+        """Score every layer, share the budget out, then give each layer's record."""
+        self._check_budget()
+        # The scores do not depend on how the budget is shared: a sweep makes them once.
+        shared = {
+            key: self.how[key]
+            for key in ("method", "lam", "newton_iterations", "damping", "seed", "weighting")
+        }
+        # The paper's mask depends on the sparsity too.
+        shared["sparsity"] = self.how["sparsity"] if "newton" in self.how["method"] else None
+        scores_name = f"scores-{workdir.digest([header.history[:-1], shared])}"
+        kept_name = workdir.step_directory(header)
+        taken, units = [], []
+        for record in console.progress(source, "score", header.layers):
+            arrays = workdir.make_once(
+                self.work,
+                workdir.layer_file(scores_name, record.index),
+                lambda record=record: self._scores(record),  # type: ignore[misc]
+            )
+            taken.append(record)
+            units.append(
+                {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}
+            )
+        counts = self._share_out(units)
+
+        rows = []
+        for record, unit in zip(taken, units, strict=True):
+            lost = {HEADS: counts.groups, CHANNELS: counts.channels}
+            kept = {t: budget.keep(unit[t].order, int(lost[t][record.index])) for t in self.targets}
+            name = workdir.layer_file(kept_name, record.index)
+            workdir.make_once(self.work, name, lambda kept=kept: kept)  # type: ignore[misc]
+            made = record.adding({f"kept.{t}": name for t in self.targets}, {})
+            losses = self._losses(made)
+            shape = self.model.config.layer_shapes[record.index]
+            masks = kept_units(self.work, made, shape)
+            groups = int(masks[HEADS].sum())
+            now = {
+                "heads": groups * shape.group_size,
+                "kv_heads": groups,
+                "channels": int(masks[CHANNELS].sum()),
+            }
+            rows.append(
+                [
+                    record.index,
+                    f"{now['heads']}/{shape.heads}",
+                    f"{now['channels']}/{shape.channels}",
+                    *(f"{losses[matrix]:.4f}" for matrix in ("o_proj", "down_proj")),
+                ]
+            )
+            yield made.adding({}, {"kept": now, "loss": losses})
+        console.table(
+            "Relative output error by plain removal",
+            ["layer", "heads", "channels", "o_proj", "down_proj"],
+            rows,
+        )
+        self._say_ratio(counts)
+
+    def _check_budget(self) -> None:
+        """Refuse an impossible sparsity before any layer is scored."""
+        empty = [
+            {
+                t: _Units(*[np.zeros(shape.kv_heads if t == HEADS else shape.channels)] * 2)
+                for t in self.targets
+            }
+            for shape in self.model.config.layer_shapes
+        ]
+        self._share_out(empty)
+
+    def _costs(self) -> tuple[list[int], int, int]:
+        """Parameters of a KV group in each layer, of a channel, and of all seven matrices."""
+        config = self.model.config
+        D, d = config.hidden_size, config.head_dim
+        groups = [2 * D * d * (shape.group_size + 1) for shape in config.layer_shapes]
+        total = sum(self.model.layer_parameters(shape) for shape in config.layer_shapes)
+        return groups, 3 * D, total
+
+    def _share_out(self, units: Sequence[dict[str, _Units]]) -> budget.Counts:
+        group_costs, channel_cost, total = self._costs()
+        target = round(self.how["sparsity"] * total)
+        limits = budget.Limits(self.how["multiple_of"], self.how["min_channels"])
+        if self.how["allocation"] == "global":
+            empty = np.zeros(0)
+            groups = [u[HEADS].compared if HEADS in u else empty for u in units]
+            channels = [u[CHANNELS].compared if CHANNELS in u else empty for u in units]
+            return budget.allocate_global(
+                groups, channels, group_costs, channel_cost, target, limits
+            )
+        shapes = set(self.model.config.layer_shapes)
+        if len(shapes) > 1:
+            raise ConfigError("--allocation uniform", "the layers differ", "give global")
+        shape = shapes.pop()
+        return budget.allocate_uniform(
+            shape.kv_heads if HEADS in self.targets else 0,
+            shape.channels if CHANNELS in self.targets else 0,
+            self.model.layers, group_costs[0], channel_cost, target, limits,
+        )  # fmt: skip
+
+    def _scores(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
+        """Scores of a layer's units of both targets, as a file keeps them."""
+        stats = all_stats(self.work, record)
+        config = self.model.config
+        shape = config.layer_shapes[record.index]
+        d = config.head_dim
+        out = {}
+        for kind, matrix, blocks, cost in (
+            (HEADS, "o", shape.kv_heads, 2 * config.hidden_size * d * (shape.group_size + 1)),
+            (CHANNELS, "down", 0, 3 * config.hidden_size),
+        ):
+            W = used_weight(self.model, record.index, matrix)
+            one = {
+                name.removeprefix(f"{matrix}."): value
+                for name, value in stats.items()
+                if name.startswith(f"{matrix}.")
+            }
+            one["tokens"] = stats["tokens"]
+            with naming(f"layer {record.index}, {matrix}_proj"):
+                units = self._rank(W, one, blocks, cost, (record.index, blocks > 0))
+            out[f"{kind}.order"], out[f"{kind}.compared"] = units.order, units.compared
+        return out
+
+    def _rank(
+        self,
+        W: np.ndarray,
+        stats: dict[str, np.ndarray],
+        blocks: int,
+        cost: int,
+        seed: tuple[int, bool],
+    ) -> _Units:
+        """Score the rows of W, or its ``blocks`` blocks of rows, by the method asked.
+
+        Token weighting: a diagonal method takes the weighted moments; another keeps its own order
+        and the weighted output energy splits the budget between layers.
+        """
+        method, token = self.how["method"], self.how["weighting"] == "token"
+        tokens = float(stats["tokens"][0])
+        A = gram.unpack(stats["token_gram" if token and "token_gram" in stats else "gram"])
+        if token:
+            if blocks:
+                weighted = structural.block_energy(W, stats["token_blocks"].astype(np.float64))
+            else:
+                weighted = structural.wanda(W, stats["token_diagonal"].astype(np.float64))
+        second = np.diagonal(A) / tokens
+        mean = stats["total"].astype(np.float64) / tokens
+
+        def by_block(rows: np.ndarray, merge: Any = np.sum) -> np.ndarray:
+            return merge(rows.reshape(blocks, -1), axis=1) if blocks else rows
+
+        if method == "wanda-sp":
+            order = weighted if token else by_block(structural.wanda(W, second))
+        elif method == "magnitude":
+            order = by_block(structural.energy(W))
+        elif method == "flap":
+            order = by_block(structural.flap(W, second, mean), np.mean)
+        elif method == "random":
+            order = np.random.default_rng([self.how["seed"], *map(int, seed)]).random(
+                blocks or len(W)
+            )
+        elif method == "obs":
+            order = structural.obs(W, A, damping=self.how["damping"], blocks=blocks)
+        else:
+            order = self._newton(W, A, blocks)
+        if token:
+            return _Units(order, weighted / cost)
+        return _Units(order, order / cost if method in LOSS_METHODS else order)
+
+    def _newton(self, W: np.ndarray, A: np.ndarray, blocks: int) -> np.ndarray:
+        lam, damping = self.how["lam"], self.how["damping"]
+        K = newton.contribution_gram(W, A / newton.spectral_norm(A))
+        s = self.how["sparsity"] * len(K)
+        if self.how["method"] == "newton-tied" and blocks:
+            K, s = newton.tie(K, blocks), self.how["sparsity"] * blocks
+        if self.how["method"] == "newton":
+            steps = self.how["newton_iterations"]
+            z = (
+                newton.newton_iterated(K, s, lam=lam, damping=damping, steps=steps)
+                if steps
+                else newton.newton(K, s, lam=lam, damping=damping)
+            )
+        else:
+            _, z, info = newton.newton_box(K, s, lam=lam, damping=damping)
+            if not info.converged:
+                console.log.warning(
+                    "the box solve stopped after %d steps at residual %.1e; the order is that of "
+                    "its last step, raise --damping",
+                    info.steps,
+                    info.residual,
+                )
+        if not blocks or len(z) == blocks:
+            return z
+        by_group = z.reshape(blocks, -1)
+        live = np.isfinite(by_group)
+        means = np.where(live, by_group, 0).sum(axis=1) / np.maximum(live.sum(axis=1), 1)
+        return np.where(live.any(axis=1), means, -np.inf)
+
+    def _losses(self, record: records.LayerRecord) -> dict[str, float]:
+        """Relative output error of both matrices when the units not kept are removed."""
+        stats = all_stats(self.work, record)
+        shape = self.model.config.layer_shapes[record.index]
+        rows = rows_kept(kept_units(self.work, record, shape), shape, self.model.config.head_dim)
+        losses = {}
+        for matrix in ("o", "down"):
+            W = used_weight(self.model, record.index, matrix)
+            A = gram.unpack(stats[f"{matrix}.gram"])
+            lost = ~rows[matrix]
+            gone = compensation.output_energy(A[np.ix_(lost, lost)], W[lost])
+            losses[f"{matrix}_proj"] = gone / (compensation.output_energy(A, W) or 1.0)
+        return losses
+
+    def _say_ratio(self, counts: budget.Counts) -> None:
+        group_costs, channel_cost, total = self._costs()
+        removed = int(
+            counts.groups @ np.asarray(group_costs) + counts.channels.sum() * channel_cost
+        )
+        self.said += [
+            f"removes {removed:,} of {total:,} layer parameters ({removed / total:.4%}; asked "
+            f"{self.how['sparsity']:.2%})",
+            f"{removed / self.model.parameters():.2%} of all parameters",
+        ]

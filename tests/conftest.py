@@ -1,0 +1,172 @@
+"""Small random checkpoints, and the commands run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from prunetool.llama.config import parse_config
+from prunetool.llama.weights import tensor_shapes
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
+hypothesis.settings.load_profile("ci")
+
+WIKITEXT = Path(os.environ.get("PRUNETOOL_WIKITEXT", "../shared/wikitext-2"))
+SMOLLM2 = Path(os.environ.get("PRUNETOOL_SMOLLM2", "demo/SmolLM2-135M"))
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
+
+
+def tiny_config(**changes):
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 260,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": "float32",
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
+    return {k: v for k, v in {**config, **changes}.items() if v != "absent"}
+
+
+def byte_tokenizer():
+    """Every byte a token, and a few special ones: any text has ids below 260."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    return tokenizer
+
+
+def write_checkpoint(directory, config, *, dtype="float32", shards=1, seed=0):
+    """A checkpoint of random weights whose activations are of ordinary size."""
+    directory.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    parsed = parse_config(config, directory)
+    tensors = {}
+    for name, shape in tensor_shapes(parsed).items():
+        if name.endswith("norm.weight"):
+            array = 1 + 0.1 * random.standard_normal(shape)
+        elif name.endswith("bias"):
+            array = 0.1 * random.standard_normal(shape)
+        else:
+            array = random.standard_normal(shape) / np.sqrt(shape[-1])
+        tensors[name] = array.astype(DTYPES[dtype])
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    else:
+        names, weight_map = sorted(tensors), {}
+        for shard in range(shards):
+            file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+            part = {name: tensors[name] for name in names[shard::shards]}
+            save_file(part, directory / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(part, file))
+        index = {"metadata": {}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(config))
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Make a checkpoint: ``checkpoint(num_key_value_heads=1, dtype="bfloat16")``."""
+
+    def make(name="dense", *, dtype="float32", shards=1, seed=0, **changes):
+        config = tiny_config(**changes)
+        return write_checkpoint(tmp_path / name, config, dtype=dtype, shards=shards, seed=seed)
+
+    return make
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of 4,000 letters, and so 4,000 tokens."""
+    random = np.random.default_rng(1)
+    letters = "".join(random.choice(list("abcdefgh ,.\n"), 4000))
+    path = tmp_path / "text.txt"
+    path.write_bytes(letters.encode())
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run ``prunetool`` in a process of its own; gives the finished process."""
+
+    def call(*words, stdin=None, ok=True, cwd=tmp_path, **environment):
+        given = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+        done = subprocess.run(
+            [sys.executable, "-m", "prunetool", *map(str, words)],
+            capture_output=True, text=True, cwd=cwd, timeout=300,
+            env={**os.environ, **environment}, **given,
+        )  # fmt: skip
+        assert not ok or done.returncode == 0, done.stderr
+        return done
+
+    return call
+
+
+@pytest.fixture
+def calibrated(checkpoint, text, run, tmp_path):
+    """A tiny checkpoint and the records of its calibration: ``calibrated(kv_heads=1)``."""
+
+    def make(name="dense", stats="structural", held_out=2, **changes):
+        model = checkpoint(name, **changes)
+        path = tmp_path / f"{name}.jsonl"
+        run(
+            "calibrate", model, "--text", text, "--samples", 8, "--sequence-length", 32,
+            "--held-out", held_out, "--stats", stats, "--work", tmp_path / f"{name}.work",
+            "-o", path,
+        )  # fmt: skip
+        return model, path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wikitext():
+    if not (WIKITEXT / "wiki.valid.raw").exists():
+        pytest.skip(f"no WikiText-2 in {WIKITEXT}; name its directory by PRUNETOOL_WIKITEXT")
+    return WIKITEXT
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    if not (SMOLLM2 / "config.json").exists():
+        pytest.skip(f"no converted SmolLM2 in {SMOLLM2}; `make {SMOLLM2}` makes it")
+    return SMOLLM2.resolve()
+
+
+def error_of(done):
+    """The one line that a failed command says."""
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 1, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("Error: ")
+    return lines[0]
