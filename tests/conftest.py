@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_shapes
 
+# transformers copies a checkpoint's own code there; read when it is first imported.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="prunetool-tests-")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

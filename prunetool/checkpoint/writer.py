@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from prunetool.checkpoint.index import INDEX_NAME
@@ -30,11 +31,18 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically.
+
+    Raises:
+      WorkError: where it cannot be written, as on a full disk.
+    """
     # safetensors writes the buffer as it lies in memory, so a transposed view would come out wrong.
     whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with atomic(path) as partial:
-        save_file(whole, partial, metadata={"format": "pt"})
+        try:
+            save_file(whole, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library's own name for an OSError
+            raise WorkError(path, str(error), "make room and run again") from error
 
 
 def write_text(path: Path, text: str) -> None:

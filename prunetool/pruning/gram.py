@@ -55,8 +55,9 @@ def add(sums: Sums, x: jax.Array, h: jax.Array) -> Sums:
       h: the residual stream its output joins, (·, B, N), float32.
     """
     # The barrier keeps XLA from computing x once for each of its uses.
-    x = lax.optimization_barrier(x.reshape(x.shape[0], -1))  # type: ignore[no-untyped-call] # (D, T)
-    energy = jnp.sum(jnp.square(h.reshape(h.shape[0], -1)), axis=0)  # ‖h_t‖², (T,)
+    x = x.reshape(x.shape[0], -1)  # (D, T)
+    x = lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+    energy = jnp.sum(jnp.square(h.reshape(h.shape[0], -1)), axis=0, keepdims=True)  # ‖h_t‖², (1, T)
     weight = jnp.where(energy > 0, 1 / energy, jnp.zeros_like(energy))
     weighted = x * jnp.sqrt(weight).astype(x.dtype)
 

@@ -29,7 +29,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("changes", "says"), REFUSED.values(), ids=REFUSED)
 def test_what_would_change_the_result_is_refused_by_name(changes, says):
-    with pytest.raises(ConfigError, match="^somewhere: ") as caught:
+    with pytest.raises(ConfigError, match=r"^somewhere: ") as caught:
         parse_config(tiny_config(**changes), "somewhere")
     assert says in str(caught.value)
 

@@ -60,15 +60,15 @@ def hidden_after(model, tokens, dtype="float32"):
     )
     for number in range(config.layers):
         w = map_layer(lambda part: jnp.asarray(part, jnp.dtype(dtype)), model.layer(number))
-        h, _ = forward.decoder_layer(
-            h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
-        )
+        h, _ = forward.decoder_layer(h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps)
     return np.asarray(h).transpose(1, 2, 0)
 
 
 def logits(model, tokens):
     h = hidden_after(model, tokens).astype(np.float64)
-    normed = references.rms_norm(h, model.final_norm().astype(np.float64), model.config.rms_norm_eps)
+    normed = references.rms_norm(
+        h, model.final_norm().astype(np.float64), model.config.rms_norm_eps
+    )
     return normed @ model.head().astype(np.float64).T
 
 
@@ -80,7 +80,9 @@ def test_logits_are_those_of_transformers(checkpoint, changes):
     with torch.no_grad():
         expected = judge(torch.tensor(tokens)).logits.numpy()
     error = np.abs(logits(open_model(str(directory)), tokens) - expected)
-    assert error.max() < 2e-5, f"worst {error.max():.1e} at {np.unravel_index(error.argmax(), error.shape)}"
+    assert error.max() < 2e-5, (
+        f"worst {error.max():.1e} at {np.unravel_index(error.argmax(), error.shape)}"
+    )
 
 
 def test_the_mean_loss_is_that_of_transformers(checkpoint):

@@ -1,0 +1,183 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from prunetool.checkpoint import writer
+from prunetool.errors import CheckpointError, PrunetoolError, WorkError
+from prunetool.model import open_model, reopen
+from tests.conftest import tiny_config
+
+
+def says(model, text):
+    with pytest.raises(PrunetoolError) as caught:
+        open_model(str(model))
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def rewrite(path, **changes):
+    tensors = {**load_file(path), **changes}
+    save_file({k: v for k, v in tensors.items() if v is not None}, path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_shards_and_dtypes(checkpoint, dtype, shards):
+    model = open_model(str(checkpoint(dtype=dtype, shards=shards)))
+    assert model.dtype == dtype
+    assert model.layer(2).down.shape == (64, 96)
+    assert model.layer(2).down.dtype.name == dtype
+
+
+def test_a_directory_without_safetensors(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    says(tmp_path, "holds neither model.safetensors.index.json nor model.safetensors")
+
+
+def test_no_config(checkpoint):
+    model = checkpoint()
+    (model / "config.json").unlink()
+    says(model, "config.json: no such file")
+    (model / "config.json").write_text("{")
+    says(model, "config.json: cannot be read as JSON")
+    (model / "config.json").write_text("[]")
+    says(model, "config.json: is not a JSON object")
+
+
+def test_another_model_type(checkpoint):
+    model = checkpoint()
+    (model / "config.json").write_text(json.dumps(tiny_config(model_type="gpt_neox")))
+    says(model, "config.json: model_type 'gpt_neox'; prunetool reads Llama models only")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])
+def test_a_truncated_shard(checkpoint, keep):
+    model = checkpoint()
+    shard = model / "model.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: int(len(whole) * keep)])
+    says(model, "model.safetensors: truncated or not safetensors")
+
+
+def test_a_missing_shard(checkpoint):
+    model = checkpoint(shards=2)
+    (model / "model-00002-of-00002.safetensors").unlink()
+    says(model, "model-00002-of-00002.safetensors: no such shard")
+
+
+def test_a_tensor_missing(checkpoint):
+    model = checkpoint()
+    rewrite(model / "model.safetensors", **{"model.layers.1.mlp.up_proj.weight": None})
+    says(model, "no tensor model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_tensor_not_where_the_index_lists_it(checkpoint):
+    model = checkpoint(shards=2)
+    index = model / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    here = value["weight_map"][name]
+    value["weight_map"][name] = next(s for s in value["weight_map"].values() if s != here)
+    index.write_text(json.dumps(value))
+    says(model, f"no tensor {name}, which the index lists here; get the shard again")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "a/b.safetensors", ""])
+def test_an_index_that_leaves_the_directory(checkpoint, name):
+    model = checkpoint(shards=2)
+    index = model / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(value))
+    says(model, f"index.json: names {name!r}, outside the directory")
+
+
+def test_an_index_without_a_map(checkpoint):
+    model = checkpoint(shards=2)
+    (model / "model.safetensors.index.json").write_text("{}")
+    says(model, "has no weight_map")
+
+
+def test_a_shape_wrong(checkpoint):
+    model = checkpoint()
+    name = "model.layers.0.self_attn.k_proj.weight"
+    rewrite(model / "model.safetensors", **{name: np.zeros((16, 64), np.float32)})
+    says(model, f"{name} is (16, 64), and config.json makes it (32, 64)")
+
+
+def test_a_dtype_not_read(checkpoint):
+    model = checkpoint()
+    rewrite(model / "model.safetensors", **{"model.norm.weight": np.zeros(64, np.int8)})
+    says(model, "stores I8; give an unquantised checkpoint")
+
+
+def test_a_tensor_too_many(checkpoint):
+    model = checkpoint()
+    name = "model.layers.0.self_attn.q_proj.bias"
+    rewrite(model / "model.safetensors", **{name: np.zeros(64, np.float32)})
+    says(model, f"{name} has no place in this architecture")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite(checkpoint, dtype, value):
+    directory = checkpoint(dtype=dtype)
+    name = "model.layers.2.mlp.gate_proj.weight"
+    array = load_file(directory / "model.safetensors")[name]
+    array[3, 4] = value
+    rewrite(directory / "model.safetensors", **{name: array})
+    model = open_model(str(directory))
+    model.layer(1)
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+        model.layer(2)
+
+
+def test_a_checkpoint_that_changed_since(checkpoint):
+    model = open_model(str(checkpoint()))
+    reopen(str(model.directory), model.index.fingerprint())
+    with pytest.raises(CheckpointError, match="is not the checkpoint that was calibrated"):
+        reopen(str(checkpoint("other", shards=2)), model.index.fingerprint())
+
+
+def test_no_directory_and_no_hub_id(tmp_path):
+    says(tmp_path / "absent" / "deeper", "is no directory and no Hub id")
+
+
+class TestWriter:
+    def test_a_checkpoint_counts_only_when_it_is_closed(self, tmp_path):
+        out = tmp_path / "out"
+        made = writer.CheckpointWriter(out, 2)
+        made.write({"a": np.zeros((2, 3), np.float32)})
+        assert not (out / "model.safetensors.index.json").exists()
+        made.write({"b": np.zeros(3, np.float32)})
+        made.close()
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["metadata"] == {"total_size": 36, "total_parameters": 9}
+        assert index["weight_map"]["b"] == "model-00002-of-00002.safetensors"
+
+    def test_a_transposed_view_is_written_as_it_reads(self, tmp_path):
+        array = np.arange(6.0).reshape(2, 3)
+        writer.write_tensors(tmp_path / "x.safetensors", {"a": array.T})
+        np.testing.assert_array_equal(load_file(tmp_path / "x.safetensors")["a"], array.T)
+
+    def test_what_fails_leaves_nothing(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt), writer.atomic(tmp_path / "x") as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+        assert not list(tmp_path.iterdir())
+
+    def test_what_is_there_is_kept_without_overwrite(self, tmp_path):
+        (tmp_path / "thesis.tex").write_text("mine")
+        with pytest.raises(WorkError, match="is not empty; name another directory or give"):
+            writer.CheckpointWriter(tmp_path, 1)
+        with pytest.raises(WorkError, match="is not empty and holds no checkpoint"):
+            writer.CheckpointWriter(tmp_path, 1, overwrite=True)
+        with pytest.raises(WorkError, match="is a file"):
+            writer.CheckpointWriter(tmp_path / "thesis.tex", 1)
+
+    def test_a_full_disk_is_seen_before_the_work(self, tmp_path):
+        with pytest.raises(WorkError, match=r"needs 1000000000.00 GB of disk and .* GB are free"):
+            writer.need_room(tmp_path / "not" / "there", 10**18)

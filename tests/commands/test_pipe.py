@@ -1,0 +1,382 @@
+"""The whole flow as a user runs it: pipe, files, kill, and what comes out in transformers."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prunetool import corpus
+from tests.conftest import error_of
+
+PRUNETOOL = f"{shlex.quote(sys.executable)} -m prunetool"
+
+
+def contents(directory):
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def prune(run, records, out, *, score=(), compensate=True, export=()):
+    kept = run("score", *score, records).stdout
+    if compensate:
+        kept = run("compensate", stdin=kept).stdout
+    return run("export", out, *export, stdin=kept)
+
+
+def loss_in_transformers(directory, tokens):
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, dtype=torch.float32
+    )
+    ids = torch.tensor(tokens.astype(np.int64))
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+        generated = model.generate(ids[:1, :4], max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] > 4
+    return model, loss
+
+
+@pytest.fixture
+def held_out(text, tmp_path):
+    """Sequences that were not calibrated on, as ids and as a file."""
+    ids = corpus.read_text([text], "text").encode()[3000:3192]
+    tokens = (np.frombuffer(ids, np.uint8).astype(np.int32) % 250).reshape(4, 48)
+    np.save(tmp_path / "ids.npy", tokens)
+    return tokens
+
+
+def evaluated(run, directory, tmp_path):
+    done = run("evaluate", directory, "--tokens", tmp_path / "ids.npy", "--sequence-length", 48,
+               "--dtype", "float32")  # fmt: skip
+    return json.loads(done.stdout)
+
+
+MHA8 = {"num_attention_heads": 4, "num_key_value_heads": 4}
+FORMS = {
+    # uniform: 2 of 4 MHA heads of 16 stay, 64 % 2 == 0
+    "llama": (MHA8, ["--sparsity", ".5", "--allocation", "uniform"], [], "llama"),
+    # 3 of 4 heads stay, and 64 is no multiple of 3
+    "mistral": (MHA8, ["--sparsity", ".3", "--allocation", "uniform"], [], "mistral"),
+    "mistral cannot be biased": (
+        {**MHA8, "attention_bias": True, "mlp_bias": True},
+        ["--sparsity", ".3", "--allocation", "uniform"], [], "pruned_llama",
+    ),
+    "unequal": ({}, ["--sparsity", ".3", "--multiple-of", "1"], [], "pruned_llama"),
+    "unequal, tied, llama3 rope": (
+        {"tie_word_embeddings": True, "rope_theta": 500000.0, "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+        ["--sparsity", ".3", "--multiple-of", "8"], [], "pruned_llama",
+    ),
+    "unequal, biased": (
+        {"attention_bias": True, "mlp_bias": True},
+        ["--sparsity", ".3", "--multiple-of", "8"], [], "pruned_llama",
+    ),
+    "dense": ({}, ["--sparsity", ".3", "--multiple-of", "1"], ["--format", "dense"], "llama"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "score", "export", "form"), FORMS.values(), ids=FORMS)
+def test_what_is_exported_loads_in_transformers_and_means_the_same(
+    calibrated, run, tmp_path, held_out, changes, score, export, form
+):
+    _, records = calibrated(**changes)
+    out = tmp_path / "out"
+    prune(run, records, out, score=score, export=export)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == form
+    _, theirs = loss_in_transformers(out, held_out)
+    ours = evaluated(run, out, tmp_path)
+    assert ours["loss"] == pytest.approx(theirs, abs=2e-5)
+    assert ours["perplexity"] == pytest.approx(math.exp(theirs), rel=1e-4)
+    stored = sum(
+        array.size for path in out.glob("*.safetensors") for array in load_file(path).values()
+    )
+    assert stored == ours["parameters"]
+
+
+def test_dense_zeros_and_smaller_matrices_are_the_same_model(calibrated, run, tmp_path, held_out):
+    _, records = calibrated(attention_bias=True, mlp_bias=True)
+    losses = []
+    for form in ("auto", "dense"):
+        prune(run, records, tmp_path / f"out-{form}", score=["--sparsity", ".4", "--multiple-of", "8"],
+              export=["--format", form])  # fmt: skip
+        losses.append(evaluated(run, tmp_path / f"out-{form}", tmp_path)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_keeping_all_changes_nothing(calibrated, run, tmp_path):
+    model, records = calibrated(shards=2)
+    prune(run, records, tmp_path / "out", score=["--sparsity", "0"])
+    before, after = {}, {}
+    for directory, tensors in ((model, before), (tmp_path / "out", after)):
+        for path in directory.glob("*.safetensors"):
+            tensors.update(load_file(path))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
+def test_without_compensate_the_kept_weights_are_untouched(calibrated, run, tmp_path):
+    model, records = calibrated()
+    prune(run, records, tmp_path / "out", score=["--sparsity", ".3"], compensate=False)
+    dense = load_file(model / "model.safetensors")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        for name, array in load_file(path).items():
+            assert np.isin(array, dense[name]).all()
+
+
+def test_a_refit_helps_on_the_calibration_text(calibrated, run):
+    _, records = calibrated()
+    kept = run("score", "--sparsity", ".4", records).stdout
+    for line in run("compensate", stdin=kept).stdout.splitlines()[1:-1]:
+        for matrix in json.loads(line)["values"]["refit"].values():
+            assert matrix["refitted"] <= matrix["removed"] * (1 + 1e-9)
+            assert matrix["held_out_refitted"] <= matrix["held_out_removed"]
+
+
+METHODS = ["newton", "newton-box", "newton-tied", "obs", "flap", "wanda-sp", "magnitude", "random"]
+
+
+@pytest.mark.parametrize("weighting", ["none", "token"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_removes_what_is_asked(calibrated, run, method, weighting):
+    _, records = calibrated(stats="token" if weighting == "token" else "structural")
+    for allocation in ("global", "uniform"):
+        done = run("score", "--sparsity", ".35", "--method", method, "--multiple-of", 4,
+                   "--allocation", allocation, "--weighting", weighting, records)  # fmt: skip
+        cost_group, cost_channel, total = 2 * 64 * 16 * 3, 3 * 64, 3 * (64 * 16 * 12 + 96 * 192)
+        removed = 0
+        for line in done.stdout.splitlines()[1:-1]:
+            kept = json.loads(line)["values"]["kept"]
+            assert kept["kv_heads"] >= 1
+            assert kept["channels"] % 4 == 0
+            removed += (2 - kept["kv_heads"]) * cost_group + (96 - kept["channels"]) * cost_channel
+        step = 4 * cost_channel * (3 if allocation == "uniform" else 1)
+        assert abs(removed - 0.35 * total) <= step
+        assert f"{removed / total:.4%}" in done.stderr
+
+
+def test_newton_iterated_and_closed_form_keep_the_same(calibrated, run):
+    _, records = calibrated()
+    masks = []
+    for more in ([], ["--newton-iterations", 7]):
+        stream = run("score", "--sparsity", ".3", "--multiple-of", 1, *more, records).stdout
+        header, *layers, _ = map(json.loads, stream.splitlines())
+        masks.append([load_file(f"{header['work']}/{r['files']['kept.channels']}") for r in layers])
+    for one, other in zip(*masks, strict=True):
+        for name, mask in one.items():
+            np.testing.assert_array_equal(mask, other[name])
+
+
+def test_scores_of_two_steps_join(calibrated, run, tmp_path):
+    _, records = calibrated()
+    heads = run("score", "--target", "heads", "--sparsity", ".1", records).stdout
+    both = run("score", "--target", "channels", "--sparsity", ".2", "--method", "wanda-sp",
+               stdin=heads).stdout  # fmt: skip
+    kept = [json.loads(line)["values"]["kept"] for line in both.splitlines()[1:-1]]
+    assert sum(2 - k["kv_heads"] for k in kept) == 1
+    assert sum(96 - k["channels"] for k in kept) == 96
+    refitted = run("compensate", stdin=both).stdout
+    run("export", tmp_path / "out", stdin=refitted)
+    # A score behind the refit makes it one of other units.
+    late = run("score", "--target", "channels", "--sparsity", ".3", stdin=refitted).stdout
+    done = run("export", tmp_path / "late", stdin=late, ok=False)
+    assert "put compensate behind the last score" in error_of(done)
+    assert not (tmp_path / "late").exists() or not list((tmp_path / "late").glob("*.json"))
+
+
+def steps(model, text, out):
+    calibrate = f"calibrate {model} --text {text} --samples 8 --sequence-length 32 --work w"
+    return [calibrate, "score --sparsity .3", "compensate", f"export {out}"]
+
+
+def shell(script, cwd):
+    subprocess.run(["sh", "-ec", script], cwd=cwd, check=True, capture_output=True, timeout=300)
+
+
+def test_one_pipe_step_by_step_and_killed_give_the_same_bytes(checkpoint, text, tmp_path):
+    model = checkpoint(dtype="bfloat16", num_hidden_layers=24)
+    parts = steps(model, text, "out")
+    work, out = tmp_path / "w", tmp_path / "out"
+
+    def clean():
+        found = contents(out), contents(work)
+        shutil.rmtree(out)
+        shutil.rmtree(work)
+        return found
+
+    shell(" | ".join(f"{PRUNETOOL} {part}" for part in parts), tmp_path)
+    piped = clean()
+
+    files = ["a.jsonl", "b.jsonl", "c.jsonl"]
+    script = [f"{PRUNETOOL} {parts[0]} -o {files[0]}"]
+    script += [f"{PRUNETOOL} {parts[i]} {files[i - 1]} -o {files[i]}" for i in (1, 2)]
+    shell("\n".join([*script, f"{PRUNETOOL} {parts[3]} {files[2]}"]), tmp_path)
+    stream = (tmp_path / "a.jsonl").read_text()
+    assert clean() == piped
+
+    running = subprocess.Popen(
+        [sys.executable, "-m", "prunetool", *shlex.split(parts[0])],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    for _ in range(6):
+        running.stdout.readline()
+    running.send_signal(signal.SIGKILL)
+    seen, _ = running.communicate()
+    assert running.returncode == -signal.SIGKILL
+    assert '"end"' not in seen
+    assert list(work.glob("hidden-*")), "killed in the middle"
+    early = sorted(work.glob("stats/layer-0000[0-3]*"))
+    made = {path: path.stat().st_mtime_ns for path in early}
+    shell("\n".join([*script, f"{PRUNETOOL} {parts[3]} {files[2]}"]), tmp_path)
+    assert (tmp_path / "a.jsonl").read_text() == stream
+    assert {path: path.stat().st_mtime_ns for path in early} == made, "layers done are not redone"
+    assert clean() == piped
+
+
+def test_a_finished_calibration_is_read_not_made_again(calibrated, run, text, tmp_path):
+    model, records = calibrated()
+    work = tmp_path / "dense.work"
+    before = contents(work)
+    words = ["calibrate", model, "--text", text, "--samples", 8, "--sequence-length", 32,
+             "--held-out", 2, "--work", work]  # fmt: skip
+    assert run(*words).stdout == records.read_text()
+    assert contents(work) == before
+    words[words.index("--samples") + 1] = 9
+    line = error_of(run(*words, ok=False))
+    assert re.search(r"holds another run: \w+ was .* and is .*; give --overwrite", line)
+    run(*words, "--overwrite")
+
+
+def test_a_failed_step_stops_the_pipe_and_nothing_looks_whole(checkpoint, text, tmp_path):
+    model = checkpoint()
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(model / "model.safetensors")
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, model / "model.safetensors")
+    parts = steps(model, text, "out")
+    done = subprocess.run(
+        ["sh", "-c", " | ".join(f"{PRUNETOOL} {part}" for part in parts)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"{name} holds NaN or infinity" in done.stderr
+    assert "cut off after" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line(calibrated, run, tmp_path):
+    _, records = calibrated()
+    done = run("score", "--sparsity", ".3", records, "-o", "/dev/full", ok=False)
+    assert "No space left on device" in error_of(done)
+
+
+def test_a_write_that_fails_half_way_leaves_no_checkpoint(calibrated, run, tmp_path):
+    _, records = calibrated()
+    kept = tmp_path / "kept.jsonl"
+    run("score", "--sparsity", ".1", records, "-o", kept)
+    script = f"ulimit -f 60; exec {PRUNETOOL} export out {kept}"
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert error_of(done)
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert not list((tmp_path / "out").glob(".*"))
+    run("export", "out", kept, "--overwrite")
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_export_refuses_what_it_would_destroy(calibrated, run, tmp_path):
+    model, records = calibrated()
+    kept = run("score", "--sparsity", ".1", records).stdout
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    assert "is not empty" in error_of(run("export", "full", stdin=kept, ok=False))
+    line = error_of(run("export", model, "--overwrite", stdin=kept, ok=False))
+    assert "is the model itself" in line
+    assert (model / "model.safetensors").exists()
+
+
+def test_steps_out_of_order_say_what_is_missing(calibrated, run, tmp_path):
+    _, records = calibrated()
+    done = run("compensate", records, ok=False)
+    assert "put prunetool score before this step" in error_of(done)
+    (tmp_path / "dense.work" / "stats" / "layer-00001.stats.safetensors").unlink()
+    line = error_of(run("score", "--sparsity", ".1", records, ok=False))
+    assert "layer-00001.stats.safetensors: cannot be read" in line
+
+
+def test_without_held_out_tokens_the_damping_must_be_given(calibrated, run):
+    _, records = calibrated(held_out=0)
+    kept = run("score", "--sparsity", ".3", records).stdout
+    line = error_of(run("compensate", stdin=kept, ok=False))
+    assert "layer 0" in line or "--damping" in line
+    assert "no tokens were held out to choose it on; give one number" in line
+    run("compensate", "--damping", "0.01", stdin=kept)
+
+
+def test_a_sparsity_out_of_reach_is_said_before_scoring(calibrated, run, tmp_path):
+    _, records = calibrated()
+    line = error_of(run("score", "--sparsity", ".95", records, ok=False))
+    assert "--sparsity: asks for" in line
+    assert not list((tmp_path / "dense.work").glob("score*"))
+
+
+def test_the_card_and_companions_go_along(calibrated, run, tmp_path):
+    model, records = calibrated()
+    (model / "generation_config.json").write_text('{"eos_token_id": 257}')
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "LICENSE").write_text("free")
+    prune(run, records, tmp_path / "out", score=["--sparsity", ".3"])
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE"):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    for word in ("library_name: transformers", '"command": "compensate"', '"sparsity": 0.3'):
+        assert word in card
+    assert AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True).head_dim == 16
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 1}, {"num_key_value_heads": 4}])
+def test_mqa_and_mha_go_through(calibrated, run, tmp_path, held_out, changes):
+    _, records = calibrated(stats="all", **changes)
+    prune(run, records, tmp_path / "out", score=["--sparsity", ".3", "--multiple-of", 8])
+    _, theirs = loss_in_transformers(tmp_path / "out", held_out)
+    assert evaluated(run, tmp_path / "out", tmp_path)["loss"] == pytest.approx(theirs, abs=2e-5)
+
+
+def test_a_pruned_model_can_be_pruned_again(calibrated, run, text, tmp_path, held_out):
+    _, records = calibrated()
+    prune(run, records, tmp_path / "once", score=["--sparsity", ".2", "--multiple-of", 8])
+    again = run("calibrate", tmp_path / "once", "--text", text, "--samples", 8,
+                "--sequence-length", 32).stdout  # fmt: skip
+    kept = run("score", "--sparsity", ".2", "--multiple-of", 8, stdin=again).stdout
+    run("export", tmp_path / "twice", stdin=run("compensate", stdin=kept).stdout)
+    _, theirs = loss_in_transformers(tmp_path / "twice", held_out)
+    assert evaluated(run, tmp_path / "twice", tmp_path)["loss"] == pytest.approx(theirs, abs=2e-5)
+
+
+def test_inspect_counts_what_is_there(checkpoint, run):
+    model = checkpoint(attention_bias=True)
+    result = json.loads(run("inspect", model).stdout)
+    stored = load_file(model / "model.safetensors")
+    assert result["parameters"] == sum(array.size for array in stored.values())
+    assert result["size_bytes"] == sum(array.nbytes for array in stored.values())
+    assert result["layer_matrices"] == sum(
+        a.size for n, a in stored.items() if "layers" in n and n.endswith("proj.weight")
+    )
+    assert os.path.basename(result["model"]) == "dense"

@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from prunetool.errors import ConfigError
+from prunetool.pruning import budget
+
+D, HEAD, GROUP_SIZE = 64, 16, 2
+GROUP_COST, CHANNEL_COST = 2 * D * HEAD * (GROUP_SIZE + 1), 3 * D
+
+
+def removed(counts):
+    return int(counts.groups.sum() * GROUP_COST + counts.channels.sum() * CHANNEL_COST)
+
+
+@given(
+    st.integers(0, 100), st.floats(0, 0.95), st.sampled_from([1, 8, 32]),
+    st.lists(st.integers(20, 200), min_size=1, max_size=6),
+)  # fmt: skip
+def test_the_ratio_asked_is_the_ratio_removed(seed, sparsity, multiple, sizes):
+    random = np.random.default_rng(seed)
+    groups = [random.standard_normal(4) for _ in sizes]
+    channels = [random.standard_normal(size) for size in sizes]
+    limits = budget.Limits(multiple, 1)
+    target = round(sparsity * (sum(sizes) * CHANNEL_COST + 4 * len(sizes) * GROUP_COST))
+    most_channels = sum(size - limits.fewest(size) for size in sizes)
+    assume(target <= most_channels * CHANNEL_COST + 3 * len(sizes) * GROUP_COST)
+    counts = budget.allocate_global(
+        groups, channels, [GROUP_COST] * len(sizes), CHANNEL_COST, target, limits
+    )
+    kept = np.array(sizes) - counts.channels
+    assert all(k == size or k % multiple == 0 for k, size in zip(kept, sizes, strict=True))
+    assert (kept >= [limits.fewest(size) for size in sizes]).all()
+    assert (counts.groups < 4).all()
+    room = any(limits.fewest(s) < k for s, k in zip(sizes, kept, strict=True))
+    if room and (kept < sizes).any():
+        assert abs(removed(counts) - target) <= max(multiple, 1) * CHANNEL_COST
+
+
+def test_the_lowest_scores_go_first_across_layers():
+    channels = [np.arange(64.0), np.arange(64.0) + 32]
+    groups = [np.full(2, 1e9)] * 2
+    counts = budget.allocate_global(
+        groups, channels, [GROUP_COST] * 2, CHANNEL_COST, 32 * CHANNEL_COST, budget.Limits(1, 1)
+    )
+    assert counts.channels.tolist() == [32, 0]
+    assert counts.groups.tolist() == [0, 0]
+
+
+def test_a_head_is_weighed_by_its_parameters_not_scored_by_them():
+    # The group's score is between the channels': it goes when the quantile reaches it.
+    channels, groups = [np.arange(100.0)], [np.array([9.5, 1e9])]
+    per_group = GROUP_COST // CHANNEL_COST
+    for target, expected in ((10, (0, 10)), (10 + per_group, (1, 10)), (9 + per_group, (0, 41))):
+        counts = budget.allocate_global(
+            groups, channels, [GROUP_COST], CHANNEL_COST, target * CHANNEL_COST,
+            budget.Limits(1, 1),
+        )  # fmt: skip
+        assert (counts.groups[0], counts.channels[0]) == expected
+
+
+def test_no_layer_loses_its_last_group_or_channels():
+    counts = budget.allocate_global(
+        [np.zeros(1)] * 2, [np.zeros(64)] * 2, [GROUP_COST] * 2, CHANNEL_COST, 64 * CHANNEL_COST,
+        budget.Limits(32, 32),
+    )  # fmt: skip
+    assert counts.groups.tolist() == [0, 0]
+    assert counts.channels.tolist() == [32, 32]
+    with pytest.raises(ConfigError, match="at most 12,288 can go"):
+        budget.allocate_global(
+            [np.zeros(1)] * 2, [np.zeros(64)] * 2, [GROUP_COST] * 2, CHANNEL_COST,
+            65 * CHANNEL_COST, budget.Limits(32, 32),
+        )  # fmt: skip
+
+
+@given(st.floats(0, 0.8), st.sampled_from([1, 8, 32]))
+def test_uniform_counts_meet_the_target_to_a_step_a_layer(sparsity, multiple):
+    layers, groups, channels = 5, 4, 256
+    total = layers * (groups * GROUP_COST + channels * CHANNEL_COST)
+    target = round(sparsity * total)
+    counts = budget.allocate_uniform(
+        groups, channels, layers, GROUP_COST, CHANNEL_COST, target, budget.Limits(multiple, 1)
+    )
+    assert len(set(counts.groups)) == len(set(counts.channels)) == 1
+    assert (channels - counts.channels[0]) % multiple == 0
+    assert abs(removed(counts) - target) <= layers * multiple * CHANNEL_COST
+
+
+def test_uniform_heads_alone_are_rounded():
+    counts = budget.allocate_uniform(
+        4, 0, 2, GROUP_COST, CHANNEL_COST, 3 * GROUP_COST, budget.Limits(32, 32)
+    )
+    assert counts.groups.tolist() == [2, 2]
+
+
+def test_keep_drops_the_lowest_and_the_first_of_equals():
+    assert budget.keep(np.array([3.0, 1, 1, 2]), 1).tolist() == [True, False, True, True]
+    assert budget.keep(np.array([-np.inf, 1.0]), 0).all()

@@ -1,0 +1,68 @@
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunetool.pruning import gram
+
+
+def sums_of(x, h, cuts, **kept):
+    sums = gram.zeros(len(x), **kept)
+    for part in np.split(np.arange(x.shape[1]), cuts):
+        if part.size:
+            sums = gram.add(
+                sums,
+                jnp.asarray(x[:, None, part], jnp.float32),
+                jnp.asarray(h[:, None, part], jnp.float32),
+            )
+    return sums
+
+
+@given(st.lists(st.integers(0, 40), max_size=3), st.integers(0, 10))
+def test_any_split_into_batches_gives_the_same_sums(cuts, seed):
+    random = np.random.default_rng(seed)
+    x, h = random.standard_normal((12, 40)), random.standard_normal((5, 40))
+    kept = {"blocks": 3, "diagonal": True, "full": True}
+    whole = sums_of(x, h, [], **kept)
+    split = sums_of(x, h, sorted(cuts), **kept)
+    for one, other in zip(whole, split, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-5, atol=1e-5)
+
+
+def test_the_sums_are_what_they_say():
+    random = np.random.default_rng(0)
+    x, h = random.standard_normal((6, 50)), random.standard_normal((4, 50))
+    sums = sums_of(x, h, [20], blocks=2, diagonal=True, full=True)
+    weight = 1 / (h**2).sum(axis=0)
+    weighted = (x * weight) @ x.T
+    np.testing.assert_allclose(np.asarray(sums.gram), x @ x.T, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(sums.total), x.sum(axis=1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(sums.token_gram), weighted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(sums.token_diagonal), np.diagonal(weighted), rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(sums.token_blocks[1]), weighted[3:, 3:], rtol=1e-4)
+    eigenvalues = np.linalg.eigvalsh(np.asarray(sums.gram))
+    assert eigenvalues.min() > -1e-5 * eigenvalues.max()
+    assert all(np.asarray(value).dtype == np.float64 for value in sums)
+
+
+def test_a_token_of_no_energy_has_no_weight():
+    sums = sums_of(np.ones((2, 3)), np.zeros((4, 3)), [], diagonal=True)
+    np.testing.assert_array_equal(np.asarray(sums.token_diagonal), 0)
+
+
+def test_batches_add_in_float64():
+    # In float32 the ones would be lost against 2^25.
+    sums = gram.zeros(1)
+    big = jnp.full((1, 1, 1), 2.0**13, jnp.float32)
+    one = jnp.ones((1, 1, 1), jnp.float32)
+    sums = gram.add(sums, big, one)
+    for _ in range(8):
+        sums = gram.add(sums, one, one)
+    assert float(sums.gram[0, 0]) == 2.0**26 + 8
+
+
+@given(st.integers(1, 30))
+def test_unpack_undoes_pack(size):
+    A = np.random.default_rng(size).standard_normal((size, size)).astype(np.float32)
+    A = A + A.T
+    np.testing.assert_array_equal(gram.unpack(gram.pack(A)), A)

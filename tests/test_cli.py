@@ -1,0 +1,159 @@
+import ast
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import prunetool
+from prunetool import cli, errors
+from tests.conftest import error_of
+
+PACKAGE = Path(prunetool.__file__).parent
+COMMANDS = [cli.group.get_command(None, name) for name in cli.COMMANDS]
+
+
+def test_help_is_quick_and_does_not_load_jax(run):
+    best = 9.0
+    for _ in range(3):
+        started = time.monotonic()
+        run("--help")
+        best = min(best, time.monotonic() - started)
+    assert best < 1.0  # the aim is 0.3 s; a test must not fail on a busy machine
+    for name in cli.COMMANDS:
+        script = (
+            f"import sys; from prunetool.cli import group; "
+            f"group(['{name}', '--help'], standalone_mode=False); "
+            f"sys.exit(sorted({{'jax', 'numpy', 'scipy', 'torch'}} & set(sys.modules)) or 0)"
+        )
+        import subprocess
+
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, (name, done.stderr)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=cli.COMMANDS)
+def test_every_command_has_help_and_an_example(command):
+    assert command.short_help or command.help
+    assert f"prunetool {command.name}" in command.help
+    assert "Example:" in command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{command.name} {parameter.name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["calibrate", "m"], "give either --text or --tokens"),
+        (["calibrate", "m", "--text", "a", "--tokens", "b"], "give either --text or --tokens"),
+        (["calibrate", "m", "--text", "a", "--samples", "2", "--held-out", "2"], "leave none"),
+        (["evaluate", "m"], "give either --text or --tokens"),
+        (["score"], "Missing option '--sparsity'"),
+        (["score", "--sparsity", "1"], "not in the range"),
+        (["score", "--sparsity", ".2", "--target", "layers"], "name some of heads, channels"),
+        (["score", "--sparsity", ".2", "--newton-iterations", "3", "--lambda", "inf"], "finite"),
+        (["compensate", "--damping", "much"], "give a number"),
+        (["compensate", "--damping", "-1"], "a damping is 0 or more"),
+        (["prune"], "No such command 'prune'"),
+    ],
+)
+def test_a_wrong_command_line_exits_2(words, says):
+    done = CliRunner().invoke(cli.group, words, input="")
+    assert done.exit_code == 2
+    assert says in done.output
+
+
+def test_a_terminal_on_stdin_is_a_usage_error_at_once(monkeypatch):
+    from prunetool import options
+
+    monkeypatch.setattr(options.sys.stdin, "isatty", lambda: True, raising=False)
+    with pytest.raises(click.UsageError, match="stdin is a terminal"):
+        options._no_terminal(None, None, "-")
+    assert options._no_terminal(None, None, "file") == "file"
+
+
+def test_an_empty_stream_exits_1_with_one_line(run):
+    for words in (["score", "--sparsity", ".2"], ["compensate"], ["export", "out"]):
+        done = run(*words, stdin="", ok=False)
+        assert "<stdin>: the stream is empty; run the step before again" in error_of(done)
+
+
+def test_a_traceback_is_shown_on_request(run):
+    done = run("compensate", stdin="", ok=False, PRUNETOOL_DEBUG="1")
+    assert "Traceback" in done.stderr
+
+
+def test_a_message_is_one_line():
+    error = errors.CheckpointError("a", "b\nc", "d")
+    assert str(error) == "a: b c; d"
+    with (
+        pytest.raises(errors.NumericalError, match="layer 1: A: is bad; do"),
+        errors.naming("layer 1"),
+    ):
+        raise errors.NumericalError("A", "is bad", "do")
+
+
+ALLOWED = {
+    "cli": {"commands", "console", "errors"},
+    "commands": {"options", "records", "console", "corpus", "checkpoint", "model", "steps",
+                 "workdir", "errors"},
+    "options": {"checkpoint", "errors"},
+    "steps": {"records", "console", "checkpoint", "llama", "pruning", "model", "pruned",
+              "streaming", "workdir", "card", "errors", "loaders"},
+    "card": {"checkpoint", "llama", "model", "records"},
+    "pruned": {"records", "workdir", "llama", "model"},
+    "streaming": {"checkpoint", "llama", "model", "errors"},
+    "workdir": {"checkpoint", "records", "errors"},
+    "model": {"checkpoint", "llama", "errors"},
+    "records": {"errors"},
+    "corpus": {"errors"},
+    "console": set(),
+    "checkpoint": {"errors"},
+    "llama": {"errors"},
+    "pruning": {"errors"},
+    "errors": set(),
+}  # fmt: skip
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prunetool"):
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+
+
+def test_imports_point_down():
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part in ("__init__", "__main__", "loaders"):
+            continue
+        outside = set(imports(path)) - {part, "__version__"}
+        assert outside <= ALLOWED[part], f"{path.name}: {outside - ALLOWED[part]}"
+
+
+def test_only_commands_know_click():
+    for path in PACKAGE.rglob("*.py"):
+        knows = "import click" in path.read_text()
+        assert not knows or path.parent.name == "commands" or path.name in ("cli.py", "options.py")
+
+
+def test_the_package_never_imports_torch():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "loaders":
+            assert "torch" not in {
+                name.split(".")[0]
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in [getattr(node, "module", None) or node.names[0].name]
+            }
+
+
+def test_every_module_imports():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "loaders" and path.name != "__main__.py":
+            name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            importlib.import_module(name.removesuffix(".__init__"))
