@@ -92,10 +92,14 @@ def _byte_level(model: GGUFModel) -> Tokenizer:
         raise ConfigError(
             model.path, f"pre-tokenizer {word!r}", f"known: {', '.join(sorted(splitting))}"
         )
+    vocabulary = _numbered(texts)
+    for merge in merges:  # the tokenizers library would panic
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise ConfigError(
+                model.path, f"merge {' '.join(merge)!r} is not of its vocabulary", "get it again"
+            )
     # Llama 3 takes a word that is a token as it is, whatever the merges would give.
-    tokenizer = Tokenizer(
-        models.BPE(_numbered(texts), merges, ignore_merges=word.startswith("llama"))
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=word.startswith("llama")))
     tokenizer.pre_tokenizer = splitting[word]()  # type: ignore[no-untyped-call]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -164,9 +164,13 @@ class TestWriter:
         np.testing.assert_array_equal(load_file(tmp_path / "x.safetensors")["a"], array.T)
 
     def test_what_fails_leaves_nothing(self, tmp_path):
-        with pytest.raises(KeyboardInterrupt), writer.atomic(tmp_path / "x") as partial:
-            partial.write_text("half")
-            raise KeyboardInterrupt
+        def half():
+            with writer.atomic(tmp_path / "x") as partial:
+                partial.write_text("half")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            half()
         assert not list(tmp_path.iterdir())
 
     def test_what_is_there_is_kept_without_overwrite(self, tmp_path):

@@ -113,9 +113,9 @@ def test_dense_zeros_and_smaller_matrices_are_the_same_model(calibrated, run, tm
     _, records = calibrated(attention_bias=True, mlp_bias=True)
     losses = []
     for form in ("auto", "dense"):
-        prune(run, records, tmp_path / f"out-{form}", score=["--sparsity", ".4", "--multiple-of", "8"],
-              export=["--format", form])  # fmt: skip
-        losses.append(evaluated(run, tmp_path / f"out-{form}", tmp_path)["loss"])
+        out, score = tmp_path / f"out-{form}", ["--sparsity", ".4", "--multiple-of", "8"]
+        prune(run, records, out, score=score, export=["--format", form])
+        losses.append(evaluated(run, out, tmp_path)["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
