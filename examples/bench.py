@@ -26,7 +26,9 @@ sums = {}
 def hook(name):
     def add(module, given):
         x = given[0].reshape(-1, given[0].shape[-1]).float()
-        sums.setdefault(name, torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)).add_(x.T @ x)
+        if name not in sums:
+            sums[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        sums[name] += x.T @ x
     return add
 for i, layer in enumerate(model.layers):
     layer.self_attn.o_proj.register_forward_pre_hook(hook((i, "o")))
