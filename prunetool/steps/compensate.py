@@ -77,6 +77,13 @@ def _refit(
             )
             parts = _refit_matrix(W, bias, kept[matrix], *_moments(matrix, stats, held), grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
+        if not kept[matrix].all() and np.isnan(parts["report"][-1]):
+            console.log.warning(
+                "layer %d, %s_proj: no damping served the held-out tokens; rows are removed and "
+                "not refitted",
+                record.index,
+                matrix,
+            )
     return out
 
 
@@ -133,7 +140,6 @@ def _refit_matrix(
     A_c = centred(every, mean)
     error = compensation.OutputError(W, A_c, kept)
     if damping is None:
-        console.log.warning("no damping served the held-out tokens: rows are removed, not refitted")
         dW_k = np.zeros((int(kept.sum()), W.shape[1]))
     else:
         dW_k = compensation.refit(W, A_c, kept, damping=damping)
