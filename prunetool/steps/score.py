@@ -144,13 +144,12 @@ class Scoring:
     def _scores(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
         """Scores of a layer's units of both targets, as a file keeps them."""
         stats = all_stats(self.work, record)
-        config = self.model.config
-        shape = config.layer_shapes[record.index]
-        d = config.head_dim
+        shape = self.model.config.layer_shapes[record.index]
+        group_costs, channel_cost, _ = self._costs()
         out = {}
         for kind, matrix, blocks, cost in (
-            (HEADS, "o", shape.kv_heads, 2 * config.hidden_size * d * (shape.group_size + 1)),
-            (CHANNELS, "down", 0, 3 * config.hidden_size),
+            (HEADS, "o", shape.kv_heads, group_costs[record.index]),
+            (CHANNELS, "down", 0, channel_cost),
         ):
             W = used_weight(self.model, record.index, matrix)
             one = {
