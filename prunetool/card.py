@@ -18,6 +18,7 @@ def model_card(
     form: str,
     shapes: Sequence[LayerShape],
     parameters: int,
+    densities: Sequence[dict[str, tuple[int, int]]],
 ) -> str:
     """README.md for the Hub: front matter, sizes, how to load, and the history.
 
@@ -27,6 +28,8 @@ def model_card(
       form: what config.json calls it, or ``dense``.
       shapes: what each layer keeps.
       parameters: stored in the result.
+      densities: of each layer's matrices, weights that are not zero and all; none where no weights
+        were masked.
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
     after = [dense.layer_parameters(shape) for shape in shapes]
@@ -51,6 +54,16 @@ def model_card(
     for layer, (old, new) in enumerate(zip(dense.config.layer_shapes, shapes, strict=True)):
         cells = (
             f"{getattr(new, k)} / {getattr(old, k)}" for k in ("heads", "kv_heads", "channels")
+        )
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    if densities:
+        lines += [
+            "", "## Weights that are not zero, of those stored", "",
+            f"| layer | {' | '.join(densities[0])} |", f"|---:|{'---:|' * len(densities[0])}",
+        ]  # fmt: skip
+    for layer, of in enumerate(densities):
+        cells = (
+            f"{filled:,} / {size:,} ({filled / (size or 1):.2%})" for filled, size in of.values()
         )
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     lines += ["", "## History", "", "```json"]

@@ -1,12 +1,17 @@
-"""What the steps behind ``score`` share: the units a layer keeps, and its weights as used."""
+"""What the steps behind ``score`` share: the units and weights a layer keeps.
+
+A unit is a KV group with its query heads, or an MLP channel; a mask says of each weight of a matrix
+whether it stays, and may come with new values of those that do.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from prunetool import records, workdir
-from prunetool.llama.config import LayerShape
+from prunetool.llama.config import LayerShape, LlamaConfig
+from prunetool.llama.weights import MATRICES, part_shapes
 from prunetool.model import Model
 
 HEADS, CHANNELS = TARGETS = ("heads", "channels")
@@ -38,12 +43,61 @@ def all_stats(work: Path, record: records.LayerRecord) -> dict[str, np.ndarray]:
     return stats
 
 
-def rows_kept(kept: dict[str, np.ndarray], shape: LayerShape, head_dim: int) -> dict[str, Any]:
-    """The same as rows of the weights as used: ``{"o": (H d,), "down": (I,)}`` bool."""
+class Extent(NamedTuple):
+    """Which rows and columns of a matrix, as a checkpoint stores it, are of units kept."""
+
+    rows: np.ndarray  # (out,) bool
+    columns: np.ndarray  # (in,) bool
+
+    def of(self, W: np.ndarray) -> np.ndarray:
+        """W with only those."""
+        return np.asarray(W[np.ix_(*self)])
+
+
+def extents(
+    kept: dict[str, np.ndarray], shape: LayerShape, config: LlamaConfig
+) -> dict[str, Extent]:
+    """The same for each of the seven matrices, from the units kept (`kept_units`)."""
+    every = np.ones(config.hidden_size, bool)
+    kv = np.repeat(kept[HEADS], config.head_dim)
+    heads = np.repeat(kept[HEADS], shape.group_size * config.head_dim)
+    channels = kept[CHANNELS]
     return {
-        "o": np.repeat(kept[HEADS], shape.group_size * head_dim),
-        "down": kept[CHANNELS],
-    }
+        "q": Extent(heads, every), "k": Extent(kv, every), "v": Extent(kv, every),
+        "o": Extent(every, heads),
+        "gate": Extent(channels, every), "up": Extent(channels, every),
+        "down": Extent(every, channels),
+    }  # fmt: skip
+
+
+class Mask(NamedTuple):
+    """Which weights of a matrix stay, and their new values where the step gave some."""
+
+    kept: np.ndarray  # (out, in) bool
+    values: np.ndarray | None  # (out, in) float32
+
+    def on(self, W: np.ndarray) -> np.ndarray:
+        """The masked matrix in W's dtype."""
+        new = W if self.values is None else self.values.astype(W.dtype)
+        return np.where(self.kept, new, np.zeros((), W.dtype))
+
+
+def pack_mask(part: str, mask: Mask) -> dict[str, np.ndarray]:
+    """A mask as a file keeps it, eight weights a byte."""
+    packed = {f"{part}.kept": np.packbits(mask.kept, axis=1)}
+    return packed if mask.values is None else {**packed, f"{part}.values": mask.values}
+
+
+def masks(model: Model, work: Path, record: records.LayerRecord) -> dict[str, Mask]:
+    """The masks of a layer's matrices, by part; none for a matrix that no step masked."""
+    shapes = part_shapes(model.config, model.config.layer_shapes[record.index])
+    found = {}
+    for part in MATRICES:
+        if f"mask.{part}" in record.files:
+            arrays = workdir.load(work, record.files[f"mask.{part}"])
+            kept = np.unpackbits(arrays[f"{part}.kept"], axis=1, count=shapes[part][1])
+            found[part] = Mask(kept.astype(bool), arrays.get(f"{part}.values"))
+    return found
 
 
 def used_weight(model: Model, layer: int, matrix: str) -> np.ndarray:

@@ -70,3 +70,68 @@ def refit(X, W, kept, damping):
     left = np.concatenate([X[:, kept], np.sqrt(ridge) * np.eye(k)])
     right = np.concatenate([X @ W, np.sqrt(ridge) * W[kept]])
     return np.linalg.lstsq(left, right, rcond=None)[0]
+
+
+def sparsegpt(W, A, damping, sparsity, pattern, block):
+    """SparseGPT by its idea: each column in turn is removed by OBS from those not yet frozen.
+
+    The inverse of the Hessian of the columns left is made anew for every column; no factorisation
+    is shared between columns, and the score is OBS's w²/[H⁻¹]_jj of that inverse.
+    """
+    W, D = W.copy(), W.shape[1]
+    H = A + damping * np.diagonal(A).mean() * np.eye(D)
+    kept = np.ones(W.shape, bool)
+    size = 4 if pattern == "2:4" else block
+    inverses = [np.linalg.inv(H[j:, j:]) for j in range(D)]
+    for start in range(0, D, size):
+        stop = min(start + size, D)
+        scores = np.stack([W[:, j] ** 2 / inverses[j][0, 0] for j in range(start, stop)], axis=1)
+        if pattern == "unstructured":
+            lost = round(round(sparsity * W.size) * stop / D) - round(
+                round(sparsity * W.size) * start / D
+            )
+            flat = np.argsort(scores.ravel(), kind="stable")[:lost]
+            kept[:, start:stop][np.unravel_index(flat, scores.shape)] = False
+        else:
+            lost = round(round(sparsity * D) * stop / D) - round(round(sparsity * D) * start / D)
+            for row in range(len(W)):
+                order = np.argsort(scores[row], kind="stable")[: 2 if size == 4 else lost]
+                kept[row, start + order] = False
+        for j in range(start, stop):
+            inverse = inverses[j]
+            gone = ~kept[:, j]
+            W[gone, j:] -= np.outer(W[gone, j], inverse[0] / inverse[0, 0])
+    return kept, np.where(kept, W, 0.0)
+
+
+def fused_attention(x, W, causal):
+    """Rows of softmax(x W xᵀ), one sequence."""
+    S = x @ W @ x.T
+    P = np.zeros_like(S)
+    for i, row in enumerate(S):
+        stop = i + 1 if causal else len(S)
+        P[i, :stop] = softmax(row[:stop])
+    return P
+
+
+def attention_loss(M, X, W, lam, causal):
+    """[AM]'s loss, averaged over sequences and rows."""
+    total = 0.0
+    for x in X:
+        error = fused_attention(x, M * W, causal) - fused_attention(x, W, causal)
+        total += 0.5 * (error**2).sum() / len(x)
+    return total / len(X) + 0.5 * lam * (M**2).sum()
+
+
+def layer_attention(x, W_q, W_k, b_q, b_k, heads, kv_heads, inverse):
+    """P of every query head of one sequence, (heads, N, N)."""
+    d = len(W_q) // heads
+    q, k = x @ W_q.T + b_q, x @ W_k.T + b_k
+    out = np.zeros((heads, len(x), len(x)))
+    for head in range(heads):
+        group = head // (heads // kv_heads)
+        Q = rope(q[:, head * d : (head + 1) * d], inverse)
+        K = rope(k[:, group * d : (group + 1) * d], inverse)
+        for i in range(len(x)):
+            out[head, i, : i + 1] = softmax(Q[i] @ K[: i + 1].T / np.sqrt(d))
+    return out

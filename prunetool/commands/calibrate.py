@@ -6,6 +6,8 @@ import click
 
 from prunetool import __version__, console, options, records
 
+ATTENTION_LENGTH = 512  # the cost of learning grows with its square
+
 
 @click.command()
 @options.model_arg
@@ -29,6 +31,15 @@ from prunetool import __version__, console, options, records
     show_default=True, help="structural: of the inputs of o_proj and down_proj. token: also their "
     "full token-weighted Gram matrices. all: also the inputs of q, k, v and of gate, up.",
 )  # fmt: skip
+@click.option(
+    "--attention-samples", default=0, show_default=True, type=click.IntRange(0), metavar="A",
+    help="Keep what each attention was given, of the first A sequences to learn from and of the "
+    "last A to check on: for score --target qk.",
+)  # fmt: skip
+@click.option(
+    "--attention-length", type=click.IntRange(2), metavar="N", show_default="512, or all",
+    help="Of each such sequence, the first N tokens.",
+)  # fmt: skip
 @options.dtype_opt
 @options.revision_opt
 @click.option(
@@ -47,6 +58,8 @@ def calibrate(
     shuffle: int | None,
     held_out: int | None,
     stats: str,
+    attention_samples: int,
+    attention_length: int | None,
     dtype: str,
     revision: str | None,
     work: Path | None,
@@ -68,11 +81,23 @@ def calibrate(
     held_out = samples // 8 if held_out is None else held_out
     if held_out >= samples:
         raise click.BadParameter(f"{held_out} of {samples} samples leave none to fit")
+    if 2 * attention_samples > samples:
+        raise click.BadParameter(
+            f"--attention-samples {attention_samples} and as many held out need --samples "
+            f"{2 * attention_samples}"
+        )
+    if attention_length and attention_length > length:
+        raise click.BadParameter(
+            f"--attention-length {attention_length} is beyond --sequence-length {length}"
+        )
 
     from prunetool import corpus, workdir
     from prunetool.checkpoint.writer import need_room
     from prunetool.model import open_model
-    from prunetool.steps.calibrate import Calibration, disk_needed
+    from prunetool.steps.calibrate import AttentionSamples, Calibration, disk_needed
+
+    kept = min(length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
+    attention = AttentionSamples(attention_samples, kept)
 
     with console.summary("calibrate") as said:
         opened = open_model(model, revision)
@@ -84,7 +109,7 @@ def calibrate(
         products = options.product_dtype(dtype, opened.dtype)
         how = {
             "samples": samples, "sequence_length": length, "shuffle": shuffle,
-            "held_out": held_out, "stats": stats,
+            "held_out": held_out, "stats": stats, "attention": list(attention),
             "dtype": products,
         }  # fmt: skip
         checkpoint = opened.index.fingerprint()
@@ -93,12 +118,12 @@ def calibrate(
             **how, "version": __version__,
         }  # fmt: skip
         workdir.claim(work, run, overwrite=overwrite)
-        need_room(work, disk_needed(opened, tokens, stats) - workdir.size_bytes(work))
+        need_room(work, disk_needed(opened, tokens, stats, attention) - workdir.size_bytes(work))
         header = records.Header(
             str(opened.directory), model, checkpoint, str(work), opened.layers
         ).after(options.history_step("calibrate", __version__, **how, tokens=run["tokens"]))
         with options.open_sink(sink) as stream:
-            job = Calibration(opened, tokens, held_out, stats, products, work)
+            job = Calibration(opened, tokens, held_out, stats, products, work, attention)
             layers = console.progress(job.layers(), "calibrate", opened.layers)
             records.write(stream, header, layers)
         said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]

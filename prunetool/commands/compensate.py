@@ -4,6 +4,10 @@ import click
 
 from prunetool import __version__, console, options, records
 
+COLUMNS = (
+    "layer", "removed", "refitted", "held out: removed", "refitted", "damping", "masks, mean"
+)  # fmt: skip
+
 
 @click.command()
 @options.source_arg
@@ -12,8 +16,9 @@ from prunetool import __version__, console, options, records
 def compensate(source: str, dampings: tuple[float, ...] | None, sink: str) -> None:
     """Refit o_proj and down_proj so that the layer's output moves least.
 
-    Reads the records of score. The refit is closed-form; its damping is chosen on the held-out
-    calibration tokens, and the final refit is on all of them.
+    Reads the records of score. The refit to the heads and channels kept is closed-form; its damping
+    is chosen on the held-out calibration tokens, and the final refit is on all of them. Matrices
+    that sparsegpt masked get its update; what other methods masked keeps its values.
 
     \b
     Example:
@@ -34,7 +39,7 @@ def compensate(source: str, dampings: tuple[float, ...] | None, sink: str) -> No
             records.write(out, header, bar)
         console.table(
             "Relative output error, o_proj | down_proj",
-            ["layer", "removed", "refitted", "held out: removed", "refitted", "damping"],
+            COLUMNS,
             rows,
         )
         said += [f"{header.layers} layers"]

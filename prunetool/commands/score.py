@@ -6,26 +6,36 @@ from typing import Any
 import click
 
 from prunetool import __version__, console, options, records
+from prunetool.errors import RecordError
 
-METHODS = (
+UNIT_METHODS = (
     "newton", "newton-box", "newton-tied", "obs", "flap", "wanda-sp", "magnitude", "random"
 )  # fmt: skip
-TARGETS = ("heads", "channels")
+WEIGHT_METHODS = ("wanda", "sparsegpt", "magnitude", "random")
+ATTENTION_METHODS = ("attention-gd", "attention-diag")
+METHODS = (*UNIT_METHODS[:-2], *ATTENTION_METHODS, *WEIGHT_METHODS)
+UNITS = ("heads", "channels")
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+GROUPS = {"qk": MATRICES[:2], "weights": MATRICES}
+PATTERNS = ("unstructured", "per-output", "2:4")
 
 
 @click.command()
 @options.source_arg
 @click.option(
     "--sparsity", required=True, type=click.FloatRange(0, 1, max_open=True),
-    help="Fraction to remove of the parameters of all decoder layers' seven matrices.",
+    help="Fraction to remove: of heads and channels, as parameters of all decoder layers' seven "
+    "matrices; of weights, in each matrix (or row, see --pattern).",
 )  # fmt: skip
 @click.option(
     "--method", type=click.Choice(METHODS), default="newton", show_default=True,
-    help="How units are ranked.",
+    help=f"How they are ranked. heads and channels: {', '.join(UNIT_METHODS)}. Weights: "
+    f"{', '.join(WEIGHT_METHODS)}; of q,k also {', '.join(ATTENTION_METHODS)}.",
 )  # fmt: skip
 @click.option(
     "--target", default="heads,channels", show_default=True, metavar="LIST",
-    help="What to prune: heads (whole KV groups), channels (of the MLP), or both.",
+    help="What to prune: heads (whole KV groups) and channels (of the MLP); or single weights of "
+    "q, k, v, o, gate, up, down (qk: the first two, weights: all).",
 )  # fmt: skip
 @click.option(
     "--allocation", type=click.Choice(["global", "uniform"]), default="global",
@@ -45,46 +55,126 @@ TARGETS = ("heads", "channels")
     help="No layer keeps fewer channels.",
 )  # fmt: skip
 @click.option(
-    "--lambda", "lam", default=1.0, show_default=True,
-    type=click.FloatRange(0, min_open=True), help="λ of newton and its variants, against inputs "
-    "of spectral norm 1; inf makes the count a hard constraint.",
+    "--lambda", "lam", type=click.FloatRange(0, min_open=True),
+    show_default="1; attention-gd: a thousandth of its loss's largest curvature",
+    help="λ of newton and its variants, against inputs of spectral norm 1 (inf makes the count a "
+    "hard constraint); of attention-gd.",
 )  # fmt: skip
 @click.option(
     "--newton-iterations", type=click.IntRange(1), metavar="T",
     help="Run the paper's Algorithm 1 for T steps instead of its closed form (same result).",
 )  # fmt: skip
 @click.option(
-    "--damping", default=1e-4, show_default=True, type=click.FloatRange(0),
-    help="Of newton's and obs's systems, as a fraction of their diagonal.",
+    "--damping", default=None, show_default="1e-4; sparsegpt: 0.01", type=click.FloatRange(0),
+    help="Of newton's, obs's and sparsegpt's systems, as a fraction of their diagonal.",
+)  # fmt: skip
+@click.option(
+    "--pattern", type=click.Choice(PATTERNS),
+    show_default="per-output for wanda, else unstructured",
+    help="Where the ratio of weights is met: in the matrix, in each row, or as two of every four "
+    "neighbours along the input.",
+)  # fmt: skip
+@click.option(
+    "--iterations", default=100, show_default=True, type=click.IntRange(1), metavar="T",
+    help="Most steps of attention-gd; it stops where the held-out loss rises.",
+)  # fmt: skip
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, min_open=True), metavar="η",
+    show_default="1/(λ + largest curvature)", help="Step of attention-gd.",
+)  # fmt: skip
+@click.option(
+    "--published", is_flag=True, help="attention-gd as printed in its paper: λ, η, T and order."
+)
+@click.option(
+    "--refine", default=0, show_default=True, type=click.IntRange(0), metavar="STEPS",
+    help="Of q,k by any method: go on descending on the kept weights' values.",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Of the method random.")
 @options.output_opt
 def score(source: str, target: str, sink: str, **how: Any) -> None:
-    """Say which heads and channels each layer keeps.
+    """Say which heads and channels, or which weights, each layer keeps.
 
-    Reads the records of calibrate and adds the units kept. A global ranking must see all layers
-    before it writes its first record.
+    Reads the records of calibrate and adds what is kept; several score steps in one pipe each
+    decide for their --target. A global ranking of heads and channels must see all layers before it
+    writes its first record; weights are decided layer by layer.
 
     \b
     Example:
       prunetool calibrate MODEL --text wiki.txt | prunetool score --sparsity 0.2 > kept.jsonl
+      prunetool score stats.jsonl --target qk --method attention-gd --refine 100 --sparsity .5 |
+        prunetool score --target v,o,gate,up,down --method wanda --sparsity .5 > masked.jsonl
     """
-    targets = tuple(target.split(","))
-    if not set(targets) <= set(TARGETS) or len(set(targets)) < len(targets):
-        raise click.BadParameter(f"{target!r}: name some of {', '.join(TARGETS)}, with commas")
-    if how["newton_iterations"] and (how["method"] != "newton" or how["lam"] == float("inf")):
-        raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
+    targets = _targets(target)
+    units = targets[0] in UNITS
+    _check(targets, how)
+    how = _resolved(units, how)
 
     from prunetool.model import reopen
+    from prunetool.steps.mask import Masking
     from prunetool.steps.score import Scoring
 
     with console.summary("score") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
+        if any(step["command"] == "compensate" for step in header.history):
+            raise RecordError(
+                source, "was refitted for what is kept so far",
+                "put compensate behind the last score",
+            )  # fmt: skip
         header = header.after(
             options.history_step("score", __version__, target=",".join(targets), **how)
         )
-        model = reopen(header.model, header.fingerprint)
-        job = Scoring(model, Path(header.work), targets, how)
+        model, work = reopen(header.model, header.fingerprint), Path(header.work)
+        job = (Scoring if units else Masking)(model, work, targets, how)
         with options.open_sink(sink) as out:
             records.write(out, header, job.layers(header, layers))
         said += job.said
+
+
+def _targets(target: str) -> tuple[str, ...]:
+    """The units, or the matrices in the order of a layer, that a --target names."""
+    named = [part for name in target.split(",") for part in GROUPS.get(name, (name,))]
+    for known in (UNITS, MATRICES):
+        if set(named) <= set(known) and len(set(named)) == len(named):
+            return tuple(part for part in known if part in named)
+    raise click.BadParameter(
+        f"{target!r}: name some of {', '.join(UNITS)}, or some of "
+        f"{', '.join((*MATRICES, *GROUPS))}, with commas"
+    )
+
+
+def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
+    """Refuse options that do not go together."""
+    method = how["method"]
+    if targets[0] in UNITS:
+        allowed: tuple[str, ...] = UNIT_METHODS
+    else:
+        allowed = (*WEIGHT_METHODS, *(ATTENTION_METHODS if targets == GROUPS["qk"] else ()))
+    if method not in allowed:
+        raise click.UsageError(
+            f"--method {method} does not score {','.join(targets)}; give {', '.join(allowed)}"
+        )
+    if how["newton_iterations"] and (method != "newton" or how["lam"] == float("inf")):
+        raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
+    if how["refine"] and targets != GROUPS["qk"]:
+        raise click.UsageError("--refine goes with --target qk")
+    if how["published"] and (method != "attention-gd" or how["lam"] or how["learning_rate"]):
+        raise click.UsageError("--published goes with --method attention-gd, and sets λ and η")
+    if how["pattern"] == "2:4" and how["sparsity"] != 0.5:
+        raise click.UsageError("--pattern 2:4 removes half: give --sparsity 0.5")
+
+
+def _resolved(units: bool, how: dict[str, Any]) -> dict[str, Any]:
+    """The options that matter to units or to weights, with the defaults of the method."""
+    of_units = ("allocation", "weighting", "multiple_of", "min_channels", "newton_iterations")
+    of_weights = ("pattern", "iterations", "learning_rate", "published", "refine")
+    how = {
+        key: value for key, value in how.items() if key not in (of_weights if units else of_units)
+    }
+    method = how["method"]
+    if units and how["lam"] is None:
+        how["lam"] = 1.0
+    if how["damping"] is None:
+        how["damping"] = 1e-2 if method == "sparsegpt" else 1e-4
+    if not units and how["pattern"] is None:
+        how["pattern"] = "per-output" if method == "wanda" else "unstructured"
+    return how

@@ -146,6 +146,24 @@ def rotate(x: jax.Array, rope: Rotation) -> jax.Array:
     return jnp.concatenate([a * c - b * s, b * c + a * s], axis=1)
 
 
+def queries_keys(
+    z_q: jax.Array, z_k: jax.Array, rope: Rotation, head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Rotated queries, scaled by 1/√d, and rotated keys, of the outputs of q_proj and k_proj.
+
+    Args:
+      z_q, z_k: (H d, B, N) and (n_kv d, B, N).
+      rope: the angles, for N positions.
+      head_dim: d.
+
+    Returns:
+      (n_kv, g, d, B, N) and (n_kv, d, B, N).
+    """
+    k = rotate(z_k.reshape(-1, head_dim, *z_k.shape[1:]), rope)
+    q = rotate(z_q.reshape(-1, head_dim, *z_q.shape[1:]), rope) * jnp.float32(head_dim**-0.5)
+    return q.reshape(k.shape[0], -1, *k.shape[1:]), k
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Causal softmax(qᵀk) v, one KV group and one block of queries at a time.
 
@@ -202,13 +220,10 @@ def decoder_layer(
     """
     dtype = w.q.dtype
     _, B, N = h.shape
-    n_kv = w.k.shape[0] // head_dim
 
     x = rms_norm(h, w.input_norm, eps, dtype)
-    q = rotate(linear(w.q, w.q_bias, x).reshape(-1, head_dim, B, N), rope)
-    k = rotate(linear(w.k, w.k_bias, x).reshape(-1, head_dim, B, N), rope)
+    q, k = queries_keys(linear(w.q, w.q_bias, x), linear(w.k, w.k_bias, x), rope, head_dim)
     v = linear(w.v, w.v_bias, x).reshape(-1, head_dim, B, N)
-    q = (q * jnp.float32(head_dim**-0.5)).reshape(n_kv, -1, head_dim, B, N)
     a = attention(q.astype(dtype), k.astype(dtype), v.astype(dtype))
     after = h + linear(w.o, w.o_bias, a)
 
@@ -219,17 +234,30 @@ def decoder_layer(
     return out, Inputs(x, a, y, z, h, after)
 
 
-def token_losses(
-    h: jax.Array, norm: jax.Array, head: jax.Array, targets: jax.Array, *, eps: float
-) -> jax.Array:
-    """-log p(target) of each token, float32.
+def logits(h: jax.Array, norm: jax.Array, head: jax.Array, *, eps: float) -> jax.Array:
+    """Scores of the next token, (V, n), float32.
 
     Args:
       h: residual stream behind the last layer, (D, 1, n).
       norm: the final norm's weight, (D,).
       head: lm_head (or the tied embedding), (V, D).
+      eps: ε of the norm.
+    """
+    return product(head, rms_norm(h, norm, eps, head.dtype))[:, 0]
+
+
+def token_losses(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) of each token, (n,), float32.
+
+    Args:
+      scores: logits, (V, n).
       targets: the token that follows each, (n,), int32.
     """
-    logits = product(head, rms_norm(h, norm, eps, head.dtype))[:, 0]  # (V, n)
-    chosen = jnp.take_along_axis(logits, targets[None, :], axis=0)[0]
-    return jax.nn.logsumexp(logits, axis=0) - chosen
+    chosen = jnp.take_along_axis(scores, targets[None, :], axis=0)[0]
+    return jax.nn.logsumexp(scores, axis=0) - chosen
+
+
+def divergences(scores: jax.Array, other: jax.Array) -> jax.Array:
+    """KL(p‖p') of each token's next-token distributions, of logits (V, n) both; (n,), nats."""
+    log_p, log_q = jax.nn.log_softmax(scores, axis=0), jax.nn.log_softmax(other, axis=0)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=0)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +16,14 @@ from prunetool.model import Model
 from prunetool.pruning import gram
 
 
-def disk_needed(model: Model, tokens: np.ndarray, stats: str) -> int:
+class AttentionSamples(NamedTuple):
+    """Sequences whose attention inputs are kept: so many of the first, and of the last."""
+
+    samples: int
+    length: int
+
+
+def disk_needed(model: Model, tokens: np.ndarray, stats: str, attention: AttentionSamples) -> int:
     """Bytes of the stats of all layers and of two generations of hidden states."""
     config = model.config
     total = 2 * tokens.size * config.hidden_size * 4
@@ -25,6 +32,7 @@ def disk_needed(model: Model, tokens: np.ndarray, stats: str) -> int:
         count = 2 if stats == "token" else 1
         if stats == "all":
             inputs += [config.hidden_size] * 2
+        total += 2 * attention.samples * attention.length * config.hidden_size * 4
         total += sum(4 * count * size * (size + 1) // 2 for size in inputs) * 2
     return total
 
@@ -43,6 +51,7 @@ class Calibration:
     stats: str
     dtype: str
     work: Path
+    attention: AttentionSamples
 
     def layers(self) -> Iterator[records.LayerRecord]:
         """Give each layer's record once its files are whole, going on where a run stopped."""
@@ -60,23 +69,27 @@ class Calibration:
         )
         if done == 0:
             streaming.embed(self.model, self.tokens, stream)
-        step = _compiled_step(self.model)
+        step = _compiled_step(self.model, self.attention.length)
         rope = streaming.rotation(self.model, self.tokens.shape[1])
         for number, layer in self.model.padded_layers(done):
             weights = streaming.to_device(layer, self.dtype)
             behind = stream.at(self._hidden(number + 1))
+            samples: list[np.ndarray] = []
             with behind.writing() as write:
                 for kind, (start, stop) in self._parts().items():
                     sums = self._zeros(layer)
                     for batch in streaming.batches(start, stop, stream.length):
-                        behind_batch, sums = step(stream.read(batch), weights, rope, sums)
+                        behind_batch, x, sums = step(stream.read(batch), weights, rope, sums)
                         h = np.asarray(behind_batch)
                         streaming.check_finite(h, number)
                         write(batch, h)
+                        samples += self._sampled(batch, x)
                     write_tensors(
                         self.work / self._file(number, kind),
                         self._arrays(sums, (stop - start) * stream.length, number),
                     )
+                if samples:
+                    self._write_samples(number, samples)
             stream.path.unlink()
             stream = behind
             yield self._record(number)
@@ -86,6 +99,26 @@ class Calibration:
         fit = len(self.tokens) - self.held_out
         parts = {"stats": (0, fit), "held_out": (fit, len(self.tokens))}
         return parts if self.held_out else {"stats": parts["stats"]}
+
+    def _sampled(self, batch: range, x: jax.Array) -> list[np.ndarray]:
+        """The attention inputs, (D, N), of those sequences of a batch that are kept."""
+        first, last = self.attention.samples, len(self.tokens) - self.attention.samples
+        return [
+            np.asarray(x[:, i]) for i, n in enumerate(batch) if n < first or n >= last
+        ]  # fmt: skip
+
+    def _write_samples(self, layer: int, samples: list[np.ndarray]) -> None:
+        """Write the kept attention inputs: ``fit`` and ``held_out``, (D, samples, N) each."""
+        half = self.attention.samples
+        parts = {"fit": samples[:half], "held_out": samples[half:]}
+        write_tensors(
+            self.work / self._file(layer, "attention"),
+            {name: np.stack(part, axis=1) for name, part in parts.items()},
+        )
+
+    def _kinds(self) -> list[str]:
+        """Kinds of a layer's files."""
+        return [*self._parts(), *(["attention"] if self.attention.samples else [])]
 
     def _hidden(self, layer: int) -> Path:
         return self.work / f"hidden-{layer:05d}"
@@ -103,13 +136,11 @@ class Calibration:
             path.unlink()
         if hidden:
             return int(hidden[-1].name.removeprefix("hidden-"))
-        final = [self._file(self.model.layers - 1, kind) for kind in self._parts()]
+        final = [self._file(self.model.layers - 1, kind) for kind in self._kinds()]
         return self.model.layers if all((self.work / name).exists() for name in final) else 0
 
     def _record(self, layer: int) -> records.LayerRecord:
-        return records.LayerRecord(
-            layer, {kind: self._file(layer, kind) for kind in self._parts()}, {}
-        )
+        return records.LayerRecord(layer, {kind: self._file(layer, kind) for kind in self._kinds()})
 
     def _zeros(self, layer: Layer) -> dict[str, Any]:
         """Empty sums of every matrix whose inputs are kept, in the sizes of a padded layer."""
@@ -144,11 +175,14 @@ class Calibration:
         return arrays
 
 
-def _compiled_step(model: Model) -> Callable[..., Any]:
-    """The layer and the sums over its inputs as one compiled function for all layers."""
+def _compiled_step(model: Model, sampled: int) -> Callable[..., Any]:
+    """The layer and the sums over its inputs as one compiled function for all layers.
+
+    It returns the first ``sampled`` tokens' attention inputs too.
+    """
     config = model.config
 
-    def step(h: Any, w: Layer, rope: Any, sums: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def step(h: Any, w: Layer, rope: Any, sums: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         out, inputs = forward.decoder_layer(
             h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
         )
@@ -158,6 +192,7 @@ def _compiled_step(model: Model) -> Callable[..., Any]:
             "attention": (inputs.attention, inputs.before_attention),
             "mlp": (inputs.mlp, inputs.before_mlp),
         }
-        return out, {name: gram.add(so_far, *given[name]) for name, so_far in sums.items()}
+        added = {name: gram.add(so_far, *given[name]) for name, so_far in sums.items()}
+        return out, inputs.attention[:, :, :sampled], added
 
     return jax.jit(step, donate_argnames="sums")

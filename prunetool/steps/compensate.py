@@ -1,4 +1,4 @@
-"""The refit of a layer's o_proj and down_proj, from its stats and the units it keeps."""
+"""The refit of a layer's o_proj and down_proj to the units kept, and of masked weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +9,9 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
 from prunetool.model import Model
-from prunetool.pruned import all_stats, kept_units, rows_kept, used_weight
-from prunetool.pruning import compensation, gram
+from prunetool.pruned import Extent, all_stats, extents, kept_units, masks, used_weight
+from prunetool.pruning import compensation, gram, unstructured
+from prunetool.steps.mask import GIVEN
 
 # Decades: the held-out error is flat around its minimum.
 DAMPING_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -26,9 +27,9 @@ def refit_layers(
     """Refit every layer of a stream, and add a row for the table to ``rows``."""
     work, directory = Path(header.work), workdir.step_directory(header)
     for record in source:
-        if not any(name.startswith("kept.") for name in record.files):
+        if not any(name.startswith(("kept.", "mask.")) for name in record.files):
             raise RecordError(
-                f"layer {record.index}", "no units to keep", "put prunetool score before this step"
+                f"layer {record.index}", "nothing to keep", "put prunetool score before this step"
             )
         name = workdir.layer_file(directory, record.index)
         with naming(f"layer {record.index}"):
@@ -38,13 +39,22 @@ def refit_layers(
                 lambda record=record: _refit(model, work, record, grid),  # type: ignore[misc]
             )
         report = {
-            matrix: {
+            name.removesuffix(".report"): {
                 key: None if np.isnan(value) else float(value)
-                for key, value in zip(_REPORT, arrays[f"{matrix}.report"], strict=True)
+                for key, value in zip(_REPORT, array, strict=True)
             }
-            for matrix in ("o_proj", "down_proj")
+            for name, array in arrays.items()
+            if name.endswith(".report")
         }
-        rows.append([record.index, *(_both(report, key) for key in _REPORT)])
+        updated = [part for part in report if part.endswith(".masked")]
+        means = [np.mean([report[part][key] for part in updated]) for key in _REPORT[:2] if updated]
+        rows.append(
+            [
+                record.index,
+                *(_both(report, key) for key in _REPORT),
+                " → ".join(f"{mean:.4g}" for mean in means) or "–",
+            ]
+        )
         yield record.adding({"refit": name}, {"refit": report})
 
 
@@ -58,11 +68,12 @@ def _refit(
 
     Returns:
       ``o_proj.weight`` (D, k) and ``down_proj.weight`` (D, k'), float32, as a checkpoint stores
-      them with the pruned columns gone; their ``bias`` where the model has one; and ``report``:
-      relative output errors and the damping (`_REPORT`), NaN where there is none.
+      them with the pruned columns gone; their ``bias`` where the model has one; ``….weight`` of any
+      other matrix that SparseGPT masked; and ``report``: relative output errors and the damping
+      (`_REPORT`), NaN where there is none, of each refit, and of each mask's update (``….masked``).
     """
     shape = model.config.layer_shapes[record.index]
-    kept = rows_kept(kept_units(work, record, shape), shape, model.config.head_dim)
+    kept = extents(kept_units(work, record, shape), shape, model.config)
     stats = all_stats(work, record)
     held = workdir.load(work, record.files["held_out"]) if "held_out" in record.files else None
     biased = {"o": model.config.attention_bias, "down": model.config.mlp_bias}
@@ -75,15 +86,51 @@ def _refit(
                 if biased[matrix]
                 else None
             )
-            parts = _refit_matrix(W, bias, kept[matrix], *_moments(matrix, stats, held), grid)
+            rows = kept[matrix].columns
+            parts = _refit_matrix(W, bias, rows, *_moments(matrix, stats, held), grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
-        if not kept[matrix].all() and np.isnan(parts["report"][-1]):
+        if not rows.all() and np.isnan(parts["report"][-1]):
             console.log.warning(
                 "layer %d, %s_proj: no damping served the held-out tokens; rows are removed and "
                 "not refitted",
                 record.index,
                 matrix,
             )
+    return out | _update_masked(model, work, record, kept, stats, out)
+
+
+def _update_masked(
+    model: Model,
+    work: Path,
+    record: records.LayerRecord,
+    kept: dict[str, Extent],
+    stats: dict[str, np.ndarray],
+    refitted: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """SparseGPT's update of the matrices it masked; o and down as just refitted, on their mask.
+
+    Returns:
+      As `_refit`, of the matrices that change.
+    """
+    out: dict[str, np.ndarray] = {}
+    for part, mask in masks(model, work, record).items():
+        how = record.values["masks"][part]
+        name = f"{part}_proj"
+        if how["method"] != "sparsegpt" and f"{name}.weight" not in refitted:
+            continue  # export masks it
+        dense = kept[part].of(model.part(record.index, part)).astype(np.float64)
+        W = refitted.get(f"{name}.weight", dense).astype(np.float64)
+        on = kept[part].of(mask.kept)
+        new = np.where(on, W, 0.0)
+        if how["method"] == "sparsegpt":
+            columns = kept[part].columns
+            A = gram.unpack(stats[f"{GIVEN[part]}.gram"])[np.ix_(columns, columns)]
+            with naming(name):
+                _, new = unstructured.sparsegpt(W, A, damping=how["damping"], mask=on)
+            energy = compensation.output_energy(A, W.T) or 1.0
+            errors = [compensation.output_energy(A, (V - W).T) / energy for V in (W * on, new)]
+            out[f"{name}.masked.report"] = np.array([*errors, np.nan, np.nan, how["damping"]])
+        out[f"{name}.weight"] = new.astype(np.float32)
     return out
 
 

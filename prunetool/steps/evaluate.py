@@ -72,7 +72,12 @@ def _mean_loss(
     """
     norm = jnp.asarray(model.final_norm(), jnp.float32)
     head = jnp.asarray(model.head(), jnp.dtype(dtype))
-    losses = jax.jit(forward.token_losses, static_argnames="eps")
+    eps = model.config.rms_norm_eps
+
+    @jax.jit
+    def losses(h: jax.Array, norm: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+        return forward.token_losses(forward.logits(h, norm, head, eps=eps), targets)
+
     total = 0.0
     for batch in streaming.batches(0, stream.samples, stream.length):
         for sample, h in zip(batch, stream.read(batch).swapaxes(0, 1), strict=True):
@@ -80,6 +85,6 @@ def _mean_loss(
                 stop = min(start + LOGIT_TOKENS, stream.length - 1)
                 targets = jnp.asarray(tokens[sample, start + 1 : stop + 1])
                 part = jnp.asarray(h[:, None, start:stop])
-                found = losses(part, norm, head, targets, eps=model.config.rms_norm_eps)
+                found = losses(part, norm, head, targets)
                 total += float(jnp.sum(found, dtype=jnp.float64))
     return total / (stream.samples * (stream.length - 1))

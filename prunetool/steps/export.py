@@ -19,6 +19,7 @@ from prunetool.llama.weights import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    MATRICES,
     Layer,
     scatter,
     select,
@@ -26,7 +27,7 @@ from prunetool.llama.weights import (
     tensor_shapes,
 )
 from prunetool.model import Model, reopen
-from prunetool.pruned import CHANNELS, HEADS, kept_units
+from prunetool.pruned import CHANNELS, HEADS, kept_units, masks
 
 # Copied as they are; re-saving a tokenizer writes classes that older readers refuse.
 COMPANIONS = (
@@ -66,8 +67,8 @@ def write_checkpoint(
         for record, shape in zip(made, model.config.layer_shapes, strict=True)
     ]
     shapes = tuple(
-        _kept_shape(shape, masks)
-        for shape, masks in zip(model.config.layer_shapes, kept, strict=True)
+        _kept_shape(shape, units)
+        for shape, units in zip(model.config.layer_shapes, kept, strict=True)
     )
     target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
     kind = forms.choose_form(target)
@@ -78,11 +79,13 @@ def write_checkpoint(
     need_room(out, count * itemsize)
 
     writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite)
-    for record, masks in zip(console.progress(made, "export", model.layers), kept, strict=True):
+    densities = []
+    for record, units in zip(console.progress(made, "export", model.layers), kept, strict=True):
         number = record.index
-        layer = _pruned_layer(model, work, record, masks)
+        layer = _pruned_layer(model, work, record, units)
+        densities.append(_densities(layer))
         if dense:
-            places = [np.flatnonzero(masks[unit]) for unit in (HEADS, CHANNELS)]
+            places = [np.flatnonzero(units[unit]) for unit in (HEADS, CHANNELS)]
         else:
             places = [np.arange(shapes[number].kv_heads), np.arange(shapes[number].channels)]
         layer = scatter(layer, shapes[number], target.layer_shapes[number], *places)
@@ -105,22 +108,33 @@ def write_checkpoint(
         for file in sorted(model.directory.glob(pattern)):
             shutil.copyfile(file, out / file.name)
     label = "dense" if dense else kind
-    write_text(out / "README.md", model_card(header, model, label, shapes, writer.parameters))
+    masked = any(name.startswith("mask.") for record in made for name in record.files)
+    card = model_card(header, model, label, shapes, writer.parameters, densities if masked else ())
+    write_text(out / "README.md", card)
     writer.close()
     now, before = writer.parameters, model.parameters()
-    return [
-        f"{kind}, {now:,} of {before:,} parameters ({1 - now / before:.2%} fewer)",
-        f"{writer.size_bytes / 1e6:,.1f} MB in {out}",
-    ]
+    said = [f"{kind}, {now:,} of {before:,} parameters ({1 - now / before:.2%} fewer)"]
+    if masked:
+        filled, size = np.sum([list(layer.values()) for layer in densities], axis=(0, 1))
+        said.append(f"{filled:,} of {size:,} layer weights not zero ({filled / size:.2%})")
+    return [*said, f"{writer.size_bytes / 1e6:,.1f} MB in {out}"]
 
 
-def _kept_shape(shape: LayerShape, masks: dict[str, np.ndarray]) -> LayerShape:
-    groups = int(masks[HEADS].sum())
-    return LayerShape(groups * shape.group_size, groups, int(masks[CHANNELS].sum()))
+def _densities(layer: Layer) -> dict[str, tuple[int, int]]:
+    """Weights that are not zero, and all, of each of the seven matrices."""
+    return {
+        part: (int(np.count_nonzero(getattr(layer, part))), getattr(layer, part).size)
+        for part in MATRICES
+    }
+
+
+def _kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
+    groups = int(units[HEADS].sum())
+    return LayerShape(groups * shape.group_size, groups, int(units[CHANNELS].sum()))
 
 
 def _pruned_layer(
-    model: Model, work: Path, record: records.LayerRecord, masks: dict[str, np.ndarray]
+    model: Model, work: Path, record: records.LayerRecord, units: dict[str, np.ndarray]
 ) -> Layer:
     """The layer with only what it keeps, refitted where compensate came before; stored dtypes.
 
@@ -128,25 +142,26 @@ def _pruned_layer(
       RecordError: where the refit is of other units than those kept.
     """
     shape = model.config.layer_shapes[record.index]
-    layer = select(
-        model.layer(record.index),
-        shape,
-        np.flatnonzero(masks[HEADS]),
-        np.flatnonzero(masks[CHANNELS]),
-    )
+    layer = model.layer(record.index)
+    masked = masks(model, work, record)
+    layer = layer._replace(**{part: mask.on(getattr(layer, part)) for part, mask in masked.items()})
+    layer = select(layer, shape, np.flatnonzero(units[HEADS]), np.flatnonzero(units[CHANNELS]))
     if "refit" not in record.files:
         return layer
     refit = workdir.load(work, record.files["refit"])
-    for part, name in (("o", "o_proj.weight"), ("down", "down_proj.weight"),
-                       ("o_bias", "o_proj.bias"), ("down_bias", "down_proj.bias")):  # fmt: skip
-        old, new = getattr(layer, part), refit.get(name)
-        if new is None:
-            continue
-        if new.shape != old.shape:
-            raise RecordError(
-                f"layer {record.index}", f"{name} was refitted for other units than are kept",
-                "put compensate behind the last score",
-            )  # fmt: skip
-        info = model.index[tensor_name(record.index, part)]
-        layer = layer._replace(**{part: new.astype(np.dtype(dtype_of(info)))})
+    for matrix in MATRICES:
+        for part, name in (
+            (matrix, f"{matrix}_proj.weight"),
+            (f"{matrix}_bias", f"{matrix}_proj.bias"),
+        ):
+            old, new = getattr(layer, part), refit.get(name)
+            if new is None:
+                continue
+            if new.shape != old.shape:
+                raise RecordError(
+                    f"layer {record.index}", f"{name} was refitted for other units than are kept",
+                    "put compensate behind the last score",
+                )  # fmt: skip
+            info = model.index[tensor_name(record.index, part)]
+            layer = layer._replace(**{part: new.astype(np.dtype(dtype_of(info)))})
     return layer

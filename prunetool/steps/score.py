@@ -10,7 +10,7 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
 from prunetool.model import Model
-from prunetool.pruned import CHANNELS, HEADS, all_stats, kept_units, rows_kept, used_weight
+from prunetool.pruned import CHANNELS, HEADS, all_stats, extents, kept_units, used_weight
 from prunetool.pruning import budget, compensation, gram, newton, structural
 
 # These scores are a loss in output units: between units of different size, loss a parameter
@@ -241,12 +241,12 @@ class Scoring:
         """Relative output error of both matrices when the units not kept are removed."""
         stats = all_stats(self.work, record)
         shape = self.model.config.layer_shapes[record.index]
-        rows = rows_kept(kept_units(self.work, record, shape), shape, self.model.config.head_dim)
+        kept = extents(kept_units(self.work, record, shape), shape, self.model.config)
         losses = {}
         for matrix in ("o", "down"):
             W = used_weight(self.model, record.index, matrix)
             A = gram.unpack(stats[f"{matrix}.gram"])
-            lost = ~rows[matrix]
+            lost = ~kept[matrix].columns
             gone = compensation.output_energy(A[np.ix_(lost, lost)], W[lost])
             losses[f"{matrix}_proj"] = gone / (compensation.output_energy(A, W) or 1.0)
         return losses

@@ -1,0 +1,202 @@
+"""One layer's q and k learned on its own attention, on the sequences that calibrate kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prunetool import records, streaming, workdir
+from prunetool.errors import NumericalError, RecordError
+from prunetool.llama import forward
+from prunetool.model import Model
+from prunetool.pruning import attention_loss, attention_mask
+from prunetool.pruning.attention_loss import Inputs, Pair, Turn
+
+# Measured on layers 5, 10 and 20 of SmolLM2-135M, 8 sequences of 256 tokens: held-out error.
+RELATIVE_LAMBDA = 1e-3  # of λ_max; 1e-4 … 1e-2 within 0.002 of it
+REFINE_RATE = 0.01  # Adam's step, of a matrix's root mean square; 0.003 and 0.03 were worse
+CHECK_STEPS = 20  # between two looks at the held-out loss
+
+
+class Learned(NamedTuple):
+    """What a descent came to."""
+
+    result: Pair
+    steps: int
+
+
+class Settings(NamedTuple):
+    """Of Algorithm 1: λ, η, T, and whether the published order (raw M) is used."""
+
+    lam: float | None
+    learning_rate: float | None
+    iterations: int
+    published: bool
+
+
+class AttentionLayer:
+    """The attention of a layer: its weights, and the sequences to learn from and to check on.
+
+    Args:
+      turns: `rotary` of the model by length, the same object for all layers.
+      work: the work directory.
+      record: the layer's record.
+      w: W_q and W_k of the KV groups kept, (out, in).
+      biases: theirs, or None.
+
+    Raises:
+      RecordError: where calibrate kept no attention inputs.
+    """
+
+    def __init__(
+        self,
+        turns: Callable[[int], Turn],
+        work: Path,
+        record: records.LayerRecord,
+        w: Any,
+        biases: Any,
+    ) -> None:
+        if "attention" not in record.files:
+            raise RecordError(
+                f"layer {record.index}", "has no attention inputs",
+                "run calibrate with --attention-samples",
+            )  # fmt: skip
+        samples = workdir.load(work, record.files["attention"])
+        self.turn = turns(samples["fit"].shape[2])
+        self.w: Pair = tuple(jnp.asarray(W, jnp.float32) for W in w)  # type: ignore[assignment]
+        b_q, b_k = (None if b is None else jnp.asarray(b, jnp.float32) for b in biases)
+        self.fit, self.held_out = (
+            Inputs(jnp.asarray(samples[part], jnp.float32), b_q, b_k)
+            for part in ("fit", "held_out")
+        )
+        self._targets = [
+            attention_loss.queries_keys(self.turn, self.w, inputs)
+            for inputs in (self.fit, self.held_out)
+        ]
+        self.key = jax.random.key(record.index)
+
+    def errors(self, w: Any) -> tuple[float, float]:
+        """Relative error of the attention matrices, mean over heads: calibration, held out."""
+        pair = tuple(jnp.asarray(W, jnp.float32) for W in w)
+        fit, held_out = (
+            float(jnp.mean(attention_loss.measure(self.turn, pair, inputs, target)[1]))
+            for inputs, target in zip((self.fit, self.held_out), self._targets, strict=True)
+        )
+        return fit, held_out
+
+    def saliency(self) -> Pair:
+        """W²∘diag of the Hessian on the weights: the diagonal of the Hessian on the masks."""
+        diagonal = attention_loss.hessian_diagonal(self.turn, self.w, self.fit, self.key)
+        return self.w[0] ** 2 * diagonal[0], self.w[1] ** 2 * diagonal[1]
+
+    def descend(self, how: Settings) -> tuple[Learned, float, float]:
+        """Algorithm 1 from M = 1; stops early where the held-out loss rises.
+
+        Returns:
+          Both masks, real-valued; λ and η used.
+
+        Raises:
+          NumericalError: where the steps diverge.
+        """
+        lam, rate = how.lam, how.learning_rate
+        if lam is None or rate is None:
+            largest = float(attention_loss.mask_curvature(self.turn, self.w, self.fit))
+            if not 0 < largest < float("inf"):
+                raise NumericalError(
+                    "attention", f"the largest curvature of its loss is {largest}",
+                    "check the model, or calibrate on other text",
+                )  # fmt: skip
+            lam = RELATIVE_LAMBDA * largest if lam is None else lam
+            rate = 1 / (largest + lam) if rate is None else rate
+        M: Pair = (jnp.ones_like(self.w[0]), jnp.ones_like(self.w[1]))
+        best = M
+        start = lowest = float(attention_loss.regularisation(M, lam))
+        done, used = 0, 0
+        while done < how.iterations:
+            count = min(CHECK_STEPS, how.iterations - done)
+            M, losses = attention_loss.descend_mask(
+                self.turn, M, self.w, self.fit, self._targets[0],
+                jnp.float32(lam), jnp.float32(rate), steps=count,
+            )  # fmt: skip
+            done += count
+            reached = self._mask_loss(M, lam, 0)
+            # Steps that are short enough never raise the loss; the margin is float32's.
+            if not max(reached, float(jnp.max(losses))) <= start * 1.001 + 1e-12:
+                raise NumericalError(
+                    "attention", f"the loss went from {start:.3g} to {reached:.3g} in {done} "
+                    f"steps of {rate:.3g}", "lower --learning-rate",
+                )  # fmt: skip
+            held_out = self._mask_loss(M, lam, 1)
+            if held_out > lowest:
+                break
+            lowest, best, used = held_out, M, done
+        return Learned(best, used), lam, rate
+
+    def _mask_loss(self, M: Any, lam: float, part: int) -> float:
+        w = (M[0] * self.w[0], M[1] * self.w[1])
+        inputs = (self.fit, self.held_out)[part]
+        data, _ = attention_loss.measure(self.turn, w, inputs, self._targets[part])
+        return float(data + attention_loss.regularisation(M, lam))
+
+    def refine(self, support: Any, steps: int) -> Learned:
+        """Descend on the kept weights' values; the best seen on held-out sequences is kept.
+
+        Raises:
+          NumericalError: where a loss is not finite.
+        """
+        on: Pair = tuple(jnp.asarray(s, jnp.float32) for s in support)  # type: ignore[assignment]
+        w: Pair = (on[0] * self.w[0], on[1] * self.w[1])
+        zero: Pair = (jnp.zeros_like(w[0]), jnp.zeros_like(w[1]))
+        state = attention_loss.Refining(w, zero, zero)
+        rates = tuple(jnp.float32(REFINE_RATE) * jnp.sqrt(jnp.mean(W**2)) for W in self.w)
+        best = Learned(w, 0)
+        lowest = float(attention_loss.measure(self.turn, w, self.held_out, self._targets[1])[0])
+        for start in range(0, steps, CHECK_STEPS):
+            count = min(CHECK_STEPS, steps - start)
+            state, losses = attention_loss.refine(
+                self.turn, state, on, self.fit, self._targets[0], rates,
+                jnp.float32(start), jnp.float32(steps), steps=count,
+            )  # fmt: skip
+            if not np.isfinite(losses).all():
+                raise NumericalError(
+                    "attention", "the loss is not finite while refining", "leave out --refine"
+                )
+            held_out = float(
+                attention_loss.measure(self.turn, state.w, self.held_out, self._targets[1])[0]
+            )
+            if held_out < lowest:
+                lowest, best = held_out, Learned(state.w, start + count)
+        return best
+
+
+def rotary(model: Model, length: int) -> Turn:
+    """The model's rotary embedding and scale, for sequences of ``length``.
+
+    What takes it is compiled anew for every object: make one a run.
+    """
+    rope = streaming.rotation(model, length)
+
+    def turn(z_q: jax.Array, z_k: jax.Array) -> Pair:
+        return forward.queries_keys(z_q, z_k, rope, model.config.head_dim)
+
+    return turn
+
+
+def learn(layer: AttentionLayer, method: str, how: Settings) -> tuple[Pair, dict[str, float]]:
+    """Scores of W_q's and W_k's weights by ``attention-diag`` or ``attention-gd``, and the steps.
+
+    `attention_mask` says which parts of ``attention-gd`` are the paper's.
+    """
+    if method == "attention-diag":
+        return layer.saliency(), {}
+    if how.published:
+        how = Settings(*attention_mask.PUBLISHED, published=True)
+    (M, steps), lam, rate = layer.descend(how)
+    said = {"iterations": float(steps), "lambda": lam, "learning_rate": rate}
+    if how.published:
+        return M, said
+    curvature = layer.saliency()
+    return (M[0] ** 2 * curvature[0], M[1] ** 2 * curvature[1]), said

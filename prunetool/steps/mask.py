@@ -1,0 +1,227 @@
+"""Masks of single weights, matrix by matrix and layer by layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunetool import console, records, workdir
+from prunetool.errors import NumericalError, RecordError, naming
+from prunetool.llama.weights import MATRICES
+from prunetool.model import Model
+from prunetool.pruned import Extent, Mask, all_stats, extents, kept_units, pack_mask
+from prunetool.pruning import compensation, gram, unstructured
+from prunetool.steps.attention import AttentionLayer, Settings, learn, rotary
+
+GRAM_METHODS = ("wanda", "sparsegpt")
+# Whose Gram matrix a matrix's inputs have.
+GIVEN = {"q": "attention", "k": "attention", "v": "attention", "o": "o",
+         "gate": "mlp", "up": "mlp", "down": "down"}  # fmt: skip
+
+
+@dataclass
+class Masking:
+    """One scoring of single weights: all that its layers share.
+
+    Args:
+      model: the dense checkpoint.
+      work: the work directory.
+      parts: the matrices, of `MATRICES`.
+      how: the command's other options, by their names.
+    """
+
+    model: Model
+    work: Path
+    parts: tuple[str, ...]
+    how: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self._turns = cache(partial(rotary, self.model))
+        self.said: list[str] = []  # what was reached, once all layers are given
+
+    @property
+    def _learns(self) -> bool:
+        return bool(self.how["method"].startswith("attention-"))
+
+    def layers(
+        self, header: records.Header, source: Iterator[records.LayerRecord]
+    ) -> Iterator[records.LayerRecord]:
+        """Mask every layer, and give its record at once."""
+        directory, rows = workdir.step_directory(header), []
+        lost = total = 0
+        for record in console.progress(source, "score", header.layers):
+            name = workdir.layer_file(directory, record.index)
+            with naming(f"layer {record.index}"):
+                arrays = workdir.make_once(
+                    self.work, name, lambda record=record: self._make(record)  # type: ignore[misc]
+                )  # fmt: skip
+            values = self._values(arrays)
+            for part in self.parts:
+                lost += int(arrays[f"{part}.count"][0])
+                total += int(arrays[f"{part}.count"][1])
+            rows.append(_row(record.index, values))
+            yield record.adding(
+                {f"mask.{part}": name for part in self.parts},
+                {
+                    "masks": {**record.values.get("masks", {}), **values["masks"]},
+                    **({"attention": values["attention"]} if "attention" in values else {}),
+                },
+            )
+        console.table(
+            "Relative output error by plain removal, and error of the attention matrices",
+            ["layer", *self.parts, "attention: calibration", "held out"],
+            rows,
+        )
+        if total:
+            self.said.append(
+                f"removes {lost:,} of {total:,} weights of {', '.join(self.parts)} "
+                f"({lost / total:.4%}; asked {self.how['sparsity']:.2%})"
+            )
+
+    def _values(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The numbers of a layer's file, for its record."""
+        masks = {}
+        for part in self.parts:
+            lost, size = map(int, arrays[f"{part}.count"])
+            loss = float(arrays[f"{part}.loss"][0])
+            masks[part] = {
+                **{key: self.how[key] for key in ("method", "pattern", "damping")},
+                "removed": lost / size if size else 0.0,
+                "loss": None if np.isnan(loss) else loss,
+            }
+        attention = {
+            name.removeprefix("attention."): float(array[0])
+            for name, array in arrays.items()
+            if name.startswith("attention.")
+        }
+        return {"masks": masks, **({"attention": attention} if attention else {})}
+
+    def _make(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
+        """The masks of a layer and its numbers, as a file keeps them.
+
+        Returns:
+          Of each part, ``kept`` and ``values`` (`pack_mask`), ``count`` (weights removed, and in
+          all, of the units kept) and ``loss`` (relative output error, NaN where not known); and
+          ``attention.…``, what was learned of it.
+        """
+        shape = self.model.config.layer_shapes[record.index]
+        kept = extents(kept_units(self.work, record, shape), shape, self.model.config)
+        weights = {
+            part: kept[part].of(self.model.part(record.index, part)).astype(np.float64)
+            for part in self.parts
+        }
+        stats = all_stats(self.work, record)
+        attention = self._attention(record, kept)
+        learned, said = self._learn(attention)
+        out: dict[str, np.ndarray] = {}
+        masks = {}
+        for part, W in weights.items():
+            A = self._gram(stats, part, kept[part], record.index)
+            with naming(f"{part}_proj"):
+                masks[part] = self._choose(part, W, A, learned.get(part), record.index)
+            loss = np.nan
+            if A is not None:
+                gone = compensation.output_energy(A, np.where(masks[part], 0, W).T)
+                loss = gone / (compensation.output_energy(A, W.T) or 1.0)
+            out[f"{part}.count"] = np.array([np.sum(~masks[part]), W.size])
+            out[f"{part}.loss"] = np.array([loss])
+        values: dict[str, np.ndarray] = {}
+        if attention is not None:
+            if self.how["refine"] and self.how["sparsity"]:
+                pair, steps = attention.refine(list(masks.values()), self.how["refine"])
+                values = dict(zip(self.parts, map(np.asarray, pair), strict=True))
+                said["refine_steps"] = steps
+            said["calibration"], said["held_out"] = attention.errors(
+                [values.get(part, weights[part] * masks[part]) for part in self.parts]
+            )
+        for part, mask in masks.items():
+            place = np.ix_(*kept[part])
+            whole = np.zeros([len(side) for side in kept[part]], bool)
+            whole[place] = mask
+            new = None
+            if part in values:
+                new = np.zeros(whole.shape, np.float32)
+                new[place] = values[part]
+            out |= pack_mask(part, Mask(whole, new))
+        return out | {f"attention.{name}": np.array([value]) for name, value in said.items()}
+
+    def _attention(
+        self, record: records.LayerRecord, kept: dict[str, Extent]
+    ) -> AttentionLayer | None:
+        """The layer's attention, where q and k are masked and it is needed, or there to measure."""
+        needed = self._learns or self.how["refine"]
+        if self.parts != ("q", "k") or not (needed or "attention" in record.files):
+            return None
+        if not kept["q"].rows.any():  # all KV groups of the layer were removed
+            return None
+        part = partial(self.model.part, record.index)
+        biased = self.model.config.attention_bias
+        return AttentionLayer(
+            self._turns, self.work, record,
+            [kept[name].of(part(name)) for name in self.parts],
+            [part(f"{name}_bias")[kept[name].rows] if biased else None for name in self.parts],
+        )  # fmt: skip
+
+    def _learn(
+        self, attention: AttentionLayer | None
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Scores of q and k by an attention method, and what the descent says of itself."""
+        if attention is None or not self._learns or not self.how["sparsity"]:
+            return {}, {}
+        settings = Settings(*(self.how[name] for name in Settings._fields))
+        scores, said = learn(attention, self.how["method"], settings)
+        return dict(zip(self.parts, map(np.asarray, scores), strict=True)), said
+
+    def _gram(
+        self, stats: dict[str, np.ndarray], part: str, kept: Extent, layer: int
+    ) -> np.ndarray | None:
+        """Gram matrix of a matrix's inputs of the units kept; None where not there nor needed."""
+        name = f"{GIVEN[part]}.gram"
+        if name in stats:
+            A = gram.unpack(stats[name])
+            return A if kept.columns.all() else A[np.ix_(kept.columns, kept.columns)]
+        if self.how["method"] in GRAM_METHODS:
+            raise RecordError(
+                f"layer {layer}", f"has no sums of the inputs of {part}_proj",
+                "run calibrate with --stats all",
+            )  # fmt: skip
+        return None
+
+    def _choose(
+        self,
+        part: str,
+        W: np.ndarray,
+        A: np.ndarray | None,
+        learned: np.ndarray | None,
+        layer: int,
+    ) -> np.ndarray:
+        """The mask of one matrix."""
+        method, sparsity, pattern = (self.how[key] for key in ("method", "sparsity", "pattern"))
+        if pattern == "2:4" and W.shape[1] % 4:
+            raise NumericalError(
+                f"{W.shape[1]} inputs", "are no multiple of 4", "take another --pattern"
+            )
+        if A is not None and method == "sparsegpt":
+            return unstructured.sparsegpt(
+                W, A, damping=self.how["damping"], sparsity=sparsity, pattern=pattern
+            )[0]
+        if learned is not None:
+            score = learned
+        elif A is not None and method == "wanda":
+            score = unstructured.wanda(W, np.diagonal(A))
+        elif method == "random":
+            seed = [self.how["seed"], layer, MATRICES.index(part)]
+            score = np.random.default_rng(seed).random(W.shape)
+        else:
+            score = np.abs(W)
+        return unstructured.keep(score, sparsity, pattern)
+
+
+def _row(layer: int, values: dict[str, Any]) -> list[object]:
+    """A layer's row of the table."""
+    losses = [mask["loss"] for mask in values["masks"].values()]
+    errors = [values.get("attention", {}).get(key) for key in ("calibration", "held_out")]
+    return [layer, *("–" if value is None else f"{value:.4f}" for value in (*losses, *errors))]
