@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +22,10 @@ from prunetool import __version__, console, options
 @options.length_opt
 @options.dtype_opt
 @options.revision_opt
+@click.option(
+    "--against", metavar="DENSE", help="Compare with the checkpoint before pruning: its "
+    "perplexity, KL divergence of the next token, error of each head's attention matrices.",
+)  # fmt: skip
 def evaluate(
     model: str,
     texts: tuple[Path, ...],
@@ -30,6 +35,7 @@ def evaluate(
     length: int,
     dtype: str,
     revision: str | None,
+    against: str | None,
 ) -> None:
     """Measure the perplexity of MODEL, dense or pruned, one layer at a time.
 
@@ -39,11 +45,13 @@ def evaluate(
     \b
     Example:
       prunetool evaluate OUT --text wiki.test.txt --samples 8 --dtype float32
+      prunetool evaluate OUT --against MODEL --text wiki.test.txt > compared.json
     """
     if bool(texts) == bool(tokens_path):
         raise click.UsageError("give either --text or --tokens")
     from prunetool import corpus
     from prunetool.model import open_model
+    from prunetool.steps.compare import compare
     from prunetool.steps.evaluate import mean_loss
 
     with console.summary("evaluate") as said:
@@ -53,7 +61,11 @@ def evaluate(
             samples=samples, length=length,
         )  # fmt: skip
         dtype = options.product_dtype(dtype, opened.dtype)
-        loss = mean_loss(opened, tokens, dtype)
+        if against is None:
+            loss, compared = mean_loss(opened, tokens, dtype), {}
+        else:
+            comparison = compare(opened, open_model(against), tokens, dtype)
+            loss, compared = comparison.loss, {"against": _compared(against, comparison)}
         result = {
             "model": model,
             "perplexity": math.exp(loss),
@@ -65,6 +77,60 @@ def evaluate(
             "token_ids": corpus.fingerprint(tokens),
             "parameters": opened.parameters(),
             "version": __version__,
+            **compared,
         }
         click.echo(json.dumps(result))
         said += [f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"]
+        if compared:
+            _say(compared["against"], said)
+
+
+def _compared(against: str, comparison: Any) -> dict[str, Any]:
+    """A comparison as JSON: NaN is null."""
+    import numpy as np
+
+    errors = {}
+    for name in ("own", "same_input"):
+        by_head = getattr(comparison, name)
+        known = np.isfinite(by_head)
+        layer, head = np.unravel_index(np.argmax(np.where(known, by_head, -1)), by_head.shape)
+        errors[name] = {
+            "mean": float(by_head[known].mean()) if known.any() else None,
+            "worst": float(by_head[layer, head]) if known.any() else None,
+            "worst_layer": int(layer), "worst_head": int(head),
+            "by_head": [[float(e) if e == e else None for e in row] for row in by_head],
+        }  # fmt: skip
+    return {
+        "model": against,
+        "perplexity": math.exp(comparison.dense_loss),
+        "kl": comparison.divergence,
+        "attention_error": errors,
+    }
+
+
+def _say(compared: dict[str, Any], said: list[str]) -> None:
+    """Say a comparison on stderr."""
+    errors = compared["attention_error"]
+    rows = []
+    for layer, by_name in enumerate(
+        zip(*(errors[name]["by_head"] for name in errors), strict=True)
+    ):
+        known = [[error for error in row if error is not None] for row in by_name]
+        cells = [
+            f"{value:.4f}" for row in known if row for value in (sum(row) / len(row), max(row))
+        ]
+        rows.append([layer, *(cells or ["–"] * 4)])
+    console.table(
+        "Relative error of the attention matrices: each model's own input, the dense model's input",
+        ["layer", "own: mean head", "worst", "dense: mean head", "worst"],
+        rows,
+    )
+    said.append(f"{compared['perplexity']:.4f} before")
+    said.append(f"KL {compared['kl']:.4f} nats")
+    for name, label in (("own", "own input"), ("same_input", "dense input")):
+        if errors[name]["mean"] is not None:
+            said.append(
+                f"attention error on {label} {errors[name]['mean']:.4f} (worst "
+                f"{errors[name]['worst']:.4f}, layer {errors[name]['worst_layer']} head "
+                f"{errors[name]['worst_head']})"
+            )

@@ -1,8 +1,9 @@
 """The mean loss of a checkpoint on sequences, layer by layer."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,58 +34,79 @@ def mean_loss(model: Model, tokens: np.ndarray, dtype: str) -> float:
             Path(directory) / "hidden", model.config.hidden_size, samples, length
         )
         streaming.embed(model, tokens, stream)
-        step, rope = _layer_step(model), streaming.rotation(model, length)
+        step, rope = layer_step(model), streaming.rotation(model, length)
         layers = console.progress(model.padded_layers(), "evaluate", model.layers)
         for number, layer in layers:
             weights = streaming.to_device(layer, dtype)
             # Read before it is replaced: the new file takes the name when it is whole.
             with stream.writing() as write:
                 for batch in streaming.batches(0, samples, length):
-                    h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope))
+                    h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope)[0])
                     streaming.check_finite(h, number)
                     write(batch, h)
         return _mean_loss(model, stream, tokens, dtype)
 
 
-def _layer_step(model: Model) -> Callable[[jax.Array, Layer, forward.Rotation], jax.Array]:
-    """The compiled layer without its inputs, for an evaluation."""
+def layer_step(
+    model: Model,
+) -> Callable[[jax.Array, Layer, forward.Rotation], tuple[jax.Array, jax.Array]]:
+    """The compiled layer: h to the h behind it, and its attention's input."""
     config = model.config
 
     @jax.jit
-    def step(h: jax.Array, w: Layer, rope: forward.Rotation) -> jax.Array:
-        return forward.decoder_layer(h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps)[
-            0
-        ]
+    def step(h: jax.Array, w: Layer, rope: forward.Rotation) -> tuple[jax.Array, jax.Array]:
+        out, inputs = forward.decoder_layer(
+            h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
+        )
+        return out, inputs.attention
 
     return step
+
+
+class Ends(NamedTuple):
+    """What makes logits of the stream behind the last layer."""
+
+    norm: jax.Array
+    head: jax.Array
+    eps: float
+
+    @classmethod
+    def of(cls, model: Model, dtype: str) -> "Ends":
+        """The final norm and the head of a model, in the dtype of the product with the head."""
+        norm = jnp.asarray(model.final_norm(), jnp.float32)
+        return cls(norm, jnp.asarray(model.head(), jnp.dtype(dtype)), model.config.rms_norm_eps)
+
+
+def pieces(
+    streams: Sequence[streaming.HiddenStates], tokens: np.ndarray
+) -> Iterator[tuple[jax.Array, list[jax.Array]]]:
+    """Targets, (n,), and the stream where they are predicted, (D, 1, n), of each of ``streams``.
+
+    Every token but a sequence's first is a target once; n is at most `LOGIT_TOKENS`.
+    """
+    samples, length = tokens.shape
+    for batch in streaming.batches(0, samples, length):
+        whole = [stream.read(batch) for stream in streams]
+        for i, sample in enumerate(batch):
+            for start in range(0, length - 1, LOGIT_TOKENS):
+                stop = min(start + LOGIT_TOKENS, length - 1)
+                targets = jnp.asarray(tokens[sample, start + 1 : stop + 1])
+                yield targets, [jnp.asarray(h[:, i : i + 1, start:stop]) for h in whole]
 
 
 def _mean_loss(
     model: Model, stream: streaming.HiddenStates, tokens: np.ndarray, dtype: str
 ) -> float:
-    """Mean -log p(next token) of the stream behind the last layer, in nats.
-
-    Args:
-      model: for its final norm and head.
-      stream: the residual stream behind the last layer.
-      tokens: the sequences, (samples, N), int32.
-      dtype: of the product with the head.
-    """
-    norm = jnp.asarray(model.final_norm(), jnp.float32)
-    head = jnp.asarray(model.head(), jnp.dtype(dtype))
-    eps = model.config.rms_norm_eps
+    """Mean -log p(next token) of the stream behind the last layer, in nats."""
+    ends = Ends.of(model, dtype)
 
     @jax.jit
-    def losses(h: jax.Array, norm: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
-        return forward.token_losses(forward.logits(h, norm, head, eps=eps), targets)
+    def losses(h: jax.Array, targets: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
+        scores = forward.logits(h, norm, head, eps=ends.eps)
+        return jnp.sum(forward.token_losses(scores, targets), dtype=jnp.float64)
 
     total = 0.0
-    for batch in streaming.batches(0, stream.samples, stream.length):
-        for sample, h in zip(batch, stream.read(batch).swapaxes(0, 1), strict=True):
-            for start in range(0, stream.length - 1, LOGIT_TOKENS):
-                stop = min(start + LOGIT_TOKENS, stream.length - 1)
-                targets = jnp.asarray(tokens[sample, start + 1 : stop + 1])
-                part = jnp.asarray(h[:, None, start:stop])
-                found = losses(part, norm, head, targets)
-                total += float(jnp.sum(found, dtype=jnp.float64))
-    return total / (stream.samples * (stream.length - 1))
+    for targets, (h,) in pieces([stream], tokens):
+        total += float(losses(h, targets, ends.norm, ends.head))
+    predicted: int = tokens.shape[0] * (tokens.shape[1] - 1)
+    return total / predicted

@@ -12,7 +12,7 @@ from prunetool import console, records, workdir
 from prunetool.card import model_card
 from prunetool.checkpoint.reader import dtype_of
 from prunetool.checkpoint.writer import CheckpointWriter, need_room, write_json, write_text
-from prunetool.errors import RecordError, WorkError
+from prunetool.errors import WorkError
 from prunetool.llama import forms
 from prunetool.llama.config import LayerShape
 from prunetool.llama.weights import (
@@ -57,7 +57,6 @@ def write_checkpoint(
 
     Raises:
       WorkError: where the disk is short or ``out`` is taken.
-      RecordError: where a refit is of other units than those kept.
     """
     model, work = reopen(header.model, header.fingerprint), Path(header.work)
     if out.exists() and out.resolve() == model.directory:
@@ -136,11 +135,7 @@ def _kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
 def _pruned_layer(
     model: Model, work: Path, record: records.LayerRecord, units: dict[str, np.ndarray]
 ) -> Layer:
-    """The layer with only what it keeps, refitted where compensate came before; stored dtypes.
-
-    Raises:
-      RecordError: where the refit is of other units than those kept.
-    """
+    """The layer with only what it keeps, refitted where compensate came before; stored dtypes."""
     shape = model.config.layer_shapes[record.index]
     layer = model.layer(record.index)
     masked = masks(model, work, record)
@@ -154,14 +149,7 @@ def _pruned_layer(
             (matrix, f"{matrix}_proj.weight"),
             (f"{matrix}_bias", f"{matrix}_proj.bias"),
         ):
-            old, new = getattr(layer, part), refit.get(name)
-            if new is None:
-                continue
-            if new.shape != old.shape:
-                raise RecordError(
-                    f"layer {record.index}", f"{name} was refitted for other units than are kept",
-                    "put compensate behind the last score",
-                )  # fmt: skip
-            info = model.index[tensor_name(record.index, part)]
-            layer = layer._replace(**{part: new.astype(np.dtype(dtype_of(info)))})
+            if name in refit:
+                dtype = dtype_of(model.index[tensor_name(record.index, part)])
+                layer = layer._replace(**{part: refit[name].astype(np.dtype(dtype))})
     return layer

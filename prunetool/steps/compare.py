@@ -1,0 +1,163 @@
+"""A pruned checkpoint beside the dense one, layer by layer on the same sequences."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prunetool import console, streaming
+from prunetool.checkpoint.writer import need_room
+from prunetool.errors import ConfigError
+from prunetool.llama import forward
+from prunetool.llama.weights import Layer
+from prunetool.model import Model
+from prunetool.pruning import attention_loss
+from prunetool.steps.evaluate import Ends, layer_step, pieces
+
+
+class Comparison(NamedTuple):
+    """What `compare` found.
+
+    Attributes:
+      loss, dense_loss: mean -log p of the predicted tokens, nats, of both models.
+      divergence: mean KL(dense‖pruned) of the next token's distributions, nats.
+      own, same_input: ‖P̃ − P‖_F/‖P‖_F of every query head, (layers, H); NaN for heads that are
+        gone, and for all of a layer that has other heads. own: each model on its own residual
+        stream, so errors of earlier layers count. same_input: both on the dense model's.
+    """
+
+    loss: float
+    dense_loss: float
+    divergence: float
+    own: np.ndarray
+    same_input: np.ndarray
+
+
+def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Comparison:
+    """Run both models over the sequences.
+
+    Args:
+      model, dense: the checkpoints; of one vocabulary, hidden size and rotary embedding.
+      tokens: (samples, N), int32.
+      dtype: of the products.
+
+    Raises:
+      ConfigError: where the two cannot be compared.
+    """
+    for name in ("vocab_size", "hidden_size", "head_dim", "rope", "layers"):
+        mine, theirs = getattr(model.config, name), getattr(dense.config, name)
+        if mine != theirs:
+            raise ConfigError(
+                "--against", f"its {name} is {theirs} and the model's {mine}",
+                "name the checkpoint that was pruned",
+            )  # fmt: skip
+    size = dense.config.hidden_size
+    with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
+        need_room(Path(directory), 4 * tokens.size * size * 4)
+        streams = [
+            streaming.HiddenStates(Path(directory) / name, size, *tokens.shape)
+            for name in ("pruned", "dense")
+        ]
+        own, same_input = _errors((model, dense), streams, tokens, dtype)
+        loss, dense_loss, divergence = _losses((model, dense), streams, tokens, dtype)
+        return Comparison(loss, dense_loss, divergence, own, same_input)
+
+
+def _errors(
+    models: tuple[Model, Model],
+    streams: list[streaming.HiddenStates],
+    tokens: np.ndarray,
+    dtype: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Drive both streams through all layers, and measure every attention on the way."""
+    dense = models[1]
+    config = dense.config
+    rope = streaming.rotation(dense, tokens.shape[1])
+    steps = [layer_step(model) for model in models]
+    attend = _compiled_attention(config.head_dim)
+    for model, stream in zip(models, streams, strict=True):
+        streaming.embed(model, tokens, stream)
+    rows: list[np.ndarray] = []
+    layers = zip(*(model.padded_layers() for model in models), strict=True)
+    for (number, pruned_layer), (_, dense_layer) in console.progress(
+        layers, "compare", dense.layers
+    ):
+        weights = [streaming.to_device(w, dtype) for w in (pruned_layer, dense_layer)]
+        heads = dense.config.layer_shapes[number].heads
+        comparable = (
+            models[0].config.layer_shapes[number].heads == heads
+            and pruned_layer.q.shape == dense_layer.q.shape
+            and pruned_layer.k.shape == dense_layer.k.shape
+        )
+        sums = np.zeros((3, heads))
+        with streams[0].writing() as write, streams[1].writing() as write_dense:
+            for batch in streaming.batches(0, *tokens.shape):
+                behind = [
+                    step(jnp.asarray(stream.read(batch)), w, rope)
+                    for step, stream, w in zip(steps, streams, weights, strict=True)
+                ]
+                for (h, _), put in zip(behind, (write, write_dense), strict=True):
+                    array = np.asarray(h)
+                    streaming.check_finite(array, number)
+                    put(batch, array)
+                if comparable:
+                    found = attend(behind[0][1], behind[1][1], *weights, rope)
+                    sums += np.asarray(found).reshape(3, -1)[:, :heads]
+        if comparable:
+            by_head = np.asarray(pruned_layer.q[: heads * config.head_dim], np.float32)
+            sums[:, ~by_head.reshape(heads, -1).any(axis=1)] = np.nan
+        else:
+            sums[:] = np.nan
+        rows.append(np.sqrt(sums[:2] / sums[2]))
+    own, same_input = np.swapaxes(rows, 0, 1)
+    return own, same_input
+
+
+def _compiled_attention(head_dim: int) -> Any:
+    """‖P̃ − P‖² by own inputs and by the dense model's, and ‖P‖²; (3, n_kv, g)."""
+
+    def queries_keys(x: jax.Array, w: Layer, rope: forward.Rotation) -> tuple[Any, Any]:
+        z_q, z_k = forward.linear(w.q, w.q_bias, x), forward.linear(w.k, w.k_bias, x)
+        return forward.queries_keys(z_q, z_k, rope, head_dim)
+
+    @jax.jit
+    def attend(x: Any, x_dense: Any, w: Layer, w_dense: Layer, rope: Any) -> jax.Array:
+        target = queries_keys(x_dense, w_dense, rope)
+        own, energy = attention_loss.squared_errors(*queries_keys(x, w, rope), *target)
+        same, _ = attention_loss.squared_errors(*queries_keys(x_dense, w, rope), *target)
+        return jnp.stack([own, same, energy])
+
+    return attend
+
+
+def _losses(
+    models: tuple[Model, Model],
+    streams: list[streaming.HiddenStates],
+    tokens: np.ndarray,
+    dtype: str,
+) -> list[float]:
+    """Mean -log p by both models, and mean KL(dense‖pruned)."""
+    ends = [Ends.of(model, dtype) for model in models]
+    epsilons = [end.eps for end in ends]
+
+    @jax.jit
+    def sums(pieces: list[Any], targets: Any, norms: list[Any], heads: list[Any]) -> jax.Array:
+        scores, dense_scores = map(
+            lambda h, norm, head, eps: forward.logits(h, norm, head, eps=eps),
+            pieces, norms, heads, epsilons,
+        )  # fmt: skip
+        parts = [
+            forward.token_losses(scores, targets),
+            forward.token_losses(dense_scores, targets),
+            forward.divergences(dense_scores, scores),
+        ]
+        return jnp.stack([jnp.sum(part, dtype=jnp.float64) for part in parts])
+
+    total = np.zeros(3)
+    for targets, found in pieces(streams, tokens):
+        norms, heads = [end.norm for end in ends], [end.head for end in ends]
+        total += np.asarray(sums(found, targets, norms, heads))
+    return [float(value) for value in total / (tokens.shape[0] * (tokens.shape[1] - 1))]
