@@ -66,6 +66,7 @@ examples: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT
 
 bench: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT)
 	$(BIN)/python examples/bench.py $(MODEL) $(TEXT)
+	$(BIN)/python examples/bench_attention.py $(MODEL)
 
 clean:
 	rm -rf $(VENV) $(DEMO) bench build *.egg-info

@@ -51,12 +51,13 @@ def measure(stats: Path, setting: tuple[str, str, str], sparsity: str, test: Pat
     return json.loads(prunetool("evaluate", out / "model", "--text", test, "--samples", 8))
 
 
-def read(path: Path) -> dict[tuple[str, ...], list[str]]:
+def read(path: Path, keys: int = 4) -> dict[tuple[str, ...], list[str]]:
+    """The rows of a CSV by their first columns."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:
         rows = list(csv.reader(file))[1:]
-    return {tuple(row[:4]): row for row in rows}
+    return {tuple(row[:keys]): row for row in rows}
 
 
 def print_table(path: Path) -> None:

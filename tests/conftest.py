@@ -139,13 +139,13 @@ def run(tmp_path):
 def calibrated(checkpoint, text, run, tmp_path):
     """A tiny checkpoint and the records of its calibration: ``calibrated(kv_heads=1)``."""
 
-    def make(name="dense", stats="structural", held_out=2, **changes):
+    def make(name="dense", stats="structural", held_out=2, attention=0, **changes):
         model = checkpoint(name, **changes)
         path = tmp_path / f"{name}.jsonl"
         run(
             "calibrate", model, "--text", text, "--samples", 8, "--sequence-length", 32,
-            "--held-out", held_out, "--stats", stats, "--work", tmp_path / f"{name}.work",
-            "-o", path,
+            "--held-out", held_out, "--stats", stats, "--attention-samples", attention,
+            "--work", tmp_path / f"{name}.work", "-o", path,
         )  # fmt: skip
         return model, path
 

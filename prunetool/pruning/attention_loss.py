@@ -16,7 +16,7 @@ Attention matrices exist in blocks of `QUERY_BLOCK` queries of one KV group: mem
 | P, R | a block's attention, and a residual beside it | (g · block, keys) |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,7 +60,9 @@ class _Block(NamedTuple):
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")
+    """A b, in float32 at least."""
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.matmul(a, b, precision="highest", preferred_element_type=dtype)
 
 
 def _blocks(length: int) -> list[_Block]:
@@ -196,23 +198,32 @@ def hessian_diagonal(
     return total[0] / count, total[1] / count
 
 
-def squared_errors(q: jax.Array, k: jax.Array, q0: jax.Array, k0: jax.Array) -> Pair:
-    """‖P̃ − P‖² and ‖P‖² of every head, over all sequences; each (n_kv, g)."""
+def squared_errors(candidates: Sequence[Pair], dense: Pair) -> Pair:
+    """‖P̃ − P‖² of every candidate and head, and ‖P‖² of every head, over all sequences.
 
-    def one_group(group: tuple[jax.Array, ...]) -> Pair:
-        q, k, q0, k0 = group
-        g = q.shape[0]
-        error, energy = jnp.zeros(g, q.dtype), jnp.zeros(g, q.dtype)
-        for block in _blocks(q.shape[2]):
+    Args:
+      candidates: q and k of each.
+      dense: q and k of P.
+
+    Returns:
+      (len(candidates), n_kv, g) and (n_kv, g).
+    """
+
+    def one_group(group: tuple[Pair, list[Pair]]) -> jax.Array:
+        (q0, k0), others = group
+        g = q0.shape[0]
+        sums = []
+        for block in _blocks(q0.shape[2]):
             P = block.attention(q0, k0)
-            R = block.attention(q, k) - P
-            error += jnp.sum(R.reshape(g, -1) ** 2, axis=1)
-            energy += jnp.sum(P.reshape(g, -1) ** 2, axis=1)
-        return error, energy
+            parts = [P, *(block.attention(q, k) - P for q, k in others)]
+            sums.append(jnp.stack([jnp.sum(R.reshape(g, -1) ** 2, axis=1) for R in parts]))
+        return jnp.sum(jnp.stack(sums), axis=0)  # (1 + candidates, g)
 
-    error, energy = lax.map(one_group, (_flat(q), _flat(k), _flat(q0), _flat(k0)))
-    n_kv, g = q.shape[:2]
-    return error.reshape(-1, n_kv, g).sum(axis=0), energy.reshape(-1, n_kv, g).sum(axis=0)
+    flat = jax.tree.map(_flat, (dense, list(candidates)))
+    n_kv, g = dense[0].shape[:2]
+    sums = lax.map(one_group, flat).reshape(-1, n_kv, 1 + len(candidates), g).sum(axis=0)
+    sums = jnp.moveaxis(sums, 1, 0)
+    return sums[1:], sums[0]
 
 
 @partial(jax.jit, static_argnames="turn")
@@ -225,7 +236,7 @@ def queries_keys(turn: Turn, w: Pair, inputs: Inputs) -> Pair:
 def measure(turn: Turn, w: Pair, inputs: Inputs, dense: Pair) -> Pair:
     """L without regularisation, a scalar; and ‖P̃ − P‖_F/‖P‖_F of each head, (n_kv, g)."""
     q, k = turn(*project(w, inputs))
-    error, energy = squared_errors(q, k, *dense)
+    (error,), energy = squared_errors([(q, k)], dense)
     return 0.5 * jnp.sum(error) / _count(q), jnp.sqrt(error / energy)
 
 

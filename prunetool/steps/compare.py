@@ -119,16 +119,18 @@ def _errors(
 def _compiled_attention(head_dim: int) -> Any:
     """‖P̃ − P‖² by own inputs and by the dense model's, and ‖P‖²; (3, n_kv, g)."""
 
-    def queries_keys(x: jax.Array, w: Layer, rope: forward.Rotation) -> tuple[Any, Any]:
+    def queries_keys(x: jax.Array, w: Layer, rope: forward.Rotation) -> attention_loss.Pair:
         z_q, z_k = forward.linear(w.q, w.q_bias, x), forward.linear(w.k, w.k_bias, x)
-        return forward.queries_keys(z_q, z_k, rope, head_dim)
+        q, k = forward.queries_keys(z_q, z_k, rope, head_dim)
+        return q.astype(w.q.dtype), k.astype(w.k.dtype)  # as the layer does
 
     @jax.jit
     def attend(x: Any, x_dense: Any, w: Layer, w_dense: Layer, rope: Any) -> jax.Array:
-        target = queries_keys(x_dense, w_dense, rope)
-        own, energy = attention_loss.squared_errors(*queries_keys(x, w, rope), *target)
-        same, _ = attention_loss.squared_errors(*queries_keys(x_dense, w, rope), *target)
-        return jnp.stack([own, same, energy])
+        candidates = [queries_keys(x, w, rope), queries_keys(x_dense, w, rope)]
+        errors, energy = attention_loss.squared_errors(
+            candidates, queries_keys(x_dense, w_dense, rope)
+        )
+        return jnp.concatenate([errors, energy[None]])
 
     return attend
 

@@ -200,6 +200,7 @@ def test_scores_of_two_steps_join(calibrated, run, tmp_path):
 
 def steps(model, text, out):
     calibrate = f"calibrate {model} --text {text} --samples 8 --sequence-length 32 --work w"
+    calibrate += " --stats all --attention-samples 2 --attention-length 16"
     return [calibrate, "score --sparsity .3", "compensate", f"export {out}"]
 
 

@@ -1,0 +1,42 @@
+"""``prunetool report``."""
+
+from pathlib import Path
+
+import click
+
+from prunetool import console, options, records
+
+
+@click.command()
+@options.source_arg
+@click.option(
+    "-o", "--output", "sink", default="report.html", show_default=True, metavar="FILE",
+    help="Write the page here; - is stdout.",
+)  # fmt: skip
+@click.option(
+    "--evaluation", "evaluated", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
+    help="Show this result of evaluate too; if made with --against, a heat map of every head's "
+    "attention error. May be given several times.",
+)  # fmt: skip
+def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
+    """Make an HTML page of what each layer kept and what that cost.
+
+    Reads the records of score or compensate, all of them before the page is written. The page is
+    one file that needs nothing else.
+
+    \b
+    Example:
+      prunetool report refitted.jsonl -o page.html
+      prunetool report refitted.jsonl --evaluation compared.json
+    """
+    from prunetool.steps import report as step
+
+    with console.summary("report") as said:
+        evaluations = [step.read_evaluation(path) for path in evaluated]
+        with options.open_source(source) as stream:
+            header, layers = records.read(stream)
+            made = list(layers)
+        page, sizes = step.make_page(header, made, evaluations)
+        with options.open_sink(sink) as out:
+            out.write(page)
+        said += [f"{len(made)} layers", sizes, "page on stdout" if sink == "-" else sink]

@@ -1,0 +1,200 @@
+"""The page of a run: what each layer keeps, what that costs, and the error of every head."""
+
+import html
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prunetool import console, records
+from prunetool.errors import RecordError
+from prunetool.model import Model, reopen
+from prunetool.pruned import CHANNELS, HEADS, extents, kept_units, masks
+
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2em }
+table { border-collapse: collapse; margin: 1.5em 0 }
+caption { text-align: left; font-weight: bold; padding: .3em 0; white-space: nowrap }
+th, td { padding: .2em .6em; text-align: right; border: 1px solid #eee; font-weight: normal }
+.words td, .words th { text-align: left } .map td, .map th { font-size: 75%; padding: .3em }
+"""
+UNITS = ("query heads", "KV heads", "MLP channels")
+MAPS = {"own": "each model's own input", "same_input": "the dense model's input"}
+SUMMARY = "mean {mean:.4g}, worst {worst:.4g} (layer {worst_layer} head {worst_head})"
+
+
+class Cell(NamedTuple):
+    """A cell of a table; ``value``, 0 to 1, is its colour (NaN: grey)."""
+
+    text: object
+    value: float | None = None
+    title: str = ""
+
+
+NOTHING = Cell("–")
+Row = Sequence[object]
+Columns = dict[Any, Cell]  # a layer's row
+# File; lines of text; heat maps (caption, errors of heads by layer, NaN where there is none).
+Evaluation = tuple[str, list[tuple[str, str]], list[tuple[str, list[list[float]]]]]
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read what ``prunetool evaluate`` printed.
+
+    Raises:
+      RecordError: where it is something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        lines = [("perplexity", f"{value['perplexity']:.4f}")]
+        maps = []
+        if "against" in value:
+            dense = value["against"]
+            lines += [("before", f"{dense['perplexity']:.4f}"), ("KL", f"{dense['kl']:.4f} nats")]
+            for name, label in MAPS.items():
+                found = dense["attention_error"][name]
+                said = "no head to compare" if found["mean"] is None else SUMMARY.format_map(found)
+                rows = [[float("nan" if e is None else e) for e in row] for row in found["by_head"]]
+                maps.append((f"Attention error by layer and head on {label}: {said}", rows))
+        lines += [("model", value["model"]), ("tokens", f"{value['tokens']:,}")]
+    except OSError as error:
+        raise RecordError(path, error.strerror or "cannot be read", "check the name") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        what = f"is not an evaluation ({type(error).__name__}: {error})"
+        raise RecordError(path, what, "name a file that prunetool evaluate printed") from error
+    return str(path), lines, maps
+
+
+def make_page(
+    header: records.Header, made: Sequence[records.LayerRecord], evaluations: Sequence[Evaluation]
+) -> tuple[str, str]:
+    """The page of a whole stream and of evaluations, as HTML; and what to say of it."""
+    model, work = reopen(header.model, header.fingerprint), Path(header.work)
+    sizes = [_sizes(model, work, r) for r in console.progress(made, "report", header.layers)]
+    kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
+    counts: list[Row] = [["before", f"{dense:,}"]]
+    counts.append(["of units kept", f"{stored:,}", _share(stored, dense)])
+    if kept < stored:
+        counts.append(["of these, not masked", f"{kept:,}", _share(kept, dense)])
+    asked = [
+        [step["command"], ", ".join(f"{name} {value}" for name, value in step["options"].items())]
+        for step in header.history
+    ]
+    title = _text(f"{Path(header.source).name}, pruned")
+    errors = [_errors(record.values) for record in made]
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n',
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n",
+        f"<h1>{title}</h1>\n<p>{_text(header.source)}</p>\n",
+        _table("What was asked", asked, "words"),
+        _table("Weights of the decoder layers' seven matrices", counts),
+        _by_layer("Units kept", [of[0] for of in sizes]),
+        _by_layer("Weights kept, of those before", [of[1] for of in sizes]),
+        _by_layer("Relative output error by plain removal", [of[0] for of in errors]),
+        _by_layer("Relative output error, plain removal → refitted", [of[1] for of in errors]),
+        _by_layer("Relative error of the attention matrices", [of[2] for of in errors]),
+        *_shown(evaluations), "</html>\n",
+    ]  # fmt: skip
+    return "".join(parts), f"{kept:,} of {dense:,} layer weights kept"
+
+
+def _sizes(
+    model: Model, work: Path, record: records.LayerRecord
+) -> tuple[Columns, Columns, list[int]]:
+    """What a layer keeps: units; weights; counts of weights kept, of units kept, and before."""
+    shape, weights = model.config.layer_shapes[record.index], {}
+    units, masked = kept_units(work, record, shape), masks(model, work, record)
+    for part, extent in extents(units, shape, model.config).items():
+        stored = int(extent.rows.sum()) * int(extent.columns.sum())
+        kept = int(extent.of(masked[part].kept).sum()) if part in masked else stored
+        weights[part] = [kept, stored, extent.rows.size * extent.columns.size]
+    weights["all"] = [sum(counts) for counts in zip(*weights.values(), strict=True)]
+    groups, channels = int(units[HEADS].sum()), int(units[CHANNELS].sum())
+    now = (groups * shape.group_size, groups, channels)
+    of = zip(UNITS, now, (shape.heads, shape.kv_heads, shape.channels), strict=True)
+    cells = {unit: _share(kept, before, f"{kept} / {before}") for unit, kept, before in of}
+    shares = {part: _share(kept, dense) for part, (kept, _, dense) in weights.items()}
+    return cells, shares, weights["all"]
+
+
+def _errors(values: dict[str, Any]) -> tuple[Columns, Columns, Columns]:
+    """A layer's errors by column: of plain removal, of refits, of attention."""
+    plain = {f"{name}, removed": _error(loss) for name, loss in values.get("loss", {}).items()}
+    for part, mask in values.get("masks", {}).items():
+        plain[f"{part}_proj, masked"] = _error(mask["loss"])
+    refits: Columns = {}
+    for name, of in values.get("refit", {}).items():
+        columns = (name, f"{name}, held out", f"{name}, damping")
+        tried = _error(of["held_out_removed"], of["held_out_refitted"])
+        damping = Cell("none" if of["damping"] is None else of["damping"])
+        cells = [_error(of["removed"], of["refitted"]), tried, damping]
+        refits |= zip(columns, cells if of["removed"] else [NOTHING] * 3, strict=True)
+    found = values.get("attention", {})
+    seen, unseen = (_error(found.get(kind)) for kind in ("calibration", "held_out"))
+    return plain, refits, {"calibration": seen, "held out": unseen}
+
+
+def _shown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """The tables of all evaluations; one scale for all maps, so that they can be compared."""
+    every = (e for *_, maps in evaluations for _, rows in maps for row in rows for e in row)
+    largest = max(filter(math.isfinite, every), default=0.0) or 1.0
+
+    def cell(layer: int, head: int, error: float) -> Cell:
+        if math.isnan(error):
+            return Cell("–", error, f"layer {layer} head {head}: none")
+        return Cell(f"{error:.2g}", error / largest, f"layer {layer} head {head}: {error}")
+
+    for file, lines, maps in evaluations:
+        yield _table(f"Evaluation {file}", lines, "words")
+        for caption, rows in maps:
+            cells = [{j: cell(i, j, e) for j, e in enumerate(row)} for i, row in enumerate(rows)]
+            yield _by_layer(f"{caption}; darkest: {largest:.4g}", cells, "map")
+
+
+def _by_layer(caption: str, layers: Sequence[Columns], kind: str = "numbers") -> str:
+    """A table of the columns in which any layer has something; none without any."""
+    every = dict.fromkeys(name for cells in layers for name in cells)
+    names = [n for n in every if any(cells.get(n, NOTHING) != NOTHING for cells in layers)]
+    rows = [[i, *(cells.get(n, NOTHING) for n in names)] for i, cells in enumerate(layers)]
+    return _table(caption, rows, kind, ["layer", *names]) if names else ""
+
+
+def _table(caption: str, rows: Iterable[Row], kind: str = "numbers", head: Row = ()) -> str:
+    """A table; the first cell of a row names it. All text is escaped here and in `_cell`."""
+    names = "".join(f"<th>{_text(name)}</th>" for name in head)
+    lines = [f'<table class="{kind}">', f"<caption>{_text(caption)}</caption>", f"<tr>{names}</tr>"]
+    for first, *cells in rows:
+        lines.append(f"<tr><th>{_text(first)}</th>{''.join(map(_cell, cells))}</tr>")
+    return "\n".join([*lines, "</table>", ""])
+
+
+def _cell(cell: object) -> str:
+    text, value, title = cell if isinstance(cell, Cell) else Cell(cell)
+    style = "" if value is None else f' style="{_colour(value)}"'
+    hover = f' title="{_text(title)}"' if title else ""
+    return f"<td{style}{hover}>{_text(text)}</td>"
+
+
+def _colour(value: float) -> str:
+    """Background from light (0) to dark (1), and what can be read on it; grey for NaN."""
+    if not math.isfinite(value):
+        return "background:#ddd"
+    ink = "#fff" if value > 0.8 else "#000"  # where white begins to stand out more
+    return f"background:hsl(210 65% {96 - 62 * min(max(value, 0), 1):.1f}%);color:{ink}"
+
+
+def _share(kept: int, of: int, text: str = "") -> Cell:
+    share = kept / (of or 1)
+    return Cell(text or f"{share:.2%}", share, f"{kept:,} of {of:,}")
+
+
+def _error(*errors: float | None) -> Cell:
+    """Errors, one leading to the next; the last gives the colour."""
+    known = [error for error in errors if error is not None]
+    return Cell(" → ".join(f"{error:.4g}" for error in known), known[-1]) if known else NOTHING
+
+
+def _text(value: object) -> str:
+    # JSON can hold half a surrogate pair, which UTF-8 cannot.
+    return html.escape(str(value)).encode("utf-8", "xmlcharrefreplace").decode()

@@ -1,0 +1,238 @@
+"""The page against the files it was made of, read as a browser reads it."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from prunetool.llama.weights import MATRICES, tensor_name
+from tests.conftest import error_of
+
+HEADS, LAYERS = 4, 3  # of the tiny checkpoint
+
+
+class Page(HTMLParser):
+    """Tables by caption: rows of cells (text, title, style); fails where tags do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tables, self.seen = [], {}, set()
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        assert not {"src", "href"} & set(found)
+        self.seen.add(tag)
+        if tag != "meta":
+            self.open.append(tag)
+        if tag == "caption":
+            self.caption = ""
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append(("", found.get("title"), found.get("style")))
+        elif tag == "table":
+            self.rows = []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "caption":
+            self.tables[self.caption] = self.rows
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["caption"]:
+            self.caption += data
+        elif self.open[-1:] in (["td"], ["th"]):
+            text, *rest = self.rows[-1][-1]
+            self.rows[-1][-1] = (text + data, *rest)
+
+    def table(self, caption):
+        """Rows by layer, and the columns' names, of the one table whose caption begins so."""
+        (rows,) = [rows for name, rows in self.tables.items() if name.startswith(caption)]
+        names = [text for text, *_ in rows[0][1:]]
+        return names, [dict(zip(names, row[1:], strict=True)) for row in rows[1:]]
+
+
+def page_of(run, tmp_path, stream, *words):
+    done = run("report", *words, "-o", tmp_path / "page.html", stdin=stream)
+    assert done.stdout == ""
+    assert re.match(r"report: 3 layers, [\d,]+ of 92,160 layer weights kept, .*page.html, .* s, ",
+                    done.stderr)  # fmt: skip
+    return Page((tmp_path / "page.html").read_text("utf-8"))
+
+
+MASKED = [["--target", "v,o", "--method", "magnitude", "--sparsity", ".5"]]
+PRUNED = [["--target", "heads", "--sparsity", ".1"],
+          ["--target", "channels", "--sparsity", ".2", "--multiple-of", 1]]  # fmt: skip
+
+
+def scored(run, records, *steps):
+    stream = records.read_text()
+    for step in steps:
+        stream = run("score", *step, stdin=stream).stdout
+    return stream
+
+
+def test_every_count_is_what_the_files_and_the_export_hold(calibrated, run, tmp_path):
+    # The masks come first, so that units they kept something of are removed behind them.
+    _, records = calibrated()
+    kept = scored(run, records, *MASKED, *PRUNED)
+    stream = run("compensate", "--damping", ".01", stdin=kept).stdout
+    page = page_of(run, tmp_path, stream)
+    header, *layers, _ = map(json.loads, stream.splitlines())
+
+    run("export", tmp_path / "out", "--format", "dense", stdin=stream)
+    stored = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        stored.update(load_file(path))
+    names, weights = page.table("Weights kept")
+    assert names == [*MATRICES, "all"]
+    _, units = page.table("Units kept")
+    total = np.zeros(2, int)
+    for record, cells, kept in zip(layers, weights, units, strict=True):
+        work, counts = header["work"], []
+        for part in MATRICES:
+            W = stored[tensor_name(record["index"], part)]
+            counts.append((np.count_nonzero(W), W.size))
+        groups = load_file(f"{work}/{record['files']['kept.heads']}")["heads"].astype(bool)
+        channels = load_file(f"{work}/{record['files']['kept.channels']}")["channels"]
+        mask = np.unpackbits(load_file(f"{work}/{record['files']['mask.v']}")["v.kept"], axis=1)
+        assert counts[2] == (mask[np.repeat(groups, 16)].sum(), 32 * 64)
+        assert kept["KV heads"][0] == f"{groups.sum()} / 2"
+        assert kept["query heads"][0] == f"{2 * groups.sum()} / 4"
+        assert kept["MLP channels"][0] == f"{np.count_nonzero(channels)} / 96"
+        counts.append(np.sum(counts, axis=0))
+        total += counts[-1]
+        for name, (count, size) in zip(names, counts, strict=True):
+            assert cells[name][:2] == (f"{count / size:.2%}", f"{count:,} of {size:,}")
+    assert any(row["KV heads"][0] == "1 / 2" for row in units)
+    assert total[0] < total[1] == 92160
+    assert page.tables["Weights of the decoder layers' seven matrices"][-1][1][0] == f"{total[0]:,}"
+    _, losses = page.table("Relative output error by plain")
+    for record, loss in zip(layers, losses, strict=True):
+        values = record["values"]
+        assert loss["down_proj, removed"][0] == f"{values['loss']['down_proj']:.4g}"
+        assert loss["o_proj, masked"][0] == f"{values['masks']['o']['loss']:.4g}"
+        assert "v_proj, masked" not in loss  # calibrate kept no sums of its inputs
+    assert page.tables["What was asked"][-1][0][0] == "compensate"
+    assert not any(name.startswith("Relative error of the attention") for name in page.tables)
+    assert "script" not in page.seen
+
+
+@pytest.mark.parametrize(("held_out", "damping"), [(2, "auto"), (0, "0.01")])
+def test_refits_stand_as_the_records_have_them(calibrated, run, tmp_path, held_out, damping):
+    _, records = calibrated(held_out=held_out)
+    kept = scored(run, records, *PRUNED)
+    stream = run("compensate", "--damping", damping, stdin=kept).stdout
+    _, rows = page_of(run, tmp_path, stream).table("Relative output error, plain")
+    for line, row in zip(stream.splitlines()[1:-1], rows, strict=True):
+        expected = {}
+        for name, of in json.loads(line)["values"]["refit"].items():
+            lost = of["removed"] > 0
+            expected[name] = f"{of['removed']:.4g} → {of['refitted']:.4g}" if lost else "–"
+            if held_out:
+                unseen = f"{of['held_out_removed']:.4g} → {of['held_out_refitted']:.4g}"
+                expected[f"{name}, held out"] = unseen if lost else "–"
+            expected[f"{name}, damping"] = str(of["damping"] or "none") if lost else "–"
+        assert {name: text for name, (text, *_) in row.items()} == expected
+
+
+def test_the_heat_maps_are_the_evaluations(calibrated, run, tmp_path):
+    dense, records = calibrated(attention=3)
+    qk = ["--target", "qk", "--method", "magnitude", "--sparsity", ".5"]
+    stream = scored(run, records, qk, PRUNED[0])
+    run("export", tmp_path / "out", "--format", "dense", stdin=stream)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(3).integers(0, 250, (2, 24), np.int32))
+    compared = run("evaluate", "out", "--against", dense, "--tokens", "ids.npy",
+                   "--sequence-length", 24, "--dtype", "float32").stdout  # fmt: skip
+    (tmp_path / "compared.json").write_text(compared)
+    plain = {k: v for k, v in json.loads(compared).items() if k != "against"}
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    files = ["--evaluation", "compared.json", "--evaluation", "plain.json"]
+    page = page_of(run, tmp_path, stream, *files)
+
+    _, rows = page.table("Relative error of the attention")
+    for line, row in zip(stream.splitlines()[1:-1], rows, strict=True):
+        found = json.loads(line)["values"]["attention"]
+        assert row["calibration"][0] == f"{found['calibration']:.4g}"
+        assert row["held out"][0] == f"{found['held_out']:.4g}"
+
+    against = json.loads(compared)["against"]
+    lines = [text for row in page.tables["Evaluation compared.json"] for text, *_ in row]
+    assert f"{plain['perplexity']:.4f}" in lines
+    assert f"{against['kl']:.4f} nats" in lines
+    assert len(page.tables["Evaluation plain.json"]) < len(page.tables["Evaluation compared.json"])
+    assert any(None in row for row in against["attention_error"]["own"]["by_head"])
+    styles = {}
+    for name, label in (("own", "each"), ("same_input", "the dense")):
+        errors = against["attention_error"][name]
+        caption = f"Attention error by layer and head on {label}"
+        heads, rows = page.table(caption)
+        assert heads == list(map(str, range(HEADS)))
+        assert len(rows) == LAYERS
+        (said,) = [found for found in page.tables if found.startswith(caption)]
+        assert f"worst {errors['worst']:.4g} (layer {errors['worst_layer']} head " in said
+        for layer, (row, by_head) in enumerate(zip(rows, errors["by_head"], strict=True)):
+            for head, error in enumerate(by_head):
+                text, title, style = row[str(head)]
+                where, value = title.split(": ")
+                assert where == f"layer {layer} head {head}"
+                assert (None if value == "none" else float(value)) == error
+                assert text == ("–" if error is None else f"{error:.2g}")
+                styles[error] = style
+    grey = styles.pop(None)  # a KV group is gone
+    assert "hsl" not in grey
+    # The larger the error, the darker, in one scale over both maps.
+    light = {e: float(re.search(r"([\d.]+)%\)", styles[e])[1]) for e in styles}
+    assert light == pytest.approx({e: 96 - 62 * e / max(styles) for e in styles}, abs=0.051)
+
+
+def test_names_out_of_files_are_escaped(calibrated, run, tmp_path):
+    _, records = calibrated("<script>&amp;")
+    result = {"model": "\ud800<script>'\"", "perplexity": 2, "tokens": 3}
+    (tmp_path / "<b>.json").write_text(json.dumps(result))
+    page = page_of(run, tmp_path, records.read_text(), "--evaluation", "<b>.json")
+    assert not {"script", "b"} & page.seen
+    assert ("<script>'\"") in page.tables["Evaluation <b>.json"][2][1][0]
+    assert "<h1>&lt;script&gt;&amp;amp;, pruned</h1>" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_a_cut_stream_makes_no_page(calibrated, run, tmp_path):
+    _, records = calibrated()
+    (tmp_path / "report.html").write_text("before")
+    for lines, seen in ((4, 3), (2, 1)):
+        cut = "".join(records.read_text().splitlines(True)[:lines])
+        line = error_of(run("report", stdin=cut, ok=False))
+        assert f"cut off after {seen} of 3 layers; run the step before again" in line
+    assert (tmp_path / "report.html").read_text() == "before"
+    assert not list(tmp_path.glob(".*"))
+
+
+AGAINST = {"model": "m", "perplexity": 1, "kl": 0}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "No such file or directory; check the name"),
+        ("{", "is not an evaluation (JSONDecodeError: "),
+        ("[" * 100_000, "is not an evaluation (RecursionError: "),
+        ("[]", "is not an evaluation (TypeError: "),
+        ('{"record": "end"}', "is not an evaluation (KeyError: 'perplexity'); name a file that "
+                              "prunetool evaluate printed"),
+        ('{"perplexity": "low"}', "is not an evaluation (ValueError: "),
+        (json.dumps({"perplexity": 1, "against": AGAINST}), "(KeyError: 'attention_error')"),
+    ],
+    ids=["gone", "no JSON", "deep", "list", "records", "text", "half"],
+)  # fmt: skip
+def test_what_is_no_evaluation_is_said(run, tmp_path, value, says):
+    if value is not None:
+        (tmp_path / "e.json").write_text(value)
+    line = error_of(run("report", "--evaluation", "e.json", stdin="", ok=False))
+    assert line.startswith("Error: e.json: ")
+    assert says in line
+    assert not (tmp_path / "report.html").exists()
