@@ -91,12 +91,14 @@ def pack_mask(part: str, mask: Mask) -> dict[str, np.ndarray]:
 def masks(model: Model, work: Path, record: records.LayerRecord) -> dict[str, Mask]:
     """The masks of a layer's matrices, by part; none for a matrix that no step masked."""
     shapes = part_shapes(model.config, model.config.layer_shapes[record.index])
+    names = {part: record.files.get(f"mask.{part}") for part in MATRICES}
+    files = {name: workdir.load(work, name) for name in set(names.values()) if name}
     found = {}
-    for part in MATRICES:
-        if f"mask.{part}" in record.files:
-            arrays = workdir.load(work, record.files[f"mask.{part}"])
-            kept = np.unpackbits(arrays[f"{part}.kept"], axis=1, count=shapes[part][1])
-            found[part] = Mask(kept.astype(bool), arrays.get(f"{part}.values"))
+    for part, name in names.items():
+        if name:
+            packed = files[name][f"{part}.kept"]
+            kept = np.unpackbits(packed, axis=1, count=shapes[part][1]).astype(bool)
+            found[part] = Mask(kept, files[name].get(f"{part}.values"))
     return found
 
 

@@ -1,8 +1,8 @@
 """Sequences driven through a model, one layer at a time, with the residual stream in files.
 
-The stream between two layers is on disk, batch by batch, so memory is set by one layer and one
-batch however many sequences there are (the system's page cache makes it as fast as memory where
-memory is free), and a killed run finds it there.
+The stream between two layers is on disk, sequence by sequence, so memory is set by one layer and
+one batch however many sequences there are (the system's page cache makes it as fast as memory
+where memory is free), and a killed run finds it there.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,9 @@ BATCH_TOKENS = 2048  # a batch is as many whole sequences as fit, and at least o
 
 
 class HiddenStates:
-    """The residual stream of all sequences before one layer: float32, (D, B, N) a batch.
+    """The residual stream of all sequences before one layer: float32, (D, N) a sequence.
+
+    Whoever reads may batch the sequences otherwise than who wrote.
 
     Args:
       path: the file.
@@ -56,7 +58,7 @@ class HiddenStates:
 
     def read(self, batch: range) -> np.ndarray:
         """One batch, (D, B, N)."""
-        out = np.empty((self.hidden_size, len(batch), self.length), np.float32)
+        out = np.empty((len(batch), self.hidden_size, self.length), np.float32)
         with self.path.open("rb", buffering=0) as file:
             file.seek(batch.start * self._sample_bytes)
             view = out.data.cast("B")
@@ -65,7 +67,7 @@ class HiddenStates:
                 if not count:
                     raise EOFError(f"{self.path} is shorter than its batches")
                 view = view[count:]
-        return out
+        return out.swapaxes(0, 1)
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[range, np.ndarray], None]]:
@@ -75,7 +77,7 @@ class HiddenStates:
 
     def _write(self, file: BinaryIO, batch: range, h: np.ndarray) -> None:
         file.seek(batch.start * self._sample_bytes)
-        file.write(np.ascontiguousarray(h).data.cast("B"))
+        file.write(np.ascontiguousarray(h.swapaxes(0, 1)).data.cast("B"))
 
 
 def batches(start: int, stop: int, length: int) -> list[range]:

@@ -61,7 +61,7 @@ class _Block(NamedTuple):
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """A b, in float32 at least."""
-    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    dtype = jnp.float32 if a.dtype.itemsize < 4 else a.dtype
     return jnp.matmul(a, b, precision="highest", preferred_element_type=dtype)
 
 

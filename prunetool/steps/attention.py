@@ -93,7 +93,7 @@ class AttentionLayer:
         return self.w[0] ** 2 * diagonal[0], self.w[1] ** 2 * diagonal[1]
 
     def descend(self, how: Settings) -> tuple[Learned, float, float]:
-        """Algorithm 1 from M = 1; stops early where the held-out loss rises.
+        """Algorithm 1 from M = 1; stops early where the held-out loss rises, unless as published.
 
         Returns:
           Both masks, real-valued; λ and η used.
@@ -122,24 +122,27 @@ class AttentionLayer:
                 jnp.float32(lam), jnp.float32(rate), steps=count,
             )  # fmt: skip
             done += count
-            reached = self._mask_loss(M, lam, 0)
+            reached = self._mask_loss(M, lam, held_out=False)
             # Steps that are short enough never raise the loss; the margin is float32's.
             if not max(reached, float(jnp.max(losses))) <= start * 1.001 + 1e-12:
                 raise NumericalError(
                     "attention", f"the loss went from {start:.3g} to {reached:.3g} in {done} "
                     f"steps of {rate:.3g}", "lower --learning-rate",
                 )  # fmt: skip
-            held_out = self._mask_loss(M, lam, 1)
-            if held_out > lowest:
+            held_out = self._mask_loss(M, lam, held_out=True)
+            if held_out > lowest and not how.published:
                 break
             lowest, best, used = held_out, M, done
         return Learned(best, used), lam, rate
 
-    def _mask_loss(self, M: Any, lam: float, part: int) -> float:
-        w = (M[0] * self.w[0], M[1] * self.w[1])
-        inputs = (self.fit, self.held_out)[part]
-        data, _ = attention_loss.measure(self.turn, w, inputs, self._targets[part])
-        return float(data + attention_loss.regularisation(M, lam))
+    def _mask_loss(self, M: Pair, lam: float, held_out: bool) -> float:
+        data = self._loss((M[0] * self.w[0], M[1] * self.w[1]), held_out)
+        return data + float(attention_loss.regularisation(M, lam))
+
+    def _loss(self, w: Pair, held_out: bool) -> float:
+        """The loss without λ, of the sequences to learn from or those held out."""
+        inputs = self.held_out if held_out else self.fit
+        return float(attention_loss.measure(self.turn, w, inputs, self._targets[held_out])[0])
 
     def refine(self, support: Any, steps: int) -> Learned:
         """Descend on the kept weights' values; the best seen on held-out sequences is kept.
@@ -152,8 +155,7 @@ class AttentionLayer:
         zero: Pair = (jnp.zeros_like(w[0]), jnp.zeros_like(w[1]))
         state = attention_loss.Refining(w, zero, zero)
         rates = tuple(jnp.float32(REFINE_RATE) * jnp.sqrt(jnp.mean(W**2)) for W in self.w)
-        best = Learned(w, 0)
-        lowest = float(attention_loss.measure(self.turn, w, self.held_out, self._targets[1])[0])
+        best, lowest = Learned(w, 0), self._loss(w, held_out=True)
         for start in range(0, steps, CHECK_STEPS):
             count = min(CHECK_STEPS, steps - start)
             state, losses = attention_loss.refine(
@@ -164,9 +166,7 @@ class AttentionLayer:
                 raise NumericalError(
                     "attention", "the loss is not finite while refining", "leave out --refine"
                 )
-            held_out = float(
-                attention_loss.measure(self.turn, state.w, self.held_out, self._targets[1])[0]
-            )
+            held_out = self._loss(state.w, held_out=True)
             if held_out < lowest:
                 lowest, best = held_out, Learned(state.w, start + count)
         return best

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from prunetool.llama.weights import tensor_name
@@ -236,6 +237,38 @@ def test_the_published_numbers_are_used_and_early_stops_are_said(calibrated, run
             assert 0 <= said["iterations"] <= 100
 
 
+def test_calibrate_keeps_what_transformers_gives_the_matrices(calibrated, text, tmp_path):
+    """Of several sequences a batch, split into those fitted on and those held out."""
+    dense, _ = calibrated(attention=3)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    layer, given = model.model.layers[1], {}
+    for name, module in {
+        "attention": layer.self_attn.q_proj,
+        "o": layer.self_attn.o_proj,
+        "down": layer.mlp.down_proj,
+    }.items():
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: given.update({name: inputs[0].double().numpy()})
+        )
+    tokenizer = Tokenizer.from_file(str(dense / "tokenizer.json"))
+    ids = np.array(tokenizer.encode(text.read_text()).ids[: 8 * 32]).reshape(8, 32)
+    with torch.no_grad():
+        model(torch.tensor(ids))
+    path = tmp_path / "dense.work" / "stats"
+    kept = load_file(path / "layer-00001.attention.safetensors")
+    x = given["attention"].transpose(2, 0, 1)  # (D, B, N)
+    np.testing.assert_allclose(kept["fit"], x[:, :3], atol=2e-5)
+    np.testing.assert_allclose(kept["held_out"], x[:, 5:], atol=2e-5)
+    for kind, sequences in {"stats": slice(0, 6), "held_out": slice(6, 8)}.items():
+        sums = load_file(path / f"layer-00001.{kind}.safetensors")
+        for name in ("o", "down"):
+            rows = given[name][sequences].reshape(-1, given[name].shape[2])
+            scale = np.abs(rows.T @ rows).max()
+            np.testing.assert_allclose(
+                gram.unpack(sums[f"{name}.gram"]), rows.T @ rows, atol=1e-5 * scale
+            )
+
+
 def test_what_cannot_be_learned_is_one_line(calibrated, run, tmp_path):
     _, plain = calibrated("plain")
     words = ["--target", "qk", "--sparsity", ".5"]
@@ -266,3 +299,7 @@ def test_what_cannot_be_learned_is_one_line(calibrated, run, tmp_path):
     )
     done = run("score", records, *words, "--method", "attention-diag", ok=False)
     assert "layer 1: q_proj: the score: has NaN" in error_of(done)
+    done = run("score", records, *words, "--method", "magnitude", "--refine", 5, ok=False)
+    assert error_of(done) == (
+        "Error: layer 1: attention: the loss is not finite while refining; leave out --refine"
+    )
