@@ -63,13 +63,10 @@ class Masking:
                 lost += int(arrays[f"{part}.count"][0])
                 total += int(arrays[f"{part}.count"][1])
             rows.append(_row(record.index, values))
-            yield record.adding(
-                {f"mask.{part}": name for part in self.parts},
-                {
-                    "masks": {**record.values.get("masks", {}), **values["masks"]},
-                    **({"attention": values["attention"]} if "attention" in values else {}),
-                },
-            )
+            if not {"q", "k"} & set(self.parts):
+                del values["attention"]  # what an earlier step learned still holds
+            values["masks"] = {**record.values.get("masks", {}), **values["masks"]}
+            yield record.adding({f"mask.{part}": name for part in self.parts}, values)
         console.table(
             "Relative output error by plain removal, and error of the attention matrices",
             ["layer", *self.parts, "attention: calibration", "held out"],
@@ -97,7 +94,7 @@ class Masking:
             for name, array in arrays.items()
             if name.startswith("attention.")
         }
-        return {"masks": masks, **({"attention": attention} if attention else {})}
+        return {"masks": masks, "attention": attention}
 
     def _make(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
         """The masks of a layer and its numbers, as a file keeps them.
@@ -109,16 +106,13 @@ class Masking:
         """
         shape = self.model.config.layer_shapes[record.index]
         kept = extents(kept_units(self.work, record, shape), shape, self.model.config)
-        weights = {
-            part: kept[part].of(self.model.part(record.index, part)).astype(np.float64)
-            for part in self.parts
-        }
         stats = all_stats(self.work, record)
         attention = self._attention(record, kept)
         learned, said = self._learn(attention)
         out: dict[str, np.ndarray] = {}
         masks = {}
-        for part, W in weights.items():
+        for part in self.parts:
+            W = kept[part].of(self.model.part(record.index, part)).astype(np.float64)
             A = self._gram(stats, part, kept[part], record.index)
             with naming(f"{part}_proj"):
                 masks[part] = self._choose(part, W, A, learned.get(part), record.index)
@@ -135,7 +129,7 @@ class Masking:
                 values = dict(zip(self.parts, map(np.asarray, pair), strict=True))
                 said["refine_steps"] = steps
             said["calibration"], said["held_out"] = attention.errors(
-                [values.get(part, weights[part] * masks[part]) for part in self.parts]
+                values.values() or [W * m for W, m in zip(attention.w, masks.values(), strict=True)]
             )
         for part, mask in masks.items():
             place = np.ix_(*kept[part])
@@ -223,5 +217,5 @@ class Masking:
 def _row(layer: int, values: dict[str, Any]) -> list[object]:
     """A layer's row of the table."""
     losses = [mask["loss"] for mask in values["masks"].values()]
-    errors = [values.get("attention", {}).get(key) for key in ("calibration", "held_out")]
+    errors = [values["attention"].get(key) for key in ("calibration", "held_out")]
     return [layer, *("–" if value is None else f"{value:.4f}" for value in (*losses, *errors))]
