@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from prunetool import __version__, console, options, records
 from prunetool.errors import RecordError
@@ -13,7 +14,9 @@ UNIT_METHODS = (
 )  # fmt: skip
 WEIGHT_METHODS = ("wanda", "sparsegpt", "magnitude", "random")
 ATTENTION_METHODS = ("attention-gd", "attention-diag")
-METHODS = (*UNIT_METHODS[:-2], *ATTENTION_METHODS, *WEIGHT_METHODS)
+METHODS = tuple(dict.fromkeys((*UNIT_METHODS, *ATTENTION_METHODS, *WEIGHT_METHODS)))
+OF_UNITS = ("allocation", "weighting", "multiple_of", "min_channels", "newton_iterations")
+OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "published", "refine")
 UNITS = ("heads", "channels")
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = {"qk": MATRICES[:2], "weights": MATRICES}
@@ -164,12 +167,19 @@ def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
 
 
 def _resolved(units: bool, how: dict[str, Any]) -> dict[str, Any]:
-    """The options that matter to units or to weights, with the defaults of the method."""
-    of_units = ("allocation", "weighting", "multiple_of", "min_channels", "newton_iterations")
-    of_weights = ("pattern", "iterations", "learning_rate", "published", "refine")
-    how = {
-        key: value for key, value in how.items() if key not in (of_weights if units else of_units)
-    }
+    """The options that matter to units or to weights, with the defaults of the method.
+
+    Raises:
+      click.UsageError: where one was given that does not.
+    """
+    context = click.get_current_context()
+    for key in OF_WEIGHTS if units else OF_UNITS:
+        if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--{key.replace('_', '-')} is of {'weights' if units else 'heads and channels'}, "
+                "and --target names others"
+            )
+        how.pop(key)
     method = how["method"]
     if units and how["lam"] is None:
         how["lam"] = 1.0
