@@ -43,7 +43,7 @@ def refit_layers(
                 key: None if np.isnan(value) else float(value)
                 for key, value in zip(_REPORT, array, strict=True)
             }
-            for name, array in arrays.items()
+            for name, array in sorted(arrays.items())  # as when they are read from the file
             if name.endswith(".report")
         }
         updated = [part for part in report if part.endswith(".masked")]

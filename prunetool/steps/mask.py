@@ -91,7 +91,7 @@ class Masking:
             }
         attention = {
             name.removeprefix("attention."): float(array[0])
-            for name, array in arrays.items()
+            for name, array in sorted(arrays.items())  # as when they are read from the file
             if name.startswith("attention.")
         }
         return {"masks": masks, "attention": attention}

@@ -222,6 +222,23 @@ def test_a_ratio_of_nothing_keeps_everything(calibrated, run, tmp_path):
         np.testing.assert_array_equal(after[name], array)
 
 
+def test_a_score_that_was_cut_makes_only_what_is_missing_and_the_same(calibrated, run, tmp_path):
+    _, records = calibrated(attention=3)
+    words = ["score", records, "--target", "qk", "--method", "attention-gd", "--iterations", 5,
+             "--refine", 5, "--sparsity", ".5"]  # fmt: skip
+    stream = run(*words).stdout
+    made = sorted((tmp_path / "dense.work").glob("score-*/*"))
+    assert len(made) == 3
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in made]
+    made[1].unlink()
+    assert run(*words).stdout == stream
+    after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in made]
+    assert [data for data, _ in after] == [data for data, _ in before]
+    assert [old == new for (_, old), (_, new) in zip(before, after, strict=True)] == [1, 0, 1]
+    refitted = run("compensate", stdin=stream).stdout
+    assert run("compensate", stdin=stream).stdout == refitted
+
+
 def test_the_published_numbers_are_used_and_early_stops_are_said(calibrated, run):
     _, records = calibrated(attention=3)
     words = ["score", records, "--target", "qk", "--method", "attention-gd", "--sparsity", ".5"]
