@@ -37,7 +37,7 @@ type: $(VENV)/.test
 	$(BIN)/mypy
 
 test: $(VENV)/.test $(MODEL)/model.safetensors.index.json
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2
 
 docs readme: $(VENV)/.test
 	$(BIN)/cog -r README.md
