@@ -34,7 +34,7 @@ QK = {
     "random": (["--method", "random"], 32),
 }
 MLP = ("wanda", "sparsegpt")
-MIXED = ("wanda", "sparsegpt", "attention-gd, refined, 8")
+MIXED = ("wanda", "sparsegpt", "attention-gd, refined, 8", "attention-gd, refined, 32")
 # What the text needs first; all of it takes more than an hour.
 ROWS = [(qk, "none") for qk in list(QK)[:7]] + [(qk, mlp) for mlp in MLP for qk in MIXED]
 ROWS += [(qk, "none") for qk in list(QK)[7:]]
