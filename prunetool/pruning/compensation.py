@@ -10,6 +10,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from prunetool.errors import NumericalError
+from prunetool.pruning.solve import definite
 
 
 def refit(W: np.ndarray, A: np.ndarray, kept: np.ndarray, *, damping: float) -> np.ndarray:
@@ -41,14 +42,8 @@ def _solve(A_kk: np.ndarray, B: np.ndarray, ridge: float) -> np.ndarray:
     """(A_kk + ridge · I)⁻¹ B, (k, D')."""
     damped = np.array(A_kk, order="F")
     damped[np.diag_indices(len(damped))] += ridge
-    try:
+    with definite(f"the Gram matrix of {len(A_kk)} kept rows", f"at ridge {ridge:.1e}"):
         factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
-    except np.linalg.LinAlgError as error:
-        raise NumericalError(
-            f"the Gram matrix of {len(A_kk)} kept rows",
-            f"is not positive definite at ridge {ridge:.1e}",
-            "raise --damping or calibrate on more tokens",
-        ) from error
     return np.asarray(cho_solve(factor, B, check_finite=False))
 
 

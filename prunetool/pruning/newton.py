@@ -12,7 +12,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.sparse.linalg import eigsh
 
-from prunetool.errors import NumericalError
+from prunetool.pruning.solve import definite
 
 # A unit whose own contribution K_ii is this far below the median is dead: removing it costs
 # nothing and keeping it would make the system singular.
@@ -170,13 +170,7 @@ def _solve(K: np.ndarray, right: np.ndarray) -> np.ndarray:
     """K⁻¹ right by Cholesky, scaled to a unit diagonal first (Jacobi)."""
     scale = 1 / np.sqrt(np.diagonal(K))
     C = K * scale * scale[:, None]
-    try:
+    with definite(f"a {len(K)} x {len(K)} system"):
         factor = cho_factor(C, lower=True, overwrite_a=True, check_finite=False)
-    except np.linalg.LinAlgError as error:
-        raise NumericalError(
-            f"a {K.shape[0]} x {K.shape[0]} system",
-            "is not positive definite",
-            "raise --damping or calibrate on more tokens",
-        ) from error
     scaled = (right.T * scale).T
     return np.asarray((cho_solve(factor, scaled, check_finite=False).T * scale).T)

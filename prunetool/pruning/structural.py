@@ -7,7 +7,7 @@ block of contiguous rows (a KV group's rows of o_proj), w_i row i of W, n_B the 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from prunetool.errors import NumericalError
+from prunetool.pruning.solve import damped_inverse, definite
 
 
 def energy(W: np.ndarray) -> np.ndarray:
@@ -67,23 +67,14 @@ def obs(W: np.ndarray, A: np.ndarray, *, damping: float, blocks: int = 0) -> np.
     Raises:
       NumericalError: where A' is not positive definite.
     """
-    damped = A.copy()
-    damped[np.diag_indices(len(A))] += damping * np.diagonal(A).mean()
-    try:
-        factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
-        inverse = cho_solve(factor, np.eye(len(A)), overwrite_b=True, check_finite=False)
-        if not blocks:
-            return np.asarray(energy(W) / np.diagonal(inverse))
-        size = len(A) // blocks
-        losses = np.empty(blocks)
-        for block in range(blocks):
-            rows = slice(block * size, (block + 1) * size)
+    inverse = damped_inverse(A, damping)
+    if not blocks:
+        return np.asarray(energy(W) / np.diagonal(inverse))
+    size = len(A) // blocks
+    losses = np.empty(blocks)
+    for block in range(blocks):
+        rows = slice(block * size, (block + 1) * size)
+        with definite(f"a {len(A)} x {len(A)} Gram matrix"):
             inner = cho_factor(inverse[rows, rows], lower=True, check_finite=False)
-            losses[block] = np.vdot(W[rows], cho_solve(inner, W[rows], check_finite=False))
-        return losses
-    except np.linalg.LinAlgError as error:
-        raise NumericalError(
-            f"a {len(A)} x {len(A)} Gram matrix",
-            "is not positive definite",
-            "raise --damping or calibrate on more tokens",
-        ) from error
+        losses[block] = np.vdot(W[rows], cho_solve(inner, W[rows], check_finite=False))
+    return losses

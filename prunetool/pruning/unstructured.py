@@ -9,9 +9,10 @@ Here W is a matrix as a checkpoint stores it, output = X Wᵀ, so that a row mak
 """
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, cholesky
+from scipy.linalg import cholesky
 
 from prunetool.errors import NumericalError
+from prunetool.pruning.solve import damped_inverse, definite
 
 PATTERNS = ("unstructured", "per-output", "2:4")
 COLUMN_BLOCK = 128  # inputs whose mask SparseGPT chooses at a time, as in its paper
@@ -98,17 +99,9 @@ def sparsegpt(
     dead = np.diagonal(A) <= 0
     A[dead, dead] = 1.0  # an input that is always zero: its weights do nothing
     W[:, dead] = 0.0
-    A[np.diag_indices(len(A))] += damping * np.diagonal(A).mean()
-    try:
-        factor = cho_factor(A, lower=True, overwrite_a=True, check_finite=False)
-        inverse = cho_solve(factor, np.eye(len(A)), overwrite_b=True, check_finite=False)
+    inverse = damped_inverse(A, damping)
+    with definite(f"a {len(A)} x {len(A)} Gram matrix"):
         U = cholesky(inverse, lower=False, overwrite_a=True, check_finite=False)
-    except np.linalg.LinAlgError as error:
-        raise NumericalError(
-            f"a {len(A)} x {len(A)} Gram matrix",
-            "is not positive definite",
-            "raise --damping or calibrate on more tokens",
-        ) from error
     kept = np.ones(W.shape, bool) if mask is None else mask.copy()
     own = np.diagonal(U)
     D = W.shape[1]
