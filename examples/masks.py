@@ -9,12 +9,11 @@ the CSV as Markdown tables instead.
 """
 
 import argparse
-import csv
 import json
 import tempfile
 from pathlib import Path
 
-from methods import prunetool, read
+from methods import append, prunetool, read
 
 HALF = ("--sparsity", ".5")
 SEQUENCES = {8: 16, 32: 64}  # attention sequences: all calibration sequences
@@ -113,12 +112,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as directory:
             result = measure(stats, row, given, Path(directory))
-        new = not given.csv.exists()
-        with given.csv.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(COLUMNS)
-            writer.writerow([*row, *cells(result)])
+        append(given.csv, COLUMNS, [*row, *cells(result)])
         print(*row, *cells(result), flush=True)
 
 

@@ -60,6 +60,13 @@ def read(path: Path, keys: int = 4) -> dict[tuple[str, ...], list[str]]:
     return {tuple(row[:keys]): row for row in rows}
 
 
+def append(path: Path, columns: list[str], row: list[object]) -> None:
+    """Add a row to a CSV, under its columns where it is the first."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows([columns, row] if new else [row])
+
+
 def print_table(path: Path) -> None:
     rows = read(path)
     print(f"| method | allocation | weighting | {' | '.join(SPARSITIES)} |")
@@ -90,14 +97,8 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as directory:
                 result = measure(stats, setting, sparsity, given.test, Path(directory))
-            new = not given.csv.exists()
-            with given.csv.open("a", newline="") as file:
-                writer = csv.writer(file)
-                if new:
-                    writer.writerow(COLUMNS)
-                writer.writerow(
-                    [*setting, sparsity, f"{result['perplexity']:.4f}", result["parameters"]]
-                )
+            row = [*setting, sparsity, f"{result['perplexity']:.4f}", result["parameters"]]
+            append(given.csv, COLUMNS, row)
             print(*setting, sparsity, f"{result['perplexity']:.3f}", flush=True)
 
 
