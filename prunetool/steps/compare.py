@@ -76,7 +76,7 @@ def _errors(
     dense = models[1]
     config = dense.config
     rope = streaming.rotation(dense, tokens.shape[1])
-    steps = [layer_step(model) for model in models]
+    steps = [layer_step(config.head_dim, model.config.rms_norm_eps) for model in models]
     attend = _compiled_attention(config.head_dim)
     for model, stream in zip(models, streams, strict=True):
         streaming.embed(model, tokens, stream)
@@ -143,10 +143,10 @@ def _losses(
 ) -> list[float]:
     """Mean -log p by both models, and mean KL(dense‖pruned)."""
     ends = [Ends.of(model, dtype) for model in models]
-    epsilons = [end.eps for end in ends]
+    norms, heads, epsilons = zip(*ends, strict=True)
 
     @jax.jit
-    def sums(pieces: list[Any], targets: Any, norms: list[Any], heads: list[Any]) -> jax.Array:
+    def sums(pieces: list[Any], targets: Any, norms: Any, heads: Any) -> jax.Array:
         scores, dense_scores = map(
             lambda h, norm, head, eps: forward.logits(h, norm, head, eps=eps),
             pieces, norms, heads, epsilons,
@@ -160,6 +160,5 @@ def _losses(
 
     total = np.zeros(3)
     for targets, found in pieces(streams, tokens):
-        norms, heads = [end.norm for end in ends], [end.head for end in ends]
         total += np.asarray(sums(found, targets, norms, heads))
     return [float(value) for value in total / (tokens.shape[0] * (tokens.shape[1] - 1))]

@@ -68,9 +68,10 @@ def _refit(
 
     Returns:
       ``o_proj.weight`` (D, k) and ``down_proj.weight`` (D, k'), float32, as a checkpoint stores
-      them with the pruned columns gone; their ``bias`` where the model has one; ``….weight`` of any
-      other matrix that SparseGPT masked; and ``report``: relative output errors and the damping
-      (`_REPORT`), NaN where there is none, of each refit, and of each mask's update (``….masked``).
+      them with the pruned columns gone, and their ``bias`` where the model has one, of those that
+      lost columns; ``….weight`` of any other matrix that SparseGPT masked; and ``report``: relative
+      output errors and the damping (`_REPORT`), NaN where there is none, of each refit, and of
+      each mask's update (``….masked``).
     """
     shape = model.config.layer_shapes[record.index]
     kept = extents(kept_units(work, record, shape), shape, model.config)
@@ -79,6 +80,10 @@ def _refit(
     biased = {"o": model.config.attention_bias, "down": model.config.mlp_bias}
     out: dict[str, np.ndarray] = {}
     for matrix in ("o", "down"):
+        rows = kept[matrix].columns
+        if rows.all():
+            out[f"{matrix}_proj.report"] = np.array([0.0, 0.0, 0.0, 0.0, np.nan])
+            continue
         with naming(f"{matrix}_proj"):
             W = used_weight(model, record.index, matrix)
             bias = (
@@ -86,10 +91,9 @@ def _refit(
                 if biased[matrix]
                 else None
             )
-            rows = kept[matrix].columns
             parts = _refit_matrix(W, bias, rows, *_moments(matrix, stats, held), grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
-        if not rows.all() and np.isnan(parts["report"][-1]):
+        if np.isnan(parts["report"][-1]):
             console.log.warning(
                 "layer %d, %s_proj: no damping served the held-out tokens; rows are removed and "
                 "not refitted",
@@ -156,9 +160,6 @@ def _refit_matrix(
 ) -> dict[str, np.ndarray]:
     A, total, tokens = every
     mean = total / tokens
-    if kept.all():
-        report = [0.0, 0.0, 0.0, 0.0, np.nan]
-        return _parts(W, bias, report)
 
     # With a bias the mean is refitted by it, and the weights by what varies around the mean.
     def centred(sums: tuple[np.ndarray, np.ndarray, int], about: np.ndarray) -> np.ndarray:

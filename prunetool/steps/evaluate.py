@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ def mean_loss(model: Model, tokens: np.ndarray, dtype: str) -> float:
             Path(directory) / "hidden", model.config.hidden_size, samples, length
         )
         streaming.embed(model, tokens, stream)
-        step, rope = layer_step(model), streaming.rotation(model, length)
+        step = layer_step(model.config.head_dim, model.config.rms_norm_eps)
+        rope = streaming.rotation(model, length)
         layers = console.progress(model.padded_layers(), "evaluate", model.layers)
         for number, layer in layers:
             weights = streaming.to_device(layer, dtype)
@@ -47,17 +49,15 @@ def mean_loss(model: Model, tokens: np.ndarray, dtype: str) -> float:
         return _mean_loss(model, stream, tokens, dtype)
 
 
+@cache
 def layer_step(
-    model: Model,
+    head_dim: int, eps: float
 ) -> Callable[[jax.Array, Layer, forward.Rotation], tuple[jax.Array, jax.Array]]:
     """The compiled layer: h to the h behind it, and its attention's input."""
-    config = model.config
 
     @jax.jit
     def step(h: jax.Array, w: Layer, rope: forward.Rotation) -> tuple[jax.Array, jax.Array]:
-        out, inputs = forward.decoder_layer(
-            h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
-        )
+        out, inputs = forward.decoder_layer(h, w, rope, head_dim=head_dim, eps=eps)
         return out, inputs.attention
 
     return step
