@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prunetool import records, workdir
+from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.weights import MATRICES, part_shapes
 from prunetool.model import Model
@@ -30,17 +31,49 @@ def kept_units(work: Path, record: records.LayerRecord, shape: LayerShape) -> di
     return kept
 
 
-def all_stats(work: Path, record: records.LayerRecord) -> dict[str, np.ndarray]:
-    """A layer's sums over all calibration tokens, those held out included.
+class Stats:
+    """A layer's sums over the calibration tokens, read as they are asked for.
+
+    Args:
+      work: the work directory.
+      record: the layer's record.
+
+    Attributes:
+      parts: the kinds of the files: the tokens to fit (``stats``), and those held out
+        (``held_out``) where there are any. All that is asked for is summed over ``parts``.
 
     Raises:
       RecordError: where the stream does not come from calibrate.
     """
-    stats = workdir.load_kind(work, record, "stats", "calibrate")
-    if "held_out" in record.files:
-        for name, array in workdir.load(work, record.files["held_out"]).items():
-            stats[name] = stats[name] + array
-    return stats
+
+    def __init__(
+        self,
+        work: Path,
+        record: records.LayerRecord,
+        parts: tuple[str, ...] = ("stats", "held_out"),
+    ) -> None:
+        if "stats" not in record.files:
+            raise RecordError(
+                f"layer {record.index}", "has no stats", "put prunetool calibrate before this step"
+            )
+        self.parts = tuple(part for part in parts if part in record.files)
+        self._files = [workdir.TensorFile(work, record.files[part]) for part in self.parts]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files[0]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The sum of this name (``o.total``, ``down.gram``: packed), float64."""
+        first, *others = self._files
+        out = first[name].astype(np.float64)
+        for other in others:
+            out += other[name]
+        return out
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens."""
+        return int(self["tokens"][0])
 
 
 class Extent(NamedTuple):

@@ -15,18 +15,18 @@ makes only what is missing.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from prunetool.checkpoint.index import read_json
 from prunetool.checkpoint.writer import write_json, write_tensors
 from prunetool.errors import RecordError, WorkError
-from prunetool.records import Header, LayerRecord
+from prunetool.records import Header
 
 RUN_NAME = "run.json"
 
@@ -96,34 +96,47 @@ def make_once(
     return arrays
 
 
-def load(work: Path, name: str) -> dict[str, np.ndarray]:
-    """Read the arrays of a file below ``work``.
+class TensorFile:
+    """A file below ``work``, whose arrays are read one at a time.
+
+    The file is read, not mapped: mapped pages would count in the peak memory.
 
     Raises:
       RecordError: where it is gone or damaged.
     """
-    try:
-        return dict(load_file(work / name))
-    except (OSError, SafetensorError) as error:
-        raise RecordError(
-            work / name, f"cannot be read ({error})", "run the step that made it again"
-        ) from error
+
+    def __init__(self, work: Path, name: str) -> None:
+        self._path = work / name
+        with self._opened() as file:
+            self._names = frozenset(file.keys())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with self._opened() as file:
+            array: np.ndarray = file.get_tensor(name)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, "numpy", backend="pread") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise RecordError(
+                self._path, f"cannot be read ({error})", "run the step that made it again"
+            ) from error
 
 
-def load_kind(work: Path, record: LayerRecord, kind: str, needs: str) -> dict[str, np.ndarray]:
-    """Read a record's file of a kind.
-
-    Args:
-      work: the work directory.
-      record: the layer's record.
-      kind: key of ``record.files``.
-      needs: the command that makes it, for the message.
+def load(work: Path, name: str) -> dict[str, np.ndarray]:
+    """Read all arrays of a file below ``work``.
 
     Raises:
-      RecordError: where the stream lacks it.
+      RecordError: as `TensorFile`.
     """
-    if kind not in record.files:
-        raise RecordError(
-            f"layer {record.index}", f"has no {kind}", f"put prunetool {needs} before this step"
-        )
-    return load(work, record.files[kind])
+    file = TensorFile(work, name)
+    return {key: file[key] for key in file}

@@ -1,19 +1,22 @@
 """Refit of the rows that stay, in closed form ([NP] eq. 11, in the kept rows).
 
 The paper's δW = −(2A)⁻¹M_p(M_pᵀ(2A)⁻¹M_p)⁻¹M_pᵀW needs the inverse of all of A; solving for the
-kept rows gives the same to 4e-14, is stable, and costs a third. Symbols: `prunetool.pruning`.
+kept rows gives the same to 4e-14, is stable, and costs a third. Symbols: `prunetool.pruning`; k
+marks the rows that stay and p those that go.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_solve
 
 from prunetool.errors import NumericalError
-from prunetool.pruning.solve import definite
+from prunetool.pruning import gram
+from prunetool.pruning.gram import Partition
+from prunetool.pruning.solve import definite, factorise
 
 
-def refit(W: np.ndarray, A: np.ndarray, kept: np.ndarray, *, damping: float) -> np.ndarray:
+def refit(A: Partition, W_p: np.ndarray, *, damping: float) -> np.ndarray:
     """Refit the kept rows of W so that the output moves least.
 
     Minimises ‖X(W + δW) − XW‖² with the pruned rows at zero:
@@ -23,9 +26,8 @@ def refit(W: np.ndarray, A: np.ndarray, kept: np.ndarray, *, damping: float) -> 
     The damping pulls towards W_k, not towards 0.
 
     Args:
-      W: weight, (D, D'), float64, output = X W.
-      A: Gram matrix XᵀX, (D, D), float64, symmetric, squared activation units.
-      kept: which rows stay, (D,), bool.
+      A: Gram matrix XᵀX, float64, squared activation units.
+      W_p: rows that go of the weight, (p, D'), float64, output = X W.
       damping: fraction of the mean of A's diagonal.
 
     Returns:
@@ -34,17 +36,28 @@ def refit(W: np.ndarray, A: np.ndarray, kept: np.ndarray, *, damping: float) -> 
     Raises:
       NumericalError: where A'_kk is not positive definite.
     """
-    B = A[np.ix_(kept, ~kept)] @ W[~kept]  # (k, D')
-    return _solve(A[np.ix_(kept, kept)], B, damping * np.diagonal(A).mean())
+    return _solve(A.kk, A.kp @ W_p, damping * _mean_diagonal(A))
+
+
+def _mean_diagonal(A: Partition) -> float:
+    return float((np.trace(A.kk) + np.trace(A.pp)) / (len(A.kk) + len(A.pp)))
 
 
 def _solve(A_kk: np.ndarray, B: np.ndarray, ridge: float) -> np.ndarray:
-    """(A_kk + ridge · I)⁻¹ B, (k, D')."""
-    damped = np.array(A_kk, order="F")
-    damped[np.diag_indices(len(damped))] += ridge
-    with definite(f"the Gram matrix of {len(A_kk)} kept rows", f"at ridge {ridge:.1e}"):
-        factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
-    return np.asarray(cho_solve(factor, B, check_finite=False))
+    """(A_kk + ridge · I)⁻¹ B, (k, D').
+
+    The factor takes the place of A_kk's lower triangle, which is restored from the upper one.
+    """
+    diagonal = np.diag_indices(len(A_kk))
+    own = A_kk[diagonal]
+    A_kk[diagonal] += ridge
+    try:
+        with definite(f"the Gram matrix of {len(A_kk)} kept rows", f"at ridge {ridge:.1e}"):
+            factor = factorise(A_kk)
+        return np.asarray(cho_solve(factor, B, check_finite=False))
+    finally:
+        gram.mirror(A_kk, upper=True)
+        A_kk[diagonal] = own
 
 
 def output_energy(A: np.ndarray, W: np.ndarray) -> float:
@@ -58,28 +71,40 @@ class OutputError:
         e(δW_k) = tr(W_pᵀ A_pp W_p) − 2⟨δW_k, A_kp W_p⟩ + tr(δW_kᵀ A_kk δW_k)
 
     Args:
-      W, A, kept: as for `refit`.
+      A, W_p: as for `refit`.
 
     Attributes:
       removed: e(0), the error of plain removal.
     """
 
-    def __init__(self, W: np.ndarray, A: np.ndarray, kept: np.ndarray) -> None:
-        W_p = W[~kept]
-        self.A_kk = A[np.ix_(kept, kept)]
-        self.B = A[np.ix_(kept, ~kept)] @ W_p  # (k, D')
-        self.removed = output_energy(A[np.ix_(~kept, ~kept)], W_p)
+    def __init__(self, A: Partition, W_p: np.ndarray) -> None:
+        self.A_kk = A.kk
+        self.B = A.kp @ W_p  # (k, D')
+        self.removed = output_energy(A.pp, W_p)
 
     def __call__(self, dW_k: np.ndarray) -> float:
         """e(δW_k)."""
-        pull = self.A_kk @ dW_k - 2 * self.B
+        pull = self.A_kk @ dW_k
+        pull -= 2 * self.B
         return self.removed + float(np.vdot(dW_k, pull))
 
 
-def centred(A: np.ndarray, total: np.ndarray, tokens: int, about: np.ndarray) -> np.ndarray:
-    """Σ (x − m)(x − m)ᵀ from A = Σ x xᵀ and total = Σ x, for any m = ``about``, (D, D)."""
-    cross = np.outer(total, about)
-    return np.asarray(A - cross - cross.T + tokens * np.outer(about, about))
+def centred(
+    A: Partition, total: np.ndarray, tokens: int, about: np.ndarray, kept: np.ndarray
+) -> Partition:
+    """Σ (x − m)(x − m)ᵀ from A = Σ x xᵀ and total = Σ x, for any m = ``about``.
+
+    Args:
+      A: of which features stay and go by ``kept``, (D,) bool.
+      total, about: (D,).
+      tokens: how many x.
+    """
+
+    def block(M: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        moved = tokens * about[columns] - total[columns]
+        return M + np.outer(about[rows], moved) - np.outer(total[rows], about[columns])
+
+    return Partition(block(A.kk, kept, kept), block(A.kp, kept, ~kept), block(A.pp, ~kept, ~kept))
 
 
 class Choice(NamedTuple):
@@ -96,7 +121,7 @@ class Choice(NamedTuple):
 
 
 def choose_damping(
-    W: np.ndarray, A_fit: np.ndarray, A_held: np.ndarray, kept: np.ndarray, grid: tuple[float, ...]
+    fit: Partition, held: Partition, W_p: np.ndarray, grid: tuple[float, ...]
 ) -> Choice:
     """Refit on one part of the tokens at dampings of the grid, and measure on another.
 
@@ -104,15 +129,19 @@ def choose_damping(
     The grid is gone through from the largest damping down, until the held-out error rises (a
     heuristic: the error has been seen to have one minimum).
 
+    Args:
+      fit, held: Gram matrices of the two parts.
+      W_p: as for `refit`.
+      grid: dampings.
+
     Raises:
       NumericalError: where no damping of the grid gives a positive definite system.
     """
-    fit, held = OutputError(W, A_fit, kept), OutputError(W, A_held, kept)
-    scale = np.diagonal(A_fit).mean()
-    best = Choice(None, held.removed, held.removed)
+    B, scale, error = fit.kp @ W_p, _mean_diagonal(fit), OutputError(held, W_p)
+    best = Choice(None, error.removed, error.removed)
     for damping in sorted(grid, reverse=True):
         try:
-            after = held(_solve(fit.A_kk, fit.B, damping * scale))
+            after = error(_solve(fit.kk, B, damping * scale))
         except NumericalError:
             if damping == max(grid):
                 raise
@@ -120,5 +149,5 @@ def choose_damping(
         if best.damping is not None and after >= best.after:
             break
         if after < best.after:
-            best = Choice(damping, held.removed, after)
+            best = Choice(damping, error.removed, after)
     return best

@@ -9,10 +9,12 @@ an X of spectral norm 1, as in the paper. Symbols: `prunetool.pruning`.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
-from scipy.sparse.linalg import eigsh
+from scipy.linalg import cho_solve
+from scipy.linalg.blas import dsymv
+from scipy.sparse.linalg import LinearOperator, eigsh
 
-from prunetool.pruning.solve import definite
+from prunetool.pruning import gram
+from prunetool.pruning.solve import definite, factorise
 
 # A unit whose own contribution K_ii is this far below the median is dead: removing it costs
 # nothing and keeping it would make the system singular.
@@ -28,23 +30,35 @@ class Info(NamedTuple):
     converged: bool
 
 
-def contribution_gram(W: np.ndarray, A: np.ndarray) -> np.ndarray:
-    """K = (W Wᵀ) ∘ A, (D, D): K_ij = ⟨x_i w_iᵀ, x_j w_jᵀ⟩, x_i column i of X.
+def contribution_gram(W: np.ndarray, A: np.ndarray, norm: float = 1.0) -> np.ndarray:
+    """K = (W Wᵀ) ∘ A / norm: K_ij = ⟨x_i w_iᵀ, x_j w_jᵀ⟩, x_i column i of X.
 
     Args:
       W: (D, D'), float64.
-      A: XᵀX, (D, D), float64.
+      A: XᵀX, (D, D), float64; only its lower triangle is read.
+      norm: the spectral norm of A, to make that of the inputs 1.
+
+    Returns:
+      K in A's place, (D, D); only its lower triangle holds.
     """
-    K: np.ndarray = W @ W.T
-    K *= A
-    return K
+    for rows in gram.blocks_of_rows(len(A)):
+        A[rows, : rows.stop] *= (W[rows] / norm) @ W[: rows.stop].T
+    return A
+
+
+def total(K: np.ndarray) -> float:
+    """1ᵀK1 of the lower triangle of K: the output energy ‖XW‖² / norm of all units together."""
+    lower = (np.tril(K[rows, : rows.stop], rows.start) for rows in gram.blocks_of_rows(len(K)))
+    return 2 * sum(float(panel.sum()) for panel in lower) - float(np.trace(K))
 
 
 def spectral_norm(A: np.ndarray) -> float:
-    """Largest eigenvalue of a symmetric positive semidefinite A (‖X‖₂² for A = XᵀX)."""
+    """‖X‖₂², the largest eigenvalue of A = XᵀX, of its lower triangle."""
     if len(A) < 3:
         return float(np.linalg.eigvalsh(A)[-1])
-    return float(eigsh(A, k=1, v0=np.ones(len(A)), return_eigenvectors=False)[0])
+    # BLAS is column-major: the lower triangle by rows is the upper one of the transpose.
+    product = LinearOperator(A.shape, lambda x: dsymv(1.0, A.T, x, lower=0), dtype=A.dtype)
+    return float(eigsh(product, k=1, v0=np.ones(len(A)), return_eigenvectors=False)[0])
 
 
 def alive(K: np.ndarray) -> np.ndarray:
@@ -53,7 +67,14 @@ def alive(K: np.ndarray) -> np.ndarray:
     return np.asarray(own > DEAD_FRACTION * np.median(own))
 
 
-def newton(K: np.ndarray, s: float, *, lam: float = np.inf, damping: float = 0.0) -> np.ndarray:
+def newton(
+    K: np.ndarray,
+    s: float,
+    *,
+    lam: float = np.inf,
+    damping: float = 0.0,
+    overwrite: bool = False,
+) -> np.ndarray:
     """The exact minimiser in closed form, one Cholesky factorisation.
 
         z = 1 − [λs / (1 + λκ)] K⁻¹1,   κ = 1ᵀK⁻¹1;   for λ = ∞: z = 1 − (s/κ) K⁻¹1
@@ -63,10 +84,11 @@ def newton(K: np.ndarray, s: float, *, lam: float = np.inf, damping: float = 0.0
     Theorem 2 of [NP] says; `newton_box` is.
 
     Args:
-      K: (D, D), float64.
+      K: (D, D), float64; only its lower triangle is read.
       s: units to remove, ρD.
       lam: λ, may be infinite.
       damping: γ of K + γ diag(K), which has no scale.
+      overwrite: factorise in K's place.
 
     Returns:
       z, (D,), float64; −∞ for a dead unit, which goes first.
@@ -75,7 +97,13 @@ def newton(K: np.ndarray, s: float, *, lam: float = np.inf, damping: float = 0.0
       NumericalError: where K + γ diag(K) is not positive definite.
     """
     live = alive(K)
-    u = _solve(_damped(K, live, damping), np.ones(live.sum()))
+    # A dead unit is cut off from the others and solves for 0, so that K needs no copy.
+    work = K if overwrite else K.copy()
+    work[~live] = 0
+    work[:, ~live] = 0
+    work[~live, ~live] = 1
+    work[np.diag_indices(len(work))] *= 1 + damping
+    u = _solve_in_place(work, live.astype(float))[live]
     kappa = u.sum()
     s_live = max(s - (~live).sum(), 0.0)
     c = s_live / kappa if np.isinf(lam) else lam * s_live / (1 + lam * kappa)
@@ -168,9 +196,16 @@ def _damped(K: np.ndarray, live: np.ndarray, damping: float) -> np.ndarray:
 
 def _solve(K: np.ndarray, right: np.ndarray) -> np.ndarray:
     """K⁻¹ right by Cholesky, scaled to a unit diagonal first (Jacobi)."""
+    return _solve_in_place(K.copy(), right)
+
+
+def _solve_in_place(K: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The same of the lower triangle of K, whose place the factor takes."""
     scale = 1 / np.sqrt(np.diagonal(K))
-    C = K * scale * scale[:, None]
+    for rows in gram.blocks_of_rows(len(K)):
+        K[rows, : rows.stop] *= scale[: rows.stop]
+        K[rows, : rows.stop] *= scale[rows, None]
     with definite(f"a {len(K)} x {len(K)} system"):
-        factor = cho_factor(C, lower=True, overwrite_a=True, check_finite=False)
+        factor = factorise(K)
     scaled = (right.T * scale).T
     return np.asarray((cho_solve(factor, scaled, check_finite=False).T * scale).T)

@@ -99,7 +99,7 @@ def sparsegpt(
     dead = np.diagonal(A) <= 0
     A[dead, dead] = 1.0  # an input that is always zero: its weights do nothing
     W[:, dead] = 0.0
-    inverse = damped_inverse(A, damping)
+    inverse = damped_inverse(A, damping, overwrite=True)
     with definite(f"a {len(A)} x {len(A)} Gram matrix"):
         U = cholesky(inverse, lower=False, overwrite_a=True, check_finite=False)
     kept = np.ones(W.shape, bool) if mask is None else mask.copy()

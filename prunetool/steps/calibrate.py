@@ -164,14 +164,13 @@ class Calibration:
             for kind, value in matrix._asdict().items():
                 if value is None:
                     continue
-                array = np.asarray(value)
                 if kind.endswith("gram"):
-                    array = gram.pack(array[:size, :size])
+                    array = gram.pack_panels(value, size, np.float32)
                 elif kind == "token_blocks":
-                    array = array[: shape.kv_heads]
+                    array = np.asarray(value[: shape.kv_heads], np.float32)
                 else:
-                    array = array[:size]
-                arrays[f"{name}.{kind}"] = array.astype(np.float32)
+                    array = np.asarray(value[:size], np.float32)
+                arrays[f"{name}.{kind}"] = array
         return arrays
 
 

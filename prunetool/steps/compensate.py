@@ -2,19 +2,22 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
 from prunetool.model import Model
-from prunetool.pruned import Extent, all_stats, extents, kept_units, masks, used_weight
+from prunetool.pruned import Extent, Stats, extents, kept_units, masks, used_weight
 from prunetool.pruning import compensation, gram, unstructured
+from prunetool.pruning.gram import Partition
 from prunetool.steps.mask import GIVEN
 
 # Decades: the held-out error is flat around its minimum.
 DAMPING_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Of wider models a sample of outputs chooses the damping: each solve for it costs D² an output.
+CHOICE_OUTPUTS = 1024
 
 
 def refit_layers(
@@ -75,8 +78,7 @@ def _refit(
     """
     shape = model.config.layer_shapes[record.index]
     kept = extents(kept_units(work, record, shape), shape, model.config)
-    stats = all_stats(work, record)
-    held = workdir.load(work, record.files["held_out"]) if "held_out" in record.files else None
+    stats = Stats(work, record)
     biased = {"o": model.config.attention_bias, "down": model.config.mlp_bias}
     out: dict[str, np.ndarray] = {}
     for matrix in ("o", "down"):
@@ -91,7 +93,9 @@ def _refit(
                 if biased[matrix]
                 else None
             )
-            parts = _refit_matrix(W, bias, rows, *_moments(matrix, stats, held), grid)
+            sums = [_Sums.of(Stats(work, record, (part,)), matrix, rows) for part in stats.parts]
+            energy = record.values["energy"][f"{matrix}_proj"] or 1.0
+            parts = _refit_matrix(W, bias, rows, sums, energy, grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
         if np.isnan(parts["report"][-1]):
             console.log.warning(
@@ -108,7 +112,7 @@ def _update_masked(
     work: Path,
     record: records.LayerRecord,
     kept: dict[str, Extent],
-    stats: dict[str, np.ndarray],
+    stats: Stats,
     refitted: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """SparseGPT's update of the matrices it masked; o and down as just refitted, on their mask.
@@ -138,46 +142,66 @@ def _update_masked(
     return out
 
 
-def _moments(
-    matrix: str, stats: dict[str, np.ndarray], held: dict[str, np.ndarray] | None
-) -> tuple[Any, Any]:
-    """(A, Σx, tokens) of all tokens, and of those held out (None where there are none)."""
+class _Sums(NamedTuple):
+    """Sums over some tokens of the inputs of a matrix."""
 
-    def of(source: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:
-        total = source[f"{matrix}.total"].astype(np.float64)
-        return gram.unpack(source[f"{matrix}.gram"]), total, int(source["tokens"][0])
+    gram: Partition
+    total: np.ndarray  # Σ x, (D,)
+    tokens: int
 
-    return of(stats), None if held is None else of(held)
+    @classmethod
+    def of(cls, stats: Stats, matrix: str, kept: np.ndarray) -> "_Sums":
+        """Those of ``o`` or ``down``."""
+        A = gram.partition(stats[f"{matrix}.gram"], kept)
+        return cls(A, stats[f"{matrix}.total"], stats.tokens)
+
+    def about(self, mean: np.ndarray, kept: np.ndarray) -> "_Sums":
+        """Of x - mean instead of x."""
+        A = compensation.centred(self.gram, self.total, self.tokens, mean, kept)
+        return _Sums(A, self.total - self.tokens * mean, self.tokens)
+
+    def add(self, other: "_Sums") -> "_Sums":
+        """Of both, in the place of this one."""
+        for mine, theirs in zip(self.gram, other.gram, strict=True):
+            mine += theirs
+        return _Sums(self.gram, self.total + other.total, self.tokens + other.tokens)
 
 
 def _refit_matrix(
     W: np.ndarray,
     bias: np.ndarray | None,
     kept: np.ndarray,
-    every: tuple[np.ndarray, np.ndarray, int],
-    held: tuple[np.ndarray, np.ndarray, int] | None,
+    sums: list[_Sums],
+    energy: float,
     grid: tuple[float, ...],
 ) -> dict[str, np.ndarray]:
-    A, total, tokens = every
-    mean = total / tokens
+    """Refit one matrix.
 
-    # With a bias the mean is refitted by it, and the weights by what varies around the mean.
-    def centred(sums: tuple[np.ndarray, np.ndarray, int], about: np.ndarray) -> np.ndarray:
-        return sums[0] if bias is None else compensation.centred(*sums, about)
-
-    energy = compensation.output_energy(A, W) or 1.0
-    if held is not None:
-        A_h, total_h, tokens_h = held
-        fit = (A - A_h, total - total_h, tokens - tokens_h)
-        fit_mean = fit[1] / fit[2]
-        choice = compensation.choose_damping(
-            W, centred(fit, fit_mean), centred(held, fit_mean), kept, grid
-        )
-        energy_held = compensation.output_energy(A_h, W) or 1.0
-        unseen = [choice.before / energy_held, choice.after / energy_held]
+    Args:
+      W: (D, D'), float64.
+      bias: (D',), None where there is none.
+      kept: which rows of W stay, (D,) bool.
+      sums: of the tokens to fit, and of those held out if any; their place is taken.
+      energy: output energy of all tokens.
+      grid: dampings to choose from.
+    """
+    gone = ~kept
+    removed = sum(compensation.output_energy(part.gram.pp, W[gone]) for part in sums)
+    about = sums[0].total / sums[0].tokens
+    if len(sums) == 2:
+        outputs = _outputs_to_choose_by(W.shape[1])
+        chosen_by = W[gone][:, outputs]
+        held_energy = _energy(sums[1].gram, W[kept][:, outputs], chosen_by) or 1.0
+        if bias is not None:
+            # With a bias the mean is refitted by it, and the weights by what varies around it.
+            sums = [part.about(about, kept) for part in sums]
+        choice = compensation.choose_damping(sums[0].gram, sums[1].gram, chosen_by, grid)
+        unseen = [choice.before / held_energy, choice.after / held_energy]
         damping = choice.damping
     elif len(grid) == 1:
         unseen, damping = [np.nan, np.nan], grid[0]
+        if bias is not None:
+            sums = [part.about(about, kept) for part in sums]
     else:
         raise RecordError(
             "--damping",
@@ -185,21 +209,41 @@ def _refit_matrix(
             "give one number, or calibrate with --held-out",
         )
 
-    A_c = centred(every, mean)
-    error = compensation.OutputError(W, A_c, kept)
+    every = sums.pop(0)
+    while sums:
+        every = every.add(sums.pop())
+    mean = np.zeros(len(W))
+    if bias is not None:
+        further = every.total / every.tokens  # from `about` to the mean of all tokens
+        mean, every = about + further, every.about(further, kept)
+    error = compensation.OutputError(every.gram, W[gone])
     if damping is None:
         dW_k = np.zeros((int(kept.sum()), W.shape[1]))
     else:
-        dW_k = compensation.refit(W, A_c, kept, damping=damping)
+        dW_k = compensation.refit(every.gram, W[gone], damping=damping)
     report = [
-        compensation.output_energy(A[np.ix_(~kept, ~kept)], W[~kept]) / energy,
+        removed / energy,
         error(dW_k) / energy,
         *unseen,
         np.nan if damping is None else damping,
     ]
     # b = b + m_pᵀ W_p − m_kᵀ δW_k
-    new_bias = None if bias is None else bias + mean[~kept] @ W[~kept] - mean[kept] @ dW_k
+    new_bias = None if bias is None else bias + mean[gone] @ W[gone] - mean[kept] @ dW_k
     return _parts(W[kept] + dW_k, new_bias, report)
+
+
+def _outputs_to_choose_by(count: int) -> np.ndarray:
+    """Evenly spaced outputs, at most `CHOICE_OUTPUTS`, that the damping is chosen by."""
+    return np.unique(np.linspace(0, count - 1, min(count, CHOICE_OUTPUTS)).round().astype(int))
+
+
+def _energy(A: Partition, W_k: np.ndarray, W_p: np.ndarray) -> float:
+    """‖X W‖² of the rows kept and gone together."""
+    return (
+        compensation.output_energy(A.kk, W_k)
+        + 2 * float(np.vdot(W_k, A.kp @ W_p))
+        + compensation.output_energy(A.pp, W_p)
+    )
 
 
 def _parts(W: np.ndarray, bias: np.ndarray | None, report: list[float]) -> dict[str, np.ndarray]:

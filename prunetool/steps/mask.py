@@ -12,7 +12,7 @@ from prunetool import console, records, workdir
 from prunetool.errors import NumericalError, RecordError, naming
 from prunetool.llama.weights import MATRICES
 from prunetool.model import Model
-from prunetool.pruned import Extent, Mask, all_stats, extents, kept_units, pack_mask
+from prunetool.pruned import Extent, Mask, Stats, extents, kept_units, pack_mask
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.steps.attention import AttentionLayer, Settings, learn, rotary
 
@@ -106,7 +106,7 @@ class Masking:
         """
         shape = self.model.config.layer_shapes[record.index]
         kept = extents(kept_units(self.work, record, shape), shape, self.model.config)
-        stats = all_stats(self.work, record)
+        stats = Stats(self.work, record)
         attention = self._attention(record, kept)
         learned, said = self._learn(attention)
         out: dict[str, np.ndarray] = {}
@@ -169,9 +169,7 @@ class Masking:
         scores, said = learn(attention, self.how["method"], settings)
         return dict(zip(self.parts, map(np.asarray, scores), strict=True)), said
 
-    def _gram(
-        self, stats: dict[str, np.ndarray], part: str, kept: Extent, layer: int
-    ) -> np.ndarray | None:
+    def _gram(self, stats: Stats, part: str, kept: Extent, layer: int) -> np.ndarray | None:
         """Gram matrix of a matrix's inputs of the units kept; None where not there nor needed."""
         name = f"{GIVEN[part]}.gram"
         if name in stats:

@@ -10,12 +10,13 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
 from prunetool.model import Model
-from prunetool.pruned import CHANNELS, HEADS, all_stats, extents, kept_units, used_weight
+from prunetool.pruned import CHANNELS, HEADS, Stats, extents, kept_units, used_weight
 from prunetool.pruning import budget, compensation, gram, newton, structural
 
 # These scores are a loss in output units: between units of different size, loss a parameter
 # counts. The others' are already relative to their layer.
 LOSS_METHODS = ("obs", "wanda-sp", "magnitude")
+MATRICES = ("o_proj", "down_proj")  # whose inputs the units make
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Scoring:
         shared["sparsity"] = self.how["sparsity"] if "newton" in self.how["method"] else None
         scores_name = f"scores-{workdir.digest([header.history[:-1], shared])}"
         kept_name = workdir.step_directory(header)
-        taken, units = [], []
+        taken, units, energies = [], [], []
         for record in console.progress(source, "score", header.layers):
             arrays = workdir.make_once(
                 self.work,
@@ -64,21 +65,27 @@ class Scoring:
                 lambda record=record: self._scores(record),  # type: ignore[misc]
             )
             taken.append(record)
+            energies.append({m: float(arrays[f"{m}.energy"][0]) for m in MATRICES})
             units.append(
                 {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}
             )
         counts = self._share_out(units)
 
         rows = []
-        for record, unit in zip(taken, units, strict=True):
+        for record, unit, energy in zip(taken, units, energies, strict=True):
             lost = {HEADS: counts.groups, CHANNELS: counts.channels}
             kept = {t: budget.keep(unit[t].order, int(lost[t][record.index])) for t in self.targets}
-            name = workdir.layer_file(kept_name, record.index)
-            workdir.make_once(self.work, name, lambda kept=kept: kept)  # type: ignore[misc]
-            made = record.adding({f"kept.{t}": name for t in self.targets}, {})
-            losses = self._losses(made)
             shape = self.model.config.layer_shapes[record.index]
-            masks = kept_units(self.work, made, shape)
+            masks = kept_units(self.work, record, shape) | kept
+            name = workdir.layer_file(kept_name, record.index)
+            arrays = workdir.make_once(
+                self.work,
+                name,
+                lambda record=record, kept=kept, masks=masks: (  # type: ignore[misc]
+                    kept | self._lost(record, masks)
+                ),
+            )
+            losses = {m: float(arrays[f"{m}.lost"][0]) / (energy[m] or 1.0) for m in MATRICES}
             groups = int(masks[HEADS].sum())
             now = {
                 "heads": groups * shape.group_size,
@@ -90,13 +97,16 @@ class Scoring:
                     record.index,
                     f"{now['heads']}/{shape.heads}",
                     f"{now['channels']}/{shape.channels}",
-                    *(f"{losses[matrix]:.4f}" for matrix in ("o_proj", "down_proj")),
+                    *(f"{losses[matrix]:.4f}" for matrix in MATRICES),
                 ]
             )
-            yield made.adding({}, {"kept": now, "loss": losses})
+            yield record.adding(
+                {f"kept.{t}": name for t in self.targets},
+                {"kept": now, "loss": losses, "energy": energy},
+            )
         console.table(
             "Relative output error by plain removal",
-            ["layer", "heads", "channels", "o_proj", "down_proj"],
+            ["layer", "heads", "channels", *MATRICES],
             rows,
         )
         self._say_ratio(counts)
@@ -143,7 +153,7 @@ class Scoring:
 
     def _scores(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
         """Scores of a layer's units of both targets, as a file keeps them."""
-        stats = all_stats(self.work, record)
+        stats = Stats(self.work, record)
         shape = self.model.config.layer_shapes[record.index]
         group_costs, channel_cost, _ = self._costs()
         out = {}
@@ -152,43 +162,50 @@ class Scoring:
             (CHANNELS, "down", 0, channel_cost),
         ):
             W = used_weight(self.model, record.index, matrix)
-            one = {
-                name.removeprefix(f"{matrix}."): value
-                for name, value in stats.items()
-                if name.startswith(f"{matrix}.")
-            }
-            one["tokens"] = stats["tokens"]
             with naming(f"layer {record.index}, {matrix}_proj"):
-                units = self._rank(W, one, blocks, cost, (record.index, blocks > 0))
+                units, energy = self._rank(
+                    W, stats, matrix, blocks, cost, (record.index, blocks > 0)
+                )
             out[f"{kind}.order"], out[f"{kind}.compared"] = units.order, units.compared
+            out[f"{matrix}_proj.energy"] = np.array([energy])
         return out
 
     def _rank(
         self,
         W: np.ndarray,
-        stats: dict[str, np.ndarray],
+        stats: Stats,
+        matrix: str,
         blocks: int,
         cost: int,
         seed: tuple[int, bool],
-    ) -> _Units:
+    ) -> tuple[_Units, float]:
         """Score the rows of W, or its ``blocks`` blocks of rows, by the method asked.
 
         Token weighting: a diagonal method takes the weighted moments; another keeps its own order
         and the weighted output energy splits the budget between layers.
+
+        Returns:
+          The units, and the output energy of all together, ‖XW‖².
         """
         method, token = self.how["method"], self.how["weighting"] == "token"
-        tokens = float(stats["tokens"][0])
-        A = gram.unpack(stats["token_gram" if token and "token_gram" in stats else "gram"])
+        A = gram.unpack_lower(stats[f"{matrix}.gram"])
+        second = np.diagonal(A) / stats.tokens
+        mean = stats[f"{matrix}.total"] / stats.tokens
         if token:
             if blocks:
-                weighted = structural.block_energy(W, stats["token_blocks"].astype(np.float64))
+                weighted = structural.block_energy(W, stats[f"{matrix}.token_blocks"])
             else:
-                weighted = structural.wanda(W, stats["token_diagonal"].astype(np.float64))
-        second = np.diagonal(A) / tokens
-        mean = stats["total"].astype(np.float64) / tokens
+                weighted = structural.wanda(W, stats[f"{matrix}.token_diagonal"])
 
         def by_block(rows: np.ndarray, merge: Any = np.sum) -> np.ndarray:
             return merge(rows.reshape(blocks, -1), axis=1) if blocks else rows
+
+        # Newton's K takes the place of A, and its sum is the energy where A is of plain tokens.
+        weighted_gram = f"{matrix}.token_gram" if token else ""
+        by_sum = method.startswith("newton") and weighted_gram not in stats
+        energy = 0.0 if by_sum else compensation.output_energy(gram.mirror(A), W)
+        if weighted_gram in stats:
+            A = gram.unpack(stats[weighted_gram])
 
         if method == "wanda-sp":
             order = weighted if token else by_block(structural.wanda(W, second))
@@ -203,15 +220,20 @@ class Scoring:
         elif method == "obs":
             order = structural.obs(W, A, damping=self.how["damping"], blocks=blocks)
         else:
-            order = self._newton(W, A, blocks)
+            norm = newton.spectral_norm(A)
+            K = newton.contribution_gram(W, A, norm)
+            energy = norm * newton.total(K) if by_sum else energy
+            order = self._newton(K, blocks)
         if token:
-            return _Units(order, weighted / cost)
-        return _Units(order, order / cost if method in LOSS_METHODS else order)
+            return _Units(order, weighted / cost), energy
+        return _Units(order, order / cost if method in LOSS_METHODS else order), energy
 
-    def _newton(self, W: np.ndarray, A: np.ndarray, blocks: int) -> np.ndarray:
+    def _newton(self, K: np.ndarray, blocks: int) -> np.ndarray:
+        """Newton scores from the lower triangle of K, whose place the solves take."""
         lam, damping = self.how["lam"], self.how["damping"]
-        K = newton.contribution_gram(W, A / newton.spectral_norm(A))
         s = self.how["sparsity"] * len(K)
+        if self.how["method"] != "newton" or self.how["newton_iterations"]:
+            gram.mirror(K)
         if self.how["method"] == "newton-tied" and blocks:
             K, s = newton.tie(K, blocks), self.how["sparsity"] * blocks
         if self.how["method"] == "newton":
@@ -219,7 +241,7 @@ class Scoring:
             z = (
                 newton.newton_iterated(K, s, lam=lam, damping=damping, steps=steps)
                 if steps
-                else newton.newton(K, s, lam=lam, damping=damping)
+                else newton.newton(K, s, lam=lam, damping=damping, overwrite=True)
             )
         else:
             _, z, info = newton.newton_box(K, s, lam=lam, damping=damping)
@@ -237,19 +259,20 @@ class Scoring:
         means = np.where(live, by_group, 0).sum(axis=1) / np.maximum(live.sum(axis=1), 1)
         return np.where(live.any(axis=1), means, -np.inf)
 
-    def _losses(self, record: records.LayerRecord) -> dict[str, float]:
-        """Relative output error of both matrices when the units not kept are removed."""
-        stats = all_stats(self.work, record)
+    def _lost(
+        self, record: records.LayerRecord, kept: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Squared output error of both matrices when the units not kept are removed."""
+        stats = Stats(self.work, record)
         shape = self.model.config.layer_shapes[record.index]
-        kept = extents(kept_units(self.work, record, shape), shape, self.model.config)
-        losses = {}
+        extent = extents(kept, shape, self.model.config)
+        lost = {}
         for matrix in ("o", "down"):
             W = used_weight(self.model, record.index, matrix)
-            A = gram.unpack(stats[f"{matrix}.gram"])
-            lost = ~kept[matrix].columns
-            gone = compensation.output_energy(A[np.ix_(lost, lost)], W[lost])
-            losses[f"{matrix}_proj"] = gone / (compensation.output_energy(A, W) or 1.0)
-        return losses
+            stays = extent[matrix].columns
+            A_pp = gram.partition(stats[f"{matrix}.gram"], stays).pp
+            lost[f"{matrix}_proj.lost"] = np.array([compensation.output_energy(A_pp, W[~stays])])
+        return lost
 
     def _say_ratio(self, counts: budget.Counts) -> None:
         group_costs, channel_cost, total = self._costs()

@@ -1,5 +1,7 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,31 +20,39 @@ def sums_of(x, h, cuts, **kept):
     return sums
 
 
+def whole(panels):
+    """The symmetric matrix of a sum's panels."""
+    size = panels[-1].shape[1]
+    return gram.unpack(gram.pack_panels(panels, size, np.float64))
+
+
 @given(st.lists(st.integers(0, 40), max_size=3), st.integers(0, 10))
 def test_any_split_into_batches_gives_the_same_sums(cuts, seed):
     random = np.random.default_rng(seed)
     x, h = random.standard_normal((12, 40)), random.standard_normal((5, 40))
     kept = {"blocks": 3, "diagonal": True, "full": True}
-    whole = sums_of(x, h, [], **kept)
-    split = sums_of(x, h, sorted(cuts), **kept)
-    for one, other in zip(whole, split, strict=True):
+    once, split = (jax.tree.leaves(sums_of(x, h, c, **kept)) for c in ([], sorted(cuts)))
+    for one, other in zip(once, split, strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-5, atol=1e-5)
 
 
-def test_the_sums_are_what_they_say():
+@pytest.mark.parametrize("panel", [2, 4, 512])
+def test_the_sums_are_what_they_say(panel, monkeypatch):
+    monkeypatch.setattr(gram, "PANEL", panel)
     random = np.random.default_rng(0)
     x, h = random.standard_normal((6, 50)), random.standard_normal((4, 50))
     sums = sums_of(x, h, [20], blocks=2, diagonal=True, full=True)
+    assert len(sums.gram) == -(-6 // panel)
     weight = 1 / (h**2).sum(axis=0)
     weighted = (x * weight) @ x.T
-    np.testing.assert_allclose(np.asarray(sums.gram), x @ x.T, rtol=1e-5)
+    np.testing.assert_allclose(whole(sums.gram), x @ x.T, rtol=1e-5)
     np.testing.assert_allclose(np.asarray(sums.total), x.sum(axis=1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(sums.token_gram), weighted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(whole(sums.token_gram), weighted, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(np.asarray(sums.token_diagonal), np.diagonal(weighted), rtol=1e-5)
     np.testing.assert_allclose(np.asarray(sums.token_blocks[1]), weighted[3:, 3:], rtol=1e-4)
-    eigenvalues = np.linalg.eigvalsh(np.asarray(sums.gram))
+    eigenvalues = np.linalg.eigvalsh(whole(sums.gram))
     assert eigenvalues.min() > -1e-5 * eigenvalues.max()
-    assert all(np.asarray(value).dtype == np.float64 for value in sums)
+    assert all(np.asarray(value).dtype == np.float64 for value in jax.tree.leaves(sums))
 
 
 def test_a_token_of_no_energy_has_no_weight():
@@ -58,11 +68,28 @@ def test_batches_add_in_float64():
     sums = gram.add(sums, big, one)
     for _ in range(8):
         sums = gram.add(sums, one, one)
-    assert float(sums.gram[0, 0]) == 2.0**26 + 8
+    assert float(sums.gram[0][0, 0]) == 2.0**26 + 8
 
 
-@given(st.integers(1, 30))
-def test_unpack_undoes_pack(size):
+@given(st.integers(1, 30), st.sampled_from([3, 8, 512]))
+def test_unpack_undoes_pack(size, panel):
     A = np.random.default_rng(size).standard_normal((size, size)).astype(np.float32)
     A = A + A.T
-    np.testing.assert_array_equal(gram.unpack(gram.pack(A)), A)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gram, "PANEL", panel)
+        np.testing.assert_array_equal(gram.unpack(gram.pack(A)), A)
+        panels = tuple(A[start:stop, :stop] for start, stop in gram._panels(size))
+        for part in (size, size // 2):
+            packed = gram.pack_panels(panels, part, np.float32)
+            np.testing.assert_array_equal(packed, gram.pack(A[:part, :part]) if part else [])
+        np.testing.assert_array_equal(gram.mirror(np.triu(A), upper=True), A)
+
+
+@given(st.integers(1, 30), st.integers(0, 100))
+def test_a_partition_has_the_blocks(size, seed):
+    random = np.random.default_rng(seed)
+    A = random.standard_normal((size, size))
+    A, kept = A + A.T, random.random(size) < 0.6
+    parts = gram.partition(gram.pack(A), kept)
+    for part, place in zip(parts, [(kept, kept), (kept, ~kept), (~kept, ~kept)], strict=True):
+        np.testing.assert_array_equal(part, A[np.ix_(*place)])

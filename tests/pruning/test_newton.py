@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunetool.errors import NumericalError
-from prunetool.pruning import newton
+from prunetool.pruning import gram, newton
 from tests import references
 
 
@@ -12,7 +12,7 @@ def problem(seed, D=12, outputs=5, tokens=60):
     random = np.random.default_rng(seed)
     X = random.standard_normal((tokens, D)) * np.exp(random.standard_normal(D))
     W = random.standard_normal((D, outputs))
-    return X, W, newton.contribution_gram(W, X.T @ X)
+    return X, W, gram.mirror(newton.contribution_gram(W, X.T @ X))
 
 
 def test_K_is_the_gram_matrix_of_the_contributions():
@@ -83,7 +83,7 @@ def test_the_box_solution_is_no_worse_than_any_feasible_one():
 def test_a_dead_unit_goes_first_and_does_not_make_the_system_singular():
     X, W, _ = problem(4)
     W[7] = 0
-    K = newton.contribution_gram(W, X.T @ X)
+    K = gram.mirror(newton.contribution_gram(W, X.T @ X))
     for z in (newton.newton(K, 3.0), newton.newton_box(K, 3.0)[1]):
         assert z.argmin() == 7
         assert np.isfinite(np.delete(z, 7)).all()
@@ -112,7 +112,21 @@ def test_a_system_that_is_not_positive_definite_says_so():
         newton.newton(np.ones((4, 4)), 1.0)
 
 
+@pytest.mark.parametrize("D", [5, 700])  # within one panel, and over two
+def test_K_is_made_scaled_and_solved_in_the_lower_triangle_alone(D):
+    X, W, K = problem(7, D=D, tokens=2 * D)
+    A, above = np.tril(X.T @ X), np.triu_indices(D, 1)
+    A[above] = np.nan
+    lower = newton.contribution_gram(W, A, norm=10.0)
+    np.testing.assert_allclose(np.tril(lower), np.tril(K) / 10, atol=1e-12 * K.max())
+    assert newton.total(lower) == pytest.approx(np.linalg.norm(X @ W) ** 2 / 10)
+    expected = newton.newton(K / 10, 3.0, lam=2.0)
+    got = newton.newton(lower, 3.0, lam=2.0, overwrite=True)
+    np.testing.assert_allclose(got, expected, atol=1e-9)
+
+
 def test_the_spectral_norm():
     X, _, _ = problem(6)
     assert newton.spectral_norm(X.T @ X) == pytest.approx(np.linalg.norm(X, 2) ** 2)
+    assert newton.spectral_norm(np.tril(X.T @ X)) == pytest.approx(np.linalg.norm(X, 2) ** 2)
     assert newton.spectral_norm(np.diag([1.0, 4.0])) == 4.0

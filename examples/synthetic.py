@@ -1,0 +1,77 @@
+"""A checkpoint of random weights in the shape of a published model, and random tokens for it.
+
+    python examples/synthetic.py llama-2-7b OUT [--layers 32] [--samples 8] [--sequence-length 512]
+
+Makes a sharded bfloat16 checkpoint, to measure memory and speed with where the real one is too
+large to get, and OUT/tokens.npy. A layer is made and written at a time.
+"""
+
+import argparse
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from prunetool.checkpoint.writer import CheckpointWriter, need_room, write_json
+from prunetool.llama.config import parse_config
+from prunetool.llama.weights import EMBEDDING, FINAL_NORM, HEAD, part_shapes, tensor_name
+
+SHAPES = {
+    "llama-2-7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+    },
+    "llama-3-70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "num_hidden_layers": 80, "vocab_size": 128256,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+    },
+}  # fmt: skip
+
+
+def random_matrix(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal entries of the usual initialisation's size; a norm's weight is near one."""
+    normal = random.standard_normal(shape, np.float32)
+    values = 1 + 0.1 * normal if len(shape) == 1 else normal * shape[1] ** -0.5
+    return values.astype(ml_dtypes.bfloat16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--vocab-size", type=int)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    given = parser.parse_args()
+
+    raw = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", **SHAPES[given.shape],
+    }  # fmt: skip
+    raw["num_hidden_layers"] = layers = given.layers or raw["num_hidden_layers"]
+    raw["vocab_size"] = vocabulary = given.vocab_size or raw["vocab_size"]
+    config = parse_config(raw, given.out / "config.json")
+    shapes = part_shapes(config, config.layer_shapes[0])
+    D = config.hidden_size
+    count = layers * sum(int(np.prod(shape)) for shape in shapes.values()) + 2 * vocabulary * D + D
+    need_room(given.out, 2 * count)
+
+    random = np.random.default_rng(0)
+    writer = CheckpointWriter(given.out, layers + 1)
+    for layer in range(layers):
+        parts = shapes.items()
+        writer.write({tensor_name(layer, p): random_matrix(random, shape) for p, shape in parts})
+    ends = {EMBEDDING: (vocabulary, D), FINAL_NORM: (D,), HEAD: (vocabulary, D)}
+    writer.write({name: random_matrix(random, shape) for name, shape in ends.items()})
+    write_json(given.out / "config.json", raw)
+    tokens = random.integers(0, vocabulary, (given.samples, given.sequence_length), np.int32)
+    np.save(given.out / "tokens.npy", tokens)
+    writer.close()
+    print(f"{writer.parameters:,} parameters, {writer.size_bytes / 1e9:.2f} GB in {given.out}")
+
+
+if __name__ == "__main__":
+    main()
