@@ -61,11 +61,16 @@ def main() -> None:
 
     random = np.random.default_rng(0)
     writer = CheckpointWriter(given.out, layers + 1)
-    for layer in range(layers):
-        parts = shapes.items()
-        writer.write({tensor_name(layer, p): random_matrix(random, shape) for p, shape in parts})
-    ends = {EMBEDDING: (vocabulary, D), FINAL_NORM: (D,), HEAD: (vocabulary, D)}
-    writer.write({name: random_matrix(random, shape) for name, shape in ends.items()})
+    shards = [
+        {tensor_name(n, part): shape for part, shape in shapes.items()} for n in range(layers)
+    ]
+    shards.append({EMBEDDING: (vocabulary, D), FINAL_NORM: (D,), HEAD: (vocabulary, D)})
+    for shard in shards:
+        writer.write(
+            lambda shard=shard: {
+                name: random_matrix(random, shape) for name, shape in shard.items()
+            }
+        )
     write_json(given.out / "config.json", raw)
     tokens = random.integers(0, vocabulary, (given.samples, given.sequence_length), np.int32)
     np.save(given.out / "tokens.npy", tokens)

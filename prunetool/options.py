@@ -70,6 +70,20 @@ damping_opt = click.option(
 )  # fmt: skip
 
 
+device_opt = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True,
+    help="Where JAX computes; auto is a GPU where there is one.",
+)  # fmt: skip
+profile_opt = click.option(
+    "--profile", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write JAX's trace here (.json.gz, for Perfetto), and seconds by phase in the records.",
+)  # fmt: skip
+discard_opt = click.option(
+    "--discard", is_flag=True, help="Delete a layer's files of the steps before once it is done: "
+    "for a disk that is short. Another sparsity then needs another calibration.",
+)  # fmt: skip
+
+
 def product_dtype(asked: str, stored: str) -> str:
     """Resolve ``--dtype`` against what the checkpoint stores."""
     return asked if asked != "auto" else "bfloat16" if stored == "bfloat16" else "float32"

@@ -80,9 +80,13 @@ class HiddenStates:
         file.write(np.ascontiguousarray(h.swapaxes(0, 1)).data.cast("B"))
 
 
-def batches(start: int, stop: int, length: int) -> list[range]:
-    """Ranges of sequences of about `BATCH_TOKENS` tokens each, of as few sizes as can be."""
-    size = max(1, BATCH_TOKENS // length)
+def batch_size(length: int) -> int:
+    """How many sequences make about `BATCH_TOKENS` tokens."""
+    return max(1, BATCH_TOKENS // length)
+
+
+def batches(start: int, stop: int, size: int) -> list[range]:
+    """Ranges of at most ``size`` sequences."""
     return [range(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
@@ -90,7 +94,7 @@ def embed(model: Model, tokens: np.ndarray, out: HiddenStates) -> None:
     """Write the embedded tokens, (samples, N) int32, as the stream before layer 0."""
     table = model.embedding()
     with out.writing() as write:
-        for batch in batches(0, len(tokens), tokens.shape[1]):
+        for batch in batches(0, len(tokens), batch_size(tokens.shape[1])):
             rows = table[tokens[batch.start : batch.stop]].astype(np.float32)  # (B, N, D)
             write(batch, rows.transpose(2, 0, 1))
 

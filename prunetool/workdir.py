@@ -4,6 +4,7 @@
       run.json              what the run is of: checkpoint, tokens, options, version
       stats/                sums over calibration tokens, two files a layer (fit, held-out)
       hidden-00012          residual stream before layer 12, while calibrate is under way
+      calibrated            all layers are there (or were, see --discard)
       score-3f9a…/          scores and units kept, one file a layer
       compensate-77c1…/     refitted weights, one file a layer
 
@@ -21,14 +22,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from prunetool import console
 from prunetool.checkpoint.index import read_json
 from prunetool.checkpoint.writer import write_json, write_tensors
 from prunetool.errors import RecordError, WorkError
-from prunetool.records import Header
+from prunetool.records import Header, LayerRecord
 
 RUN_NAME = "run.json"
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Keep other processes from writing what this one writes, as ``path``.lock says.
+
+    The lock holds the process's id. That of a process that is gone is taken over with a message.
+
+    Args:
+      path: the directory, or file name, that is written.
+
+    Raises:
+      WorkError: where a living process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = SoftFileLock(path.with_name(f"{path.name}.lock"))
+    holder = held.pid
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise WorkError(
+            path, f"is being written by process {holder}", "wait for it, or stop it"
+        ) from error
+    if holder is not None:
+        console.log.warning(
+            "%s: process %d, which wrote it, is gone; this one goes on", path, holder
+        )
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -62,9 +96,12 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
     write_json(run_path, run)
 
 
-def size_bytes(work: Path) -> int:
-    """Bytes of the files of this calibration that are there already."""
-    files = [*work.glob("stats/*.safetensors"), *work.glob("hidden-?????")]
+def size_bytes(work: Path, directory: str = "") -> int:
+    """Bytes of the files of a step that are there already; of calibrate, without ``directory``."""
+    if directory:
+        files = list((work / directory).glob("*"))
+    else:
+        files = [*work.glob("stats/*.safetensors"), *work.glob("hidden-*")]
     return sum(path.stat().st_size for path in files)
 
 
@@ -94,6 +131,13 @@ def make_once(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, arrays)
     return arrays
+
+
+def discard(work: Path, record: LayerRecord, kinds: tuple[str, ...]) -> None:
+    """Delete a layer's files of these kinds, whose last reader is done with them."""
+    for kind in kinds:
+        if kind in record.files:
+            (work / record.files[kind]).unlink(missing_ok=True)
 
 
 class TensorFile:
@@ -128,7 +172,9 @@ class TensorFile:
                 yield file
         except (OSError, SafetensorError) as error:
             raise RecordError(
-                self._path, f"cannot be read ({error})", "run the step that made it again"
+                self._path,
+                f"cannot be read ({error})",
+                "run the step that made it again (calibrate with --overwrite, if it was discarded)",
             ) from error
 
 

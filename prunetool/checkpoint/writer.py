@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from prunetool.checkpoint.index import INDEX_NAME
 from prunetool.errors import WorkError
+
+UNFINISHED = ".unfinished"  # in a checkpoint being written; holds its run
 
 
 @contextmanager
@@ -81,19 +83,27 @@ class CheckpointWriter:
       directory: where; must not hold anything yet unless ``overwrite``.
       shards: how many there will be (their number is part of each name).
       overwrite: replace the files of a checkpoint that lies there.
+      run: what decides the bytes written; a writer of the same run that was killed is gone on with.
+        Empty: never.
 
     Raises:
-      WorkError: where the directory holds something and ``overwrite`` is not given.
+      WorkError: where the directory holds something else and ``overwrite`` is not given.
     """
 
-    def __init__(self, directory: Path, shards: int, *, overwrite: bool = False) -> None:
-        refuse_non_empty(directory, overwrite=overwrite)
-        directory.mkdir(parents=True, exist_ok=True)
-        # The index goes first: a directory half cleared must not look whole either.
-        (directory / INDEX_NAME).unlink(missing_ok=True)
-        for entry in sorted(directory.iterdir()):
-            if entry.is_file():
-                entry.unlink()
+    def __init__(
+        self, directory: Path, shards: int, *, overwrite: bool = False, run: str = ""
+    ) -> None:
+        marker = directory / UNFINISHED
+        resumed = run and not overwrite and marker.exists() and marker.read_text("utf-8") == run
+        if not resumed:
+            refuse_non_empty(directory, overwrite=overwrite)
+            directory.mkdir(parents=True, exist_ok=True)
+            # The index goes first: a directory half cleared must not look whole either.
+            (directory / INDEX_NAME).unlink(missing_ok=True)
+            for entry in sorted(directory.iterdir()):
+                if entry.is_file():
+                    entry.unlink()
+            write_text(marker, run)
         self.directory = directory
         self._shards = shards
         self._weight_map: dict[str, str] = {}
@@ -101,14 +111,25 @@ class CheckpointWriter:
         self.size_bytes = 0
         self.parameters = 0
 
-    def write(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Write the next shard."""
+    def write(self, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+        """Make and write the next shard, or read it where the run had written it already.
+
+        Returns:
+          Its tensors.
+        """
         self._written += 1
         name = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
-        write_tensors(self.directory / name, tensors)
+        path = self.directory / name
+        if path.exists():
+            with safe_open(path, "numpy", backend="pread") as file:
+                tensors: Mapping[str, np.ndarray] = file.get_tensors()
+        else:
+            tensors = make()
+            write_tensors(path, tensors)
         self._weight_map.update(dict.fromkeys(tensors, name))
         self.size_bytes += sum(array.nbytes for array in tensors.values())
         self.parameters += sum(array.size for array in tensors.values())
+        return tensors
 
     def close(self) -> None:
         """Write the index, which makes the directory a checkpoint."""
@@ -119,6 +140,7 @@ class CheckpointWriter:
             "weight_map": dict(sorted(self._weight_map.items())),
         }
         write_json(self.directory / INDEX_NAME, index)
+        (self.directory / UNFINISHED).unlink()
 
 
 def refuse_non_empty(directory: Path, *, overwrite: bool) -> None:
@@ -134,5 +156,5 @@ def refuse_non_empty(directory: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise WorkError(directory, "is not empty", "name another directory or give --overwrite")
-    if not any(directory.glob("*.safetensors")):
+    if not any(directory.glob("*.safetensors")) and not (directory / UNFINISHED).exists():
         raise WorkError(directory, "is not empty and holds no checkpoint", "name another directory")

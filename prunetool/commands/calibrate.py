@@ -40,7 +40,25 @@ ATTENTION_LENGTH = 512  # the cost of learning grows with its square
     "--attention-length", type=click.IntRange(2), metavar="N", show_default="512, or all",
     help="Of each such sequence, the first N tokens.",
 )  # fmt: skip
+@click.option(
+    "--stats-dtype", type=click.Choice(["float32", "float64"]), default="float32",
+    show_default=True, help="Of the stats as they are stored; they are summed in float64.",
+)  # fmt: skip
 @options.dtype_opt
+@click.option(
+    "--batch-size", "batch", type=click.IntRange(1), metavar="SEQUENCES",
+    show_default="about 2048 tokens for each device", help="Sequences at a time: more are faster "
+    "and take more memory. Stats differ by rounding (about 1e-6).",
+)  # fmt: skip
+@options.device_opt
+@click.option(
+    "--coordinator", metavar="HOST:PORT", help="Share the sequences with other processes that run "
+    "this command: the address of process 0, which writes. auto: from SLURM, Open MPI or "
+    "Kubernetes, the next two as well.",
+)  # fmt: skip
+@click.option("--processes", type=click.IntRange(1), help="How many there are.")
+@click.option("--process-id", type=click.IntRange(0), help="Which of them this one is.")
+@options.profile_opt
 @options.revision_opt
 @click.option(
     "--work", type=click.Path(path_type=Path), metavar="DIR", show_default="NAME.prunetool",
@@ -60,7 +78,14 @@ def calibrate(
     stats: str,
     attention_samples: int,
     attention_length: int | None,
+    stats_dtype: str,
     dtype: str,
+    batch: int | None,
+    device: str,
+    coordinator: str | None,
+    processes: int | None,
+    process_id: int | None,
+    profile: Path | None,
     revision: str | None,
     work: Path | None,
     overwrite: bool,
@@ -91,39 +116,60 @@ def calibrate(
             f"--attention-length {attention_length} is beyond --sequence-length {length}"
         )
 
-    from prunetool import corpus, workdir
+    if (coordinator in (None, "auto")) != (processes is None and process_id is None):
+        raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
+
+    from prunetool import corpus, devices, plan, streaming, workdir
     from prunetool.checkpoint.writer import need_room
     from prunetool.model import open_model
-    from prunetool.steps.calibrate import AttentionSamples, Calibration, disk_needed
+    from prunetool.profiling import Profile
+    from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
 
     kept = min(length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
     attention = AttentionSamples(attention_samples, kept)
 
     with console.summary("calibrate") as said:
+        devices.choose(device)
+        team = devices.join(coordinator, processes, process_id)
         opened = open_model(model, revision)
         tokens = corpus.load(
             opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,
             samples=samples, length=length, shuffle=shuffle,
         )  # fmt: skip
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
-        products = options.product_dtype(dtype, opened.dtype)
+        precision = Precision(options.product_dtype(dtype, opened.dtype), stats_dtype)
         how = {
             "samples": samples, "sequence_length": length, "shuffle": shuffle,
             "held_out": held_out, "stats": stats, "attention": list(attention),
-            "dtype": products,
+            **precision._asdict(),
         }  # fmt: skip
         checkpoint = opened.index.fingerprint()
         run = {
             "checkpoint": checkpoint, "tokens": corpus.fingerprint(tokens),
             **how, "version": __version__,
         }  # fmt: skip
-        workdir.claim(work, run, overwrite=overwrite)
-        need_room(work, disk_needed(opened, tokens, stats, attention) - workdir.size_bytes(work))
         header = records.Header(
             str(opened.directory), model, checkpoint, str(work), opened.layers
         ).after(options.history_step("calibrate", __version__, **how, tokens=run["tokens"]))
-        with options.open_sink(sink) as stream:
-            job = Calibration(opened, tokens, held_out, stats, products, work, attention)
+        need = plan.stats_bytes(opened, stats, attention, stats_dtype)
+        need += plan.hidden_bytes(opened, *tokens.shape)
+        profiled = Profile(profile)
+        job = Calibration(
+            opened, tokens, held_out, stats, precision, work, attention,
+            batch or streaming.batch_size(length) * devices.local_mesh().size, team, profiled,
+        )  # fmt: skip
+        with workdir.lock(work.with_name(f"{work.name}{team.suffix}")), profiled.trace():
+            for index in range(team.count):  # process 0 first: others may share its directory
+                if index == team.index:
+                    workdir.claim(work, run, overwrite=overwrite)
+                team.wait(f"claim of process {index}")
+            need_room(work, need - workdir.size_bytes(work))
             layers = console.progress(job.layers(), "calibrate", opened.layers)
-            records.write(stream, header, layers)
+            if team.index == 0:
+                with options.open_sink(sink) as stream:
+                    records.write(stream, header, layers)
+            else:
+                for _ in layers:
+                    pass
+            team.wait("end")
         said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]

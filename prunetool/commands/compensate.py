@@ -1,5 +1,7 @@
 """``prunetool compensate``."""
 
+from pathlib import Path
+
 import click
 
 from prunetool import __version__, console, options, records
@@ -12,8 +14,16 @@ COLUMNS = (
 @click.command()
 @options.source_arg
 @options.damping_opt
+@options.discard_opt
+@options.profile_opt
 @options.output_opt
-def compensate(source: str, dampings: tuple[float, ...] | None, sink: str) -> None:
+def compensate(
+    source: str,
+    dampings: tuple[float, ...] | None,
+    discard: bool,
+    profile: Path | None,
+    sink: str,
+) -> None:
     """Refit o_proj and down_proj so that the layer's output moves least.
 
     Reads the records of score. The refit to the heads and channels kept is closed-form; its damping
@@ -24,7 +34,10 @@ def compensate(source: str, dampings: tuple[float, ...] | None, sink: str) -> No
     Example:
       prunetool compensate kept.jsonl > refitted.jsonl
     """
+    from prunetool import plan, workdir
+    from prunetool.checkpoint.writer import need_room
     from prunetool.model import reopen
+    from prunetool.profiling import Profile
     from prunetool.steps import compensate as step
 
     grid = dampings or step.DAMPING_GRID
@@ -32,11 +45,18 @@ def compensate(source: str, dampings: tuple[float, ...] | None, sink: str) -> No
         header, layers = records.read(stream)
         header = header.after(options.history_step("compensate", __version__, damping=list(grid)))
         model = reopen(header.model, header.fingerprint)
+        work, directory = Path(header.work), workdir.step_directory(header)
         rows: list[list[object]] = []
-        with options.open_sink(sink) as out:
-            refitted = step.refit_layers(model, header, layers, grid, rows)
-            bar = console.progress(refitted, "compensate", header.layers)
-            records.write(out, header, bar)
+        profiled = Profile(profile)
+        with workdir.lock(work / directory), profiled.trace():
+            need = plan.refit_bytes(model, layers=1 if discard else model.layers)
+            need_room(work, need - workdir.size_bytes(work, directory))
+            with options.open_sink(sink) as out:
+                refitted = step.refit_layers(
+                    model, header, layers, grid, rows, profiled, discard=discard
+                )
+                bar = console.progress(refitted, "compensate", header.layers)
+                records.write(out, header, bar)
         console.table(
             "Relative output error, o_proj | down_proj",
             COLUMNS,

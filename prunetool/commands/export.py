@@ -16,23 +16,29 @@ from prunetool import __version__, console, options, records
     "with a loader file. dense: the original shapes with zeros, loadable everywhere.",
 )  # fmt: skip
 @options.overwrite_opt
-def export(out: Path, source: str, form: str, overwrite: bool) -> None:
+@options.discard_opt
+def export(out: Path, source: str, form: str, overwrite: bool, discard: bool) -> None:
     """Write the pruned checkpoint to the directory OUT.
 
     Reads the records of score or compensate, all of them before anything is written. OUT is a
-    checkpoint only once its index is there, which is written last.
+    checkpoint only once its index is there, which is written last. Killed, the same command goes on
+    after the last whole layer.
 
     \b
     Example:
       prunetool export SmolLM2-pruned refitted.jsonl
     """
-    from prunetool.checkpoint.writer import refuse_non_empty
+    from prunetool import workdir
+    from prunetool.checkpoint.writer import UNFINISHED, refuse_non_empty
     from prunetool.steps.export import write_checkpoint
 
-    refuse_non_empty(out, overwrite=overwrite)
-    with console.summary("export") as said:
+    if not (out / UNFINISHED).exists():
+        refuse_non_empty(out, overwrite=overwrite)
+    with console.summary("export") as said, workdir.lock(out.absolute()):
         with options.open_source(source) as stream:
             header, layers = records.read(stream)
             made = list(layers)
         header = header.after(options.history_step("export", __version__, format=form))
-        said += write_checkpoint(header, made, out, dense=form == "dense", overwrite=overwrite)
+        said += write_checkpoint(
+            header, made, out, dense=form == "dense", overwrite=overwrite, discard=discard
+        )

@@ -93,8 +93,19 @@ PATTERNS = ("unstructured", "per-output", "2:4")
     help="Of q,k by any method: go on descending on the kept weights' values.",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Of the method random.")
+@options.discard_opt
+@options.device_opt
+@options.profile_opt
 @options.output_opt
-def score(source: str, target: str, sink: str, **how: Any) -> None:
+def score(
+    source: str,
+    target: str,
+    discard: bool,
+    device: str,
+    profile: Path | None,
+    sink: str,
+    **how: Any,
+) -> None:
     """Say which heads and channels, or which weights, each layer keeps.
 
     Reads the records of calibrate and adds what is kept; several score steps in one pipe each
@@ -112,11 +123,15 @@ def score(source: str, target: str, sink: str, **how: Any) -> None:
     _check(targets, how)
     how = _resolved(units, how)
 
+    from prunetool import devices, plan, workdir
+    from prunetool.checkpoint.writer import need_room
     from prunetool.model import reopen
+    from prunetool.profiling import Profile
     from prunetool.steps.mask import Masking
     from prunetool.steps.score import Scoring
 
     with console.summary("score") as said, options.open_source(source) as stream:
+        devices.choose(device)
         header, layers = records.read(stream)
         if any(step["command"] == "compensate" for step in header.history):
             raise RecordError(
@@ -127,9 +142,14 @@ def score(source: str, target: str, sink: str, **how: Any) -> None:
             options.history_step("score", __version__, target=",".join(targets), **how)
         )
         model, work = reopen(header.model, header.fingerprint), Path(header.work)
-        job = (Scoring if units else Masking)(model, work, targets, how)
-        with options.open_sink(sink) as out:
-            records.write(out, header, job.layers(header, layers))
+        directory = workdir.step_directory(header)
+        profiled = Profile(profile)
+        job = (Scoring if units else Masking)(model, work, targets, how, profiled, discard)
+        need = plan.units_bytes(model) if units else plan.masks_bytes(model, targets)
+        with workdir.lock(work / directory), profiled.trace():
+            need_room(work, need - workdir.size_bytes(work, directory))
+            with options.open_sink(sink) as out:
+                records.write(out, header, job.layers(header, layers))
         said += job.said
 
 

@@ -1,18 +1,22 @@
 """The forward over the calibration sequences, layer by layer, with the sums it leaves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from prunetool import records, streaming, workdir
 from prunetool.checkpoint.writer import write_tensors
+from prunetool.devices import Team, local_mesh, own_terms, spec
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
+from prunetool.profiling import Profile
 from prunetool.pruning import gram
 
 
@@ -23,18 +27,11 @@ class AttentionSamples(NamedTuple):
     length: int
 
 
-def disk_needed(model: Model, tokens: np.ndarray, stats: str, attention: AttentionSamples) -> int:
-    """Bytes of the stats of all layers and of two generations of hidden states."""
-    config = model.config
-    total = 2 * tokens.size * config.hidden_size * 4
-    for shape in config.layer_shapes:
-        inputs = [shape.heads * config.head_dim, shape.channels]
-        count = 2 if stats == "token" else 1
-        if stats == "all":
-            inputs += [config.hidden_size] * 2
-        total += 2 * attention.samples * attention.length * config.hidden_size * 4
-        total += sum(4 * count * size * (size + 1) // 2 for size in inputs) * 2
-    return total
+class Precision(NamedTuple):
+    """Of the products of the forward, and of the stats as they are stored."""
+
+    dtype: str
+    stats_dtype: str
 
 
 @dataclass
@@ -42,57 +39,87 @@ class Calibration:
     """One calibration: all that its layers share.
 
     A layer's stats are written first and the residual stream behind it last, so a layer is done
-    when a ``hidden-`` file of a later number is there; when the run is done there is none.
+    when a ``hidden-`` file of a later number is there. Several processes each keep the stream of
+    their own sequences, and a file of it is removed only when all have the next.
+
+    Attributes:
+      batch: sequences at a time.
     """
 
     model: Model
     tokens: np.ndarray
     held_out: int
     stats: str
-    dtype: str
+    precision: Precision
     work: Path
     attention: AttentionSamples
+    batch: int
+    team: Team
+    profile: Profile
 
     def layers(self) -> Iterator[records.LayerRecord]:
         """Give each layer's record once its files are whole, going on where a run stopped."""
-        done = self._done()
+        done = self.team.least(self._done())
+        for path in self._hidden_files():
+            if path != self._hidden(done):
+                path.unlink()
         yield from map(self._record, range(done))
         if done < self.model.layers:
             yield from self._compute(done)
+        self._whole.touch()
         for leftover in self._hidden_files():
             leftover.unlink()
 
     def _compute(self, done: int) -> Iterator[records.LayerRecord]:
         (self.work / "stats").mkdir(exist_ok=True)
+        parts = {kind: self.team.share(*part) for kind, part in self._parts().items()}
+        mine = [n for start, stop in parts.values() for n in range(start, stop)]
         stream = streaming.HiddenStates(
-            self._hidden(done), self.model.config.hidden_size, *self.tokens.shape
+            self._hidden(done), self.model.config.hidden_size, len(mine), self.tokens.shape[1]
         )
         if done == 0:
-            streaming.embed(self.model, self.tokens, stream)
-        step = _compiled_step(self.model, self.attention.length)
+            streaming.embed(self.model, self.tokens[mine], stream)
+        step = Step(self.model, self.attention.length)
         rope = streaming.rotation(self.model, self.tokens.shape[1])
-        for number, layer in self.model.padded_layers(done):
-            weights = streaming.to_device(layer, self.dtype)
+        layers = self.model.padded_layers(done)
+        while True:
+            with self.profile.phase("wait for weights"):
+                number, layer = next(layers, (0, None))
+                if layer is None:
+                    return
+                weights = streaming.to_device(layer, self.precision.dtype)
+                shapes = Layer(*(None if part is None else part.shape for part in layer))
+                del layer
             behind = stream.at(self._hidden(number + 1))
-            samples: list[np.ndarray] = []
+            samples = self._no_samples()
             with behind.writing() as write:
-                for kind, (start, stop) in self._parts().items():
-                    sums = self._zeros(layer)
-                    for batch in streaming.batches(start, stop, stream.length):
-                        behind_batch, x, sums = step(stream.read(batch), weights, rope, sums)
-                        h = np.asarray(behind_batch)
+                place = 0  # of the part's first sequence in this process's stream
+                for kind, (start, stop) in parts.items():
+                    sums = step.zeros(jax.eval_shape(lambda shapes=shapes: self._zeros(shapes)))
+                    for batch in streaming.batches(place, place + stop - start, self.batch):
+                        with self.profile.phase("compute"):
+                            h, x, sums = step(stream.read(batch), weights, rope, sums)
                         streaming.check_finite(h, number)
-                        write(batch, h)
-                        samples += self._sampled(batch, x)
-                    write_tensors(
-                        self.work / self._file(number, kind),
-                        self._arrays(sums, (stop - start) * stream.length, number),
-                    )
-                if samples:
-                    self._write_samples(number, samples)
+                        with self.profile.phase("write"):
+                            write(batch, h)
+                        self._sample(samples, [n - place + start for n in batch], x)
+                    place += stop - start
+                    with self.profile.phase("add up"):
+                        sums = self.team.total(sums)
+                    if self.team.index == 0:
+                        first, last = self._parts()[kind]
+                        tokens = (last - first) * stream.length
+                        with self.profile.phase("write"):
+                            arrays = self._arrays(sums, tokens, number)
+                            write_tensors(self.work / self._file(number, kind), arrays)
+                            del arrays
+                    del sums
+                self._write_samples(number, samples)
+                self.team.wait(f"stats of layer {number}")
+            self.team.wait(f"stream behind layer {number}")
             stream.path.unlink()
             stream = behind
-            yield self._record(number)
+            yield self._record(number).adding({}, self.profile.take("calibrate"))
 
     def _parts(self) -> dict[str, tuple[int, int]]:
         """First and last sequence of each part of the samples, by the kind of its stats."""
@@ -100,63 +127,75 @@ class Calibration:
         parts = {"stats": (0, fit), "held_out": (fit, len(self.tokens))}
         return parts if self.held_out else {"stats": parts["stats"]}
 
-    def _sampled(self, batch: range, x: jax.Array) -> list[np.ndarray]:
-        """The attention inputs, (D, N), of those sequences of a batch that are kept."""
-        first, last = self.attention.samples, len(self.tokens) - self.attention.samples
-        return [
-            np.asarray(x[:, i]) for i, n in enumerate(batch) if n < first or n >= last
-        ]  # fmt: skip
+    def _no_samples(self) -> np.ndarray:
+        """Room for the kept attention inputs, (D, 2 A, N); zeros add to what others have."""
+        kept = self.attention
+        dtype = np.dtype(self.precision.dtype)
+        return np.zeros((self.model.config.hidden_size, 2 * kept.samples, kept.length), dtype)
 
-    def _write_samples(self, layer: int, samples: list[np.ndarray]) -> None:
-        """Write the kept attention inputs: ``fit`` and ``held_out``, (D, samples, N) each."""
+    def _sample(self, samples: np.ndarray, batch: list[int], x: jax.Array) -> None:
+        """Put in the attention inputs, (D, B, N), of those sequences of a batch that are kept."""
+        half, count = self.attention.samples, len(self.tokens)
+        for i, n in enumerate(batch):
+            if n < half:
+                samples[:, n] = x[:, i]
+            elif n >= count - half:
+                samples[:, 2 * half - count + n] = x[:, i]
+
+    def _write_samples(self, layer: int, samples: np.ndarray) -> None:
+        """Write the kept attention inputs: ``fit`` and ``held_out``, (D, A, N) each."""
         half = self.attention.samples
-        parts = {"fit": samples[:half], "held_out": samples[half:]}
-        write_tensors(
-            self.work / self._file(layer, "attention"),
-            {name: np.stack(part, axis=1) for name, part in parts.items()},
-        )
+        if not half:
+            return
+        if self.team.count > 1:
+            samples = self.team.total(own_terms(samples))
+        if self.team.index == 0:
+            parts = {"fit": samples[:, :half], "held_out": samples[:, half:]}
+            write_tensors(self.work / self._file(layer, "attention"), parts)
 
     def _kinds(self) -> list[str]:
         """Kinds of a layer's files."""
         return [*self._parts(), *(["attention"] if self.attention.samples else [])]
 
     def _hidden(self, layer: int) -> Path:
-        return self.work / f"hidden-{layer:05d}"
+        return self.work / f"hidden-{layer:05d}{self.team.suffix}"
 
     def _hidden_files(self) -> list[Path]:
-        return sorted(self.work.glob("hidden-?????"))
+        return sorted(self.work.glob(f"hidden-?????{self.team.suffix}"))
+
+    @property
+    def _whole(self) -> Path:
+        """The file that says that all layers are done; their stats may be gone since."""
+        return self.work / f"calibrated{self.team.suffix}"
 
     def _file(self, layer: int, kind: str) -> str:
         return workdir.layer_file("stats", layer, f".{kind}")
 
     def _done(self) -> int:
-        """Layers done; leaves only the stream behind the last of them."""
+        """Layers that this process has done."""
+        if self._whole.exists():
+            return self.model.layers
         hidden = self._hidden_files()
-        for path in hidden[:-1]:
-            path.unlink()
-        if hidden:
-            return int(hidden[-1].name.removeprefix("hidden-"))
-        final = [self._file(self.model.layers - 1, kind) for kind in self._kinds()]
-        return self.model.layers if all((self.work / name).exists() for name in final) else 0
+        return int(hidden[-1].name[len("hidden-") :][:5]) if hidden else 0
 
     def _record(self, layer: int) -> records.LayerRecord:
         return records.LayerRecord(layer, {kind: self._file(layer, kind) for kind in self._kinds()})
 
-    def _zeros(self, layer: Layer) -> dict[str, Any]:
-        """Empty sums of every matrix whose inputs are kept, in the sizes of a padded layer."""
+    def _zeros(self, shapes: Layer) -> dict[str, gram.Sums]:
+        """Empty sums of every matrix whose inputs are kept, for a padded layer of these shapes."""
         full = self.stats == "token"
-        kv_heads = layer.k.shape[0] // self.model.config.head_dim
+        kv_heads = shapes.k[0] // self.model.config.head_dim
         sums = {
-            "o": gram.zeros(layer.o.shape[1], blocks=kv_heads, full=full),
-            "down": gram.zeros(layer.down.shape[1], diagonal=True, full=full),
+            "o": gram.zeros(shapes.o[1], blocks=kv_heads, full=full),
+            "down": gram.zeros(shapes.down[1], diagonal=True, full=full),
         }
         if self.stats == "all":
-            sums |= {name: gram.zeros(layer.q.shape[1]) for name in ("attention", "mlp")}
+            sums |= {name: gram.zeros(shapes.q[1]) for name in ("attention", "mlp")}
         return sums
 
     def _arrays(self, sums: dict[str, Any], tokens: int, layer: int) -> dict[str, np.ndarray]:
-        """The sums as a file keeps them: without padding, Gram matrices packed, in float32."""
-        shape = self.model.config.layer_shapes[layer]
+        """The sums as a file keeps them: without padding, Gram matrices packed."""
+        shape, dtype = self.model.config.layer_shapes[layer], self.precision.stats_dtype
         sizes = {"o": shape.heads * self.model.config.head_dim, "down": shape.channels}
         arrays = {"tokens": np.array([tokens])}
         for name, matrix in sums.items():
@@ -165,33 +204,73 @@ class Calibration:
                 if value is None:
                     continue
                 if kind.endswith("gram"):
-                    array = gram.pack_panels(value, size, np.float32)
-                elif kind == "token_blocks":
-                    array = np.asarray(value[: shape.kv_heads], np.float32)
+                    arrays[f"{name}.{kind}"] = gram.pack_panels(value, size, dtype)
                 else:
-                    array = np.asarray(value[:size], np.float32)
-                arrays[f"{name}.{kind}"] = array
+                    extent = shape.kv_heads if kind == "token_blocks" else size
+                    arrays[f"{name}.{kind}"] = value[:extent].astype(dtype)
         return arrays
 
 
-def _compiled_step(model: Model, sampled: int) -> Callable[..., Any]:
-    """The layer and the sums over its inputs as one compiled function for all layers.
+class Step:
+    """The layer and the sums over its inputs, compiled once for all layers and devices.
 
-    It returns the first ``sampled`` tokens' attention inputs too.
+    The sequences of a batch are split over this process's devices; each has sums of its own, along
+    their first axis.
     """
-    config = model.config
 
-    def step(h: Any, w: Layer, rope: Any, sums: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-        out, inputs = forward.decoder_layer(
-            h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
+    def __init__(self, model: Model, sampled: int) -> None:
+        config = model.config
+        self._mesh = local_mesh()
+        by_sequence, by_device, whole = spec(None, "device"), spec("device"), spec()
+
+        def step(
+            h: jax.Array, real: jax.Array | None, w: Layer, rope: forward.Rotation, sums: Any
+        ) -> Any:
+            out, inputs = forward.decoder_layer(
+                h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
+            )
+            given = {
+                "o": (inputs.o, inputs.before_attention),
+                "down": (inputs.down, inputs.before_mlp),
+                "attention": (inputs.attention, inputs.before_attention),
+                "mlp": (inputs.mlp, inputs.before_mlp),
+            }
+            added = {}
+            for name, so_far in sums.items():
+                x, joined = given[name]
+                if real is not None:
+                    x = x * real[:, None].astype(x.dtype)
+                so_far = jax.tree.map(lambda terms: terms[0], so_far)
+                added[name] = jax.tree.map(lambda terms: terms[None], gram.add(so_far, x, joined))
+            return out, inputs.attention[:, :, :sampled], added
+
+        mapped = jax.shard_map(
+            step,
+            mesh=self._mesh,
+            in_specs=(by_sequence, by_device, whole, whole, by_device),
+            out_specs=(by_sequence, by_sequence, by_device),
+            check_vma=False,
         )
-        given = {
-            "o": (inputs.o, inputs.before_attention),
-            "down": (inputs.down, inputs.before_mlp),
-            "attention": (inputs.attention, inputs.before_attention),
-            "mlp": (inputs.mlp, inputs.before_mlp),
-        }
-        added = {name: gram.add(so_far, *given[name]) for name, so_far in sums.items()}
-        return out, inputs.attention[:, :, :sampled], added
+        self._step = jax.jit(mapped, donate_argnames="sums")
+        self._by_sequence = NamedSharding(self._mesh, by_sequence)
+        self._by_device = NamedSharding(self._mesh, by_device)
 
-    return jax.jit(step, donate_argnames="sums")
+    def zeros(self, sums: Any) -> Any:
+        """Zeros of these shapes once for each device."""
+        count = self._mesh.size
+        return jax.tree.map(
+            lambda a: jnp.zeros((count, *a.shape), a.dtype, device=self._by_device), sums
+        )
+
+    def __call__(
+        self, h: np.ndarray, w: Layer, rope: forward.Rotation, sums: Any
+    ) -> tuple[np.ndarray, jax.Array, Any]:
+        """The stream behind the layer, (D, B, N), the attention inputs' first tokens, the sums."""
+        B, devices = h.shape[1], self._mesh.size
+        real = None
+        if devices > 1:  # a batch is filled up with sequences that do not count
+            room = -B % devices
+            h = np.pad(h, ((0, 0), (0, room), (0, 0)))
+            real = jnp.asarray(np.arange(B + room) < B, jnp.float32)
+        out, x, sums = self._step(jax.device_put(h, self._by_sequence), real, w, rope, sums)
+        return np.asarray(out)[:, :B], x, sums

@@ -94,7 +94,7 @@ def _errors(
         )
         sums = np.zeros((3, heads))
         with streams[0].writing() as write, streams[1].writing() as write_dense:
-            for batch in streaming.batches(0, *tokens.shape):
+            for batch in streaming.batches(0, len(tokens), streaming.batch_size(tokens.shape[1])):
                 behind = [
                     step(jnp.asarray(stream.read(batch)), w, rope)
                     for step, stream, w in zip(steps, streams, weights, strict=True)

@@ -9,6 +9,7 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
 from prunetool.model import Model
+from prunetool.profiling import Profile
 from prunetool.pruned import Extent, Stats, extents, kept_units, masks, used_weight
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.pruning.gram import Partition
@@ -26,8 +27,19 @@ def refit_layers(
     source: Iterator[records.LayerRecord],
     grid: tuple[float, ...],
     rows: list[list[object]],
+    profile: Profile,
+    *,
+    discard: bool,
 ) -> Iterator[records.LayerRecord]:
-    """Refit every layer of a stream, and add a row for the table to ``rows``."""
+    """Refit every layer of a stream, and add a row for the table to ``rows``.
+
+    Args:
+      model, header, source: the dense checkpoint and the stream.
+      grid: dampings to choose from.
+      rows: of the table.
+      profile: takes the seconds.
+      discard: delete a layer's stats once it is refitted.
+    """
     work, directory = Path(header.work), workdir.step_directory(header)
     for record in source:
         if not any(name.startswith(("kept.", "mask.")) for name in record.files):
@@ -39,7 +51,7 @@ def refit_layers(
             arrays = workdir.make_once(
                 work,
                 name,
-                lambda record=record: _refit(model, work, record, grid),  # type: ignore[misc]
+                lambda record=record: _refit(model, work, record, grid, profile),  # type: ignore[misc]
             )
         report = {
             name.removesuffix(".report"): {
@@ -58,14 +70,20 @@ def refit_layers(
                 " → ".join(f"{mean:.4g}" for mean in means) or "–",
             ]
         )
-        yield record.adding({"refit": name}, {"refit": report})
+        if discard:
+            workdir.discard(work, record, ("stats", "held_out", "attention"))
+        yield record.adding({"refit": name}, {"refit": report} | profile.take("compensate"))
 
 
 _REPORT = ("removed", "refitted", "held_out_removed", "held_out_refitted", "damping")
 
 
 def _refit(
-    model: Model, work: Path, record: records.LayerRecord, grid: tuple[float, ...]
+    model: Model,
+    work: Path,
+    record: records.LayerRecord,
+    grid: tuple[float, ...],
+    profile: Profile,
 ) -> dict[str, np.ndarray]:
     """The refitted weights of a layer, and what they gain.
 
@@ -87,15 +105,17 @@ def _refit(
             out[f"{matrix}_proj.report"] = np.array([0.0, 0.0, 0.0, 0.0, np.nan])
             continue
         with naming(f"{matrix}_proj"):
-            W = used_weight(model, record.index, matrix)
+            with profile.phase("read"):
+                W = used_weight(model, record.index, matrix)
+                sums = [_Sums.of(Stats(work, record, (p,)), matrix, rows) for p in stats.parts]
             bias = (
                 model.part(record.index, f"{matrix}_bias").astype(np.float64)
                 if biased[matrix]
                 else None
             )
-            sums = [_Sums.of(Stats(work, record, (part,)), matrix, rows) for part in stats.parts]
             energy = record.values["energy"][f"{matrix}_proj"] or 1.0
-            parts = _refit_matrix(W, bias, rows, sums, energy, grid)
+            with profile.phase("solve"):
+                parts = _refit_matrix(W, bias, rows, sums, energy, grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
         if np.isnan(parts["report"][-1]):
             console.log.warning(
@@ -104,7 +124,8 @@ def _refit(
                 record.index,
                 matrix,
             )
-    return out | _update_masked(model, work, record, kept, stats, out)
+    with profile.phase("update masked"):
+        return out | _update_masked(model, work, record, kept, stats, out)
 
 
 def _update_masked(

@@ -35,7 +35,11 @@ def convert_gguf(path: Path, out: Path, dtype: str, *, overwrite: bool) -> list[
 
     writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite)
     for shard in console.progress(model.shards(), "convert", model.layers + 1):
-        writer.write({name: array.astype(target) for name, array in shard.items()})
+        writer.write(
+            lambda shard=shard: {  # type: ignore[misc]
+                name: array.astype(target) for name, array in shard.items()
+            }
+        )
     write_json(out / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {key: number for key, number in ids.items() if number is not None}

@@ -42,7 +42,7 @@ def mean_loss(model: Model, tokens: np.ndarray, dtype: str) -> float:
             weights = streaming.to_device(layer, dtype)
             # Read before it is replaced: the new file takes the name when it is whole.
             with stream.writing() as write:
-                for batch in streaming.batches(0, samples, length):
+                for batch in streaming.batches(0, samples, streaming.batch_size(length)):
                     h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope)[0])
                     streaming.check_finite(h, number)
                     write(batch, h)
@@ -85,7 +85,7 @@ def pieces(
     Every token but a sequence's first is a target once; n is at most `LOGIT_TOKENS`.
     """
     samples, length = tokens.shape
-    for batch in streaming.batches(0, samples, length):
+    for batch in streaming.batches(0, samples, streaming.batch_size(length)):
         whole = [stream.read(batch) for stream in streams]
         for i, sample in enumerate(batch):
             for start in range(0, length - 1, LOGIT_TOKENS):

@@ -1,7 +1,7 @@
 """The pruned checkpoint, from the records of all layers."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from prunetool.llama.weights import (
     HEAD,
     MATRICES,
     Layer,
+    part_shapes,
     scatter,
     select,
     tensor_name,
@@ -43,6 +44,7 @@ def write_checkpoint(
     *,
     dense: bool,
     overwrite: bool,
+    discard: bool,
 ) -> list[str]:
     """Write the checkpoint, its index last.
 
@@ -51,6 +53,7 @@ def write_checkpoint(
       out: the directory.
       dense: keep the original shapes, with zeros.
       overwrite: replace a checkpoint that lies there.
+      discard: delete a layer's refitted weights once it is written.
 
     Returns:
       What to say of it.
@@ -77,26 +80,41 @@ def write_checkpoint(
     count = sum(int(np.prod(shape)) for shape in tensor_shapes(target).values())
     need_room(out, count * itemsize)
 
-    writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite)
+    run = workdir.digest([header.fingerprint, header.history])
+    writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite, run=run)
+    masked = any(name.startswith("mask.") for record in made for name in record.files)
     densities = []
     for record, units in zip(console.progress(made, "export", model.layers), kept, strict=True):
         number = record.index
-        layer = _pruned_layer(model, work, record, units)
-        densities.append(_densities(layer))
         if dense:
             places = [np.flatnonzero(units[unit]) for unit in (HEADS, CHANNELS)]
         else:
             places = [np.arange(shapes[number].kv_heads), np.arange(shapes[number].channels)]
-        layer = scatter(layer, shapes[number], target.layer_shapes[number], *places)
-        writer.write(
-            {
-                tensor_name(number, part): array
+
+        def shard(
+            record: records.LayerRecord = record,
+            units: dict[str, np.ndarray] = units,
+            places: list[np.ndarray] = places,
+        ) -> dict[str, np.ndarray]:
+            layer = _pruned_layer(model, work, record, units)
+            shape, target_shape = shapes[record.index], target.layer_shapes[record.index]
+            layer = scatter(layer, shape, target_shape, *places)
+            return {
+                tensor_name(record.index, part): array
                 for part, array in layer._asdict().items()
                 if array is not None
             }
-        )
-    ends = {EMBEDDING: model.embedding(), FINAL_NORM: model.final_norm()}
-    writer.write(ends if model.config.tied else {**ends, HEAD: model.head()})
+
+        tensors = writer.write(shard)
+        if masked:
+            sizes = part_shapes(model.config, shapes[number])
+            densities.append(_densities(tensors, number, sizes))
+        if discard:
+            workdir.discard(work, record, ("refit",))
+    ends = {EMBEDDING: model.embedding, FINAL_NORM: model.final_norm}
+    if not model.config.tied:
+        ends[HEAD] = model.head
+    writer.write(lambda: {name: read() for name, read in ends.items()})
 
     write_json(out / "config.json", forms.config_json(target, kind))
     if kind == "pruned_llama":
@@ -107,7 +125,6 @@ def write_checkpoint(
         for file in sorted(model.directory.glob(pattern)):
             shutil.copyfile(file, out / file.name)
     label = "dense" if dense else kind
-    masked = any(name.startswith("mask.") for record in made for name in record.files)
     card = model_card(header, model, label, shapes, writer.parameters, densities if masked else ())
     write_text(out / "README.md", card)
     writer.close()
@@ -119,12 +136,16 @@ def write_checkpoint(
     return [*said, f"{writer.size_bytes / 1e6:,.1f} MB in {out}"]
 
 
-def _densities(layer: Layer) -> dict[str, tuple[int, int]]:
-    """Weights that are not zero, and all, of each of the seven matrices."""
+def _densities(
+    tensors: Mapping[str, np.ndarray], layer: int, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, int]]:
+    """Weights that are not zero, and all of the units kept, of each of the seven matrices."""
     return {
-        part: (int(np.count_nonzero(getattr(layer, part))), getattr(layer, part).size)
+        part: (
+            int(np.count_nonzero(tensors[tensor_name(layer, part)])), int(np.prod(shapes[part]))
+        )
         for part in MATRICES
-    }
+    }  # fmt: skip
 
 
 def _kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:

@@ -12,6 +12,7 @@ from prunetool import console, records, workdir
 from prunetool.errors import NumericalError, RecordError, naming
 from prunetool.llama.weights import MATRICES
 from prunetool.model import Model
+from prunetool.profiling import Profile
 from prunetool.pruned import Extent, Mask, Stats, extents, kept_units, pack_mask
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.steps.attention import AttentionLayer, Settings, learn, rotary
@@ -31,12 +32,16 @@ class Masking:
       work: the work directory.
       parts: the matrices, of `MATRICES`.
       how: the command's other options, by their names.
+      profile: takes the seconds.
+      discard: delete a layer's stats once it is masked.
     """
 
     model: Model
     work: Path
     parts: tuple[str, ...]
     how: dict[str, Any]
+    profile: Profile
+    discard: bool
 
     def __post_init__(self) -> None:
         self._turns = cache(partial(rotary, self.model))
@@ -54,10 +59,12 @@ class Masking:
         lost = total = 0
         for record in console.progress(source, "score", header.layers):
             name = workdir.layer_file(directory, record.index)
-            with naming(f"layer {record.index}"):
+            with naming(f"layer {record.index}"), self.profile.phase("mask"):
                 arrays = workdir.make_once(
                     self.work, name, lambda record=record: self._make(record)  # type: ignore[misc]
                 )  # fmt: skip
+            if self.discard:
+                workdir.discard(self.work, record, ("stats", "held_out", "attention"))
             values = self._values(arrays)
             for part in self.parts:
                 lost += int(arrays[f"{part}.count"][0])
@@ -66,6 +73,7 @@ class Masking:
             if not {"q", "k"} & set(self.parts):
                 del values["attention"]  # what an earlier step learned still holds
             values["masks"] = {**record.values.get("masks", {}), **values["masks"]}
+            values |= self.profile.take("score")
             yield record.adding({f"mask.{part}": name for part in self.parts}, values)
         console.table(
             "Relative output error by plain removal, and error of the attention matrices",

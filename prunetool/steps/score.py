@@ -10,6 +10,7 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
 from prunetool.model import Model
+from prunetool.profiling import Profile
 from prunetool.pruned import CHANNELS, HEADS, Stats, extents, kept_units, used_weight
 from prunetool.pruning import budget, compensation, gram, newton, structural
 
@@ -35,12 +36,21 @@ class Scoring:
       work: the work directory.
       targets: ``heads``, ``channels`` or both.
       how: the command's other options, by their names.
+      profile: takes the seconds.
+      discard: delete a layer's stats once its losses are known.
     """
 
     def __init__(
-        self, model: Model, work: Path, targets: tuple[str, ...], how: dict[str, Any]
+        self,
+        model: Model,
+        work: Path,
+        targets: tuple[str, ...],
+        how: dict[str, Any],
+        profile: Profile,
+        discard: bool,
     ) -> None:
         self.model, self.work, self.targets, self.how = model, work, targets, how
+        self.profile, self.discard = profile, discard
         self.said: list[str] = []  # what was reached, once all layers are given
 
     def layers(
@@ -57,22 +67,24 @@ class Scoring:
         shared["sparsity"] = self.how["sparsity"] if "newton" in self.how["method"] else None
         scores_name = f"scores-{workdir.digest([header.history[:-1], shared])}"
         kept_name = workdir.step_directory(header)
-        taken, units, energies = [], [], []
-        for record in console.progress(source, "score", header.layers):
-            arrays = workdir.make_once(
-                self.work,
-                workdir.layer_file(scores_name, record.index),
-                lambda record=record: self._scores(record),  # type: ignore[misc]
-            )
-            taken.append(record)
-            energies.append({m: float(arrays[f"{m}.energy"][0]) for m in MATRICES})
-            units.append(
-                {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}
-            )
+        taken, units, energies, seconds = [], [], [], []
+        with workdir.lock(self.work / scores_name):
+            for record in console.progress(source, "score", header.layers):
+                arrays = workdir.make_once(
+                    self.work,
+                    workdir.layer_file(scores_name, record.index),
+                    lambda record=record: self._scores(record),  # type: ignore[misc]
+                )
+                taken.append(record)
+                seconds.append(self.profile.take("score"))
+                energies.append({m: float(arrays[f"{m}.energy"][0]) for m in MATRICES})
+                units.append(
+                    {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}
+                )
         counts = self._share_out(units)
 
         rows = []
-        for record, unit, energy in zip(taken, units, energies, strict=True):
+        for record, unit, energy, spent in zip(taken, units, energies, seconds, strict=True):
             lost = {HEADS: counts.groups, CHANNELS: counts.channels}
             kept = {t: budget.keep(unit[t].order, int(lost[t][record.index])) for t in self.targets}
             shape = self.model.config.layer_shapes[record.index]
@@ -85,6 +97,8 @@ class Scoring:
                     kept | self._lost(record, masks)
                 ),
             )
+            if self.discard:
+                workdir.discard(self.work, record, ("stats", "held_out", "attention"))
             losses = {m: float(arrays[f"{m}.lost"][0]) / (energy[m] or 1.0) for m in MATRICES}
             groups = int(masks[HEADS].sum())
             now = {
@@ -102,7 +116,7 @@ class Scoring:
             )
             yield record.adding(
                 {f"kept.{t}": name for t in self.targets},
-                {"kept": now, "loss": losses, "energy": energy},
+                {"kept": now, "loss": losses, "energy": energy, **spent},
             )
         console.table(
             "Relative output error by plain removal",
@@ -162,7 +176,8 @@ class Scoring:
             (CHANNELS, "down", 0, channel_cost),
         ):
             W = used_weight(self.model, record.index, matrix)
-            with naming(f"layer {record.index}, {matrix}_proj"):
+            where = f"layer {record.index}, {matrix}_proj"
+            with naming(where), self.profile.phase(f"rank {matrix}_proj"):
                 units, energy = self._rank(
                     W, stats, matrix, blocks, cost, (record.index, blocks > 0)
                 )

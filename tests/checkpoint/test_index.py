@@ -150,13 +150,34 @@ class TestWriter:
     def test_a_checkpoint_counts_only_when_it_is_closed(self, tmp_path):
         out = tmp_path / "out"
         made = writer.CheckpointWriter(out, 2)
-        made.write({"a": np.zeros((2, 3), np.float32)})
+        made.write(lambda: {"a": np.zeros((2, 3), np.float32)})
         assert not (out / "model.safetensors.index.json").exists()
-        made.write({"b": np.zeros(3, np.float32)})
+        made.write(lambda: {"b": np.zeros(3, np.float32)})
         made.close()
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["metadata"] == {"total_size": 36, "total_parameters": 9}
         assert index["weight_map"]["b"] == "model-00002-of-00002.safetensors"
+
+    def test_the_same_run_goes_on_and_another_does_not(self, tmp_path):
+        out = tmp_path / "out"
+        first = writer.CheckpointWriter(out, 2, run="one")
+        first.write(lambda: {"a": np.zeros((2, 3), np.float32)})
+        with pytest.raises(WorkError, match="is not empty"):
+            writer.CheckpointWriter(out, 2, run="two")
+        with pytest.raises(WorkError, match="is not empty"):
+            writer.CheckpointWriter(out, 2)
+        again = writer.CheckpointWriter(out, 2, run="one")
+        again.write(lambda: pytest.fail("the shard was there"))
+        again.write(lambda: {"b": np.ones(3, np.float32)})
+        again.close()
+        assert (again.parameters, again.size_bytes) == (9, 36)
+        assert sorted(path.name for path in out.iterdir()) == [
+            "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+        ]  # fmt: skip
+        over = writer.CheckpointWriter(out, 2, run="one", overwrite=True)
+        over.write(lambda: {"a": np.ones((2, 3), np.float32)})
+        assert load_file(out / "model-00001-of-00002.safetensors")["a"].all()
 
     def test_a_transposed_view_is_written_as_it_reads(self, tmp_path):
         array = np.arange(6.0).reshape(2, 3)

@@ -1,0 +1,184 @@
+"""The devices that share the sequences of a batch, and the processes that share the samples.
+
+Every process runs its share of the sequences on its own devices, with no word to the others until
+the layer is done; then the sums of all devices of all processes are added by JAX's collectives.
+"""
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from prunetool.errors import ConfigError, WorkError
+
+JOIN_SECONDS = 300
+STOPPED = "run all of them again; they go on after the last whole layer"
+
+
+def choose(device: str) -> None:
+    """Use the CPU, a GPU, or what JAX finds (``auto``), before JAX makes any array.
+
+    Raises:
+      ConfigError: where JAX has no GPU.
+    """
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+    elif device == "gpu" and jax.default_backend() == "cpu":
+        raise ConfigError(
+            "--device gpu", "JAX finds none", "install jax[cuda13] for it, or give --device cpu"
+        )
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """Along which axis of the mesh each axis of an array is split."""
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+
+
+def local_mesh() -> Mesh:
+    """This process's devices, along the axis ``device``."""
+    return Mesh(np.array(jax.local_devices()), ("device",))
+
+
+def own_terms(array: np.ndarray) -> jax.Array:
+    """A host array as the term of this process's first device, the others' being zero."""
+    mesh = local_mesh()
+    terms = np.zeros((mesh.size, *array.shape), array.dtype)
+    terms[0] = array
+    placed: jax.Array = jax.device_put(terms, NamedSharding(mesh, spec("device")))
+    return placed
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share the sequences.
+
+    Attributes:
+      index: of this process; 0 writes.
+      count: how many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """What tells this process's files from another's; empty for one alone."""
+        return f".{self.index}of{self.count}" if self.count > 1 else ""
+
+    def share(self, start: int, stop: int) -> tuple[int, int]:
+        """First and last of this process's part of a range."""
+        cuts = [start + (stop - start) * i // self.count for i in range(self.count + 1)]
+        return cuts[self.index], cuts[self.index + 1]
+
+    def wait(self, what: str) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            with _together():
+                multihost_utils.sync_global_devices(what)
+
+    def least(self, value: int) -> int:
+        """The least of the processes' values."""
+        if self.count == 1:
+            return value
+        with _together():
+            return int(multihost_utils.process_allgather(np.array(value)).min())
+
+    def total(self, tree: Any) -> Any:
+        """The sum over all devices of all processes, in float64 where the terms are.
+
+        Args:
+          tree: arrays with a first axis along this process's devices (`local_mesh`).
+
+        Returns:
+          The same tree of host arrays without that axis.
+        """
+        if jax.device_count() == 1:
+            return jax.tree.map(lambda terms: np.asarray(terms)[0], tree)
+        mesh = Mesh(np.array(jax.devices()), ("device",))
+        everywhere = NamedSharding(mesh, spec())
+        add = jax.jit(lambda terms: terms.sum(axis=0), out_shardings=everywhere)
+
+        def total(terms: jax.Array) -> np.ndarray:
+            shape = (jax.device_count(), *terms.shape[1:])
+            pieces = [shard.data for shard in terms.addressable_shards]
+            joined = jax.make_array_from_single_device_arrays(
+                shape, NamedSharding(mesh, spec("device")), pieces
+            )
+            return np.asarray(add(joined).addressable_data(0))
+
+        with _together():
+            return jax.tree.map(total, tree)
+
+
+def join(coordinator: str | None, processes: int | None, index: int | None) -> Team:
+    """Join the other processes, before JAX makes any array.
+
+    Args:
+      coordinator: ``HOST:PORT`` of process 0; ``auto`` finds all three as JAX does, from SLURM,
+        Open MPI or Kubernetes; None for a process alone.
+      processes: how many.
+      index: of this one.
+
+    Raises:
+      ConfigError: where they do not come together.
+    """
+    if coordinator is None:
+        return Team()
+    # Gloo writes to stdout, which is for records alone.
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(
+                coordinator, processes, index, initialization_timeout=JOIN_SECONDS
+            )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "--coordinator", f"the processes did not come together ({error})",
+            "start all of them with the same HOST:PORT, and each with its own --process-id",
+        ) from error  # fmt: skip
+    team = Team(jax.process_index(), jax.process_count())
+    if team.index:
+        _say_when_aborted()
+    return team
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say that a process is gone when a collective fails."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        # At exit JAX would wait for the lost process; what is registered last runs first.
+        atexit.register(os._exit, 1)
+        reason = str(error).splitlines()[0]
+        raise WorkError("another process", f"stopped ({reason})", STOPPED) from error
+
+
+def _say_when_aborted() -> None:
+    """When process 0 is lost, JAX aborts this process from a thread of its own: say why.
+
+    Python's own signal handlers would wait for the main thread, which waits for process 0.
+    """
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _on_abort)
+
+
+def _stop(_: int) -> None:
+    os.write(2, f"Error: process 0: stopped; {STOPPED}\n".encode())
+    os._exit(1)
+
+
+_on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(_stop)

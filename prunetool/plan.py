@@ -1,0 +1,136 @@
+"""What each step needs of memory, disk and arithmetic, from the shapes alone."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from prunetool.llama.config import LayerShape
+from prunetool.llama.weights import part_shapes
+from prunetool.model import Model
+
+# Resident memory of the program before it reads anything: with JAX at work, and without.
+WITH_JAX, WITHOUT = 400_000_000, 150_000_000
+
+
+class Need(NamedTuple):
+    """What a step needs."""
+
+    memory: int  # peak resident bytes
+    disk: int  # bytes that it adds
+    products: float = 0.0  # floating-point operations in the dtype of the forward
+    solves: float = 0.0  # in float64
+
+
+def inputs(model: Model, shape: LayerShape) -> dict[str, int]:
+    """How many features each pruned matrix is given."""
+    return {"o": shape.heads * model.config.head_dim, "down": shape.channels}
+
+
+def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtype: str) -> int:
+    """Bytes of all stats that calibrate keeps (``attention``: samples and their length)."""
+    D, d, total = model.config.hidden_size, model.config.head_dim, 0
+    for shape in model.config.layer_shapes:
+        sizes = list(inputs(model, shape).values())
+        grams = sum(size * (size + 1) // 2 for size in sizes) * (2 if stats == "token" else 1)
+        grams += D * (D + 1) if stats == "all" else 0
+        blocks = shape.kv_heads * (shape.group_size * d) ** 2
+        vectors = 4 * (sum(sizes) + D) + 256
+        total += 2 * (grams + blocks + vectors) * np.dtype(stats_dtype).itemsize
+        total += 2 * attention[0] * attention[1] * D * 4
+    return total
+
+
+def hidden_bytes(model: Model, samples: int, length: int) -> int:
+    """Bytes of the residual stream, two generations of it."""
+    return 2 * samples * length * model.config.hidden_size * 4
+
+
+def units_bytes(model: Model) -> int:
+    """Bytes of the scores of units, and of those kept."""
+    units = (shape.kv_heads + shape.channels for shape in model.config.layer_shapes)
+    return sum(17 * count + 4096 for count in units)
+
+
+def masks_bytes(model: Model, parts: tuple[str, ...]) -> int:
+    """Bytes of the masks of these matrices, new values of q and k included."""
+    total = 0
+    for shape in model.config.layer_shapes:
+        sizes = {part: int(np.prod(part_shapes(model.config, shape)[part])) for part in parts}
+        total += sum(size // 8 + (4 * size if part in "qk" else 0) for part, size in sizes.items())
+    return total
+
+
+def refit_bytes(model: Model, layers: int, kept: float = 1.0) -> int:
+    """Bytes of the refitted weights, of so many layers, at most."""
+    sizes = (sum(inputs(model, shape).values()) for shape in model.config.layer_shapes[:layers])
+    return int(4 * model.config.hidden_size * kept * sum(sizes))
+
+
+def layer_bytes(model: Model) -> int:
+    """Bytes of the largest layer as stored."""
+    sizes = [model.layer_parameters(shape) for shape in model.config.layer_shapes]
+    return max(sizes) * np.dtype(model.dtype).itemsize
+
+
+def calibrate(
+    model: Model, samples: int, length: int, batch: int, stats: str, stats_dtype: str
+) -> Need:
+    """Of one process with one device, ``batch`` sequences at a time."""
+    D, T = model.config.hidden_size, batch * length
+    widest = model.config.widest
+    squares = sum(size**2 for size in inputs(model, widest).values())
+    squares = squares * (2 if stats == "token" else 1) + (2 * D**2 if stats == "all" else 0)
+    # Three copies of the weights (read, in use, on the device), sums in float64 and packed.
+    memory = WITH_JAX + 3 * layer_bytes(model) + squares * 4
+    memory += squares // 2 * np.dtype(stats_dtype).itemsize + T * (14 * widest.channels + 24 * D)
+    tokens, products = samples * length, 0.0
+    for shape in model.config.layer_shapes:
+        features = inputs(model, shape).values()
+        products += 2 * tokens * model.layer_parameters(shape)
+        products += 2 * tokens * length * shape.heads * model.config.head_dim  # causal
+        products += tokens * sum(size * (size + 1) for size in features)
+        products += tokens * 2 * D * (D + 1) if stats == "all" else 0
+    disk = hidden_bytes(model, samples, length) + stats_bytes(model, stats, (0, 0), stats_dtype)
+    return Need(memory, disk, products)
+
+
+def score(model: Model, stats_dtype: str) -> Need:
+    """Of newton, the default method."""
+    D = model.config.hidden_size
+    size = max(inputs(model, model.config.widest).values())
+    packed = size * (size + 1) // 2
+    memory = WITHOUT + 8 * size**2 + packed * (8 + np.dtype(stats_dtype).itemsize)
+    memory += size * D * (8 + np.dtype(model.dtype).itemsize)
+    solves = 0.0
+    for shape in model.config.layer_shapes:
+        for n in inputs(model, shape).values():
+            solves += n**2 * D + n**3 / 3 + 40 * 2 * n**2  # K, its factor, the spectral norm
+    return Need(memory, units_bytes(model), solves=solves)
+
+
+def compensate(model: Model, sparsity: float, dampings: int) -> Need:
+    """With that many dampings tried on held-out tokens."""
+    D = model.config.hidden_size
+    kept = 1 - sparsity
+    size = max(inputs(model, model.config.widest).values())
+    k = kept * size
+    blocks = k**2 + k * (size - k) + (size - k) ** 2
+    memory = int(WITHOUT + 16 * blocks + 32 * k * D + 8 * size * D)
+    solves = 0.0
+    for shape in model.config.layer_shapes:
+        for n in inputs(model, shape).values():
+            m = kept * n
+            tried = min(D, 1024)  # outputs that choose the damping
+            solves += (dampings + 1) * m**3 / 3 + (dampings * tried + D) * 4 * m**2
+            solves += 2 * m * (n - m) * (2 * tried + 2 * D)
+    return Need(memory, refit_bytes(model, model.layers, kept), solves=solves)
+
+
+def export(model: Model, sparsity: float) -> Need:
+    """Of a really smaller checkpoint."""
+    in_layers = sum(model.layer_parameters(shape) for shape in model.config.layer_shapes)
+    parameters = model.parameters() - sparsity * in_layers
+    ends = model.config.vocab_size * model.config.hidden_size * (1 if model.config.tied else 2)
+    itemsize = np.dtype(model.dtype).itemsize
+    memory = WITHOUT + max(3 * layer_bytes(model), ends * itemsize)
+    return Need(memory, int(parameters * itemsize))

@@ -1,0 +1,53 @@
+"""Where the time of a step goes: seconds by phase, and the JAX profiler's trace."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import jax
+
+
+class Profile:
+    """Seconds by phase of one layer after another.
+
+    Args:
+      path: where to write the trace (gzipped JSON that Perfetto and Chrome read); None keeps the
+        seconds alone.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside as a phase's, and mark it in the trace."""
+        started = time.perf_counter()
+        with jax.profiler.TraceAnnotation(name) if self.path else nullcontext():
+            yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def take(self, step: str) -> dict[str, dict[str, dict[str, float]]]:
+        """What a record says of the layer just done; nothing unless a profile was asked for."""
+        seconds, self._seconds = self._seconds, {}
+        if not self.path:
+            return {}
+        return {"seconds": {step: {name: round(value, 4) for name, value in seconds.items()}}}
+
+    @contextmanager
+    def trace(self) -> Iterator[None]:
+        """Write the trace of what runs inside, if one was asked for."""
+        if not self.path:
+            yield
+            return
+        with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
+            jax.profiler.start_trace(directory, create_perfetto_trace=True)
+            try:
+                yield
+            finally:
+                jax.profiler.stop_trace()  # type: ignore[no-untyped-call]
+            (found,) = Path(directory).rglob("perfetto_trace.json.gz")
+            shutil.copyfile(found, self.path)

@@ -1,0 +1,190 @@
+"""Runs that are killed, run again, and run twice at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from prunetool import records
+from tests.commands.test_pipe import contents
+from tests.conftest import error_of
+
+KILLS = int(os.environ.get("PRUNETOOL_KILLS", "8"))
+
+
+def start(words, cwd, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "prunetool", *map(str, words)], cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def commands(model, text):
+    return [
+        ["calibrate", model, "--text", text, "--samples", 8, "--sequence-length", 64,
+         "--held-out", 2, "--attention-samples", 2, "--stats", "all", "--work", "w",
+         "-o", "a.jsonl"],
+        ["score", "--target", "qk", "--method", "attention-diag", "--sparsity", ".5", "a.jsonl",
+         "-o", "b.jsonl"],
+        ["score", "--sparsity", ".2", "--multiple-of", 8, "--min-channels", 8, "b.jsonl",
+         "-o", "c.jsonl"],
+        ["compensate", "c.jsonl", "-o", "d.jsonl"],
+        ["export", "out", "d.jsonl"],
+    ]  # fmt: skip
+
+
+def stamps(directory):
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("layer-*.safetensors")}
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_in_the_same_bytes(checkpoint, text, tmp_path):
+    model = checkpoint(num_hidden_layers=6)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    seconds = []
+    for words in commands(model, text):
+        started = time.monotonic()
+        done = start(words, whole)
+        assert done.wait() == 0, done.stderr.read()
+        seconds.append(time.monotonic() - started)
+
+    chance = random.Random(0)
+    kills, redone = 0, []
+    moments = [chance.choice(range(5)) for _ in range(KILLS)]
+    for step, words in enumerate(commands(model, text)):
+        for _ in range(moments.count(step)):
+            before = stamps(killed)
+            running = start(words, killed)
+            # The first part of a run is imports; where its files come is what is to be hit.
+            time.sleep(seconds[step] * chance.uniform(0.3, 1.0))
+            running.send_signal(signal.SIGKILL)
+            kills += running.wait() == -signal.SIGKILL
+            now = stamps(killed)
+            redone += [path for path, stamp in before.items() if now.get(path) != stamp]
+        before = stamps(killed)
+        last = start(words, killed)
+        _, said = last.communicate()
+        assert last.returncode == 0, said
+        now = stamps(killed)
+        redone += [path for path, stamp in before.items() if now.get(path) != stamp]
+    print(f"{kills} runs killed, {len(redone)} files made twice")
+    assert kills >= KILLS // 2
+    assert len(redone) <= 3 * kills, "a run makes the files of at most one layer again"
+    for part in ("w", "out"):
+        assert contents(killed / part) == contents(whole / part)
+
+
+def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(checkpoint, text, tmp_path):
+    words = commands(checkpoint(), text)[0]
+    first = start([*words[:-2]], tmp_path)
+    first.stdout.readline()  # it has the lock
+    os.kill(first.pid, signal.SIGSTOP)
+    second = start(words, tmp_path)
+    _, said = second.communicate()
+    assert second.returncode == 1
+    assert f"w: is being written by process {first.pid}; wait for it, or stop it" in said
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    third = start(words, tmp_path)
+    _, said = third.communicate()
+    assert third.returncode == 0, said
+    assert f"process {first.pid}, which wrote it, is gone; this one goes on" in said
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_an_export_that_failed_half_way_goes_on(checkpoint, text, run, tmp_path):
+    for words in commands(checkpoint(num_hidden_layers=4), text)[:4]:
+        run(*words)
+    run("export", "whole", "d.jsonl")
+    script = f"ulimit -f 60; exec {sys.executable} -m prunetool export out d.jsonl"
+    assert subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True).returncode == 1
+    shards = tmp_path.glob("out/model-*")
+    made = {path: path.stat().st_mtime_ns for path in shards}
+    assert made
+    assert "is not empty" in error_of(run("export", "out", "b.jsonl", ok=False))
+    run("export", "out", "d.jsonl")
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_is_read_last_can_be_discarded(checkpoint, text, run, tmp_path):
+    calibrate, _, _, _, _ = commands(checkpoint(), text)
+    run(*calibrate)
+    work = tmp_path / "w"
+    for name, discard in (("kept", []), ("gone", ["--discard"])):
+        run("score", "--sparsity", ".2", "--multiple-of", 8, "a.jsonl", "-o", "b.jsonl")
+        run("compensate", *discard, "b.jsonl", "-o", "c.jsonl")
+        run("export", *discard, name, "c.jsonl")
+    assert contents(tmp_path / "kept") == contents(tmp_path / "gone")
+    assert not list(work.glob("stats/*"))
+    assert not list(work.glob("compensate-*/*.safetensors"))
+    # The steps before still give their records, and what needs the stats says where they went.
+    assert run(*calibrate[:-2]).stdout == (tmp_path / "a.jsonl").read_text()
+    run("score", "--sparsity", ".2", "--multiple-of", 8, "a.jsonl")
+    line = error_of(run("score", "--sparsity", ".3", "a.jsonl", ok=False))
+    assert "calibrate with --overwrite, if it was discarded" in line
+
+
+def test_stats_can_be_stored_in_float64(checkpoint, text, run, tmp_path):
+    model = checkpoint()
+    sums = {}
+    for dtype in ("float32", "float64"):
+        work = tmp_path / dtype
+        run("calibrate", model, "--text", text, "--samples", 4, "--sequence-length", 32,
+            "--stats-dtype", dtype, "--work", work, "-o", "a.jsonl")  # fmt: skip
+        from prunetool.workdir import load
+
+        sums[dtype] = load(work, "stats/layer-00001.stats.safetensors")
+    single, double = sums.values()
+    assert single["down.gram"].dtype == np.float32
+    assert double["down.gram"].dtype == np.float64
+    for name, array in single.items():
+        np.testing.assert_array_equal(array, double[name].astype(array.dtype))
+
+
+def test_a_profile_has_a_trace_and_the_seconds(checkpoint, text, run, tmp_path):
+    words = commands(checkpoint(), text)
+    run(*words[0], "--profile", "calibrate.json.gz")
+    run("score", "--sparsity", ".2", "--multiple-of", 8, "a.jsonl", "-o", "b.jsonl",
+        "--profile", "score.json.gz")  # fmt: skip
+    run("compensate", "b.jsonl", "-o", "c.jsonl", "--profile", "compensate.json.gz")
+    with (tmp_path / "c.jsonl").open() as stream:
+        _, layers = records.read(stream)
+        seconds = [layer.values["seconds"] for layer in layers]
+    assert seconds[1].keys() >= {"compensate"}
+    for step in ("calibrate", "score", "compensate"):
+        import gzip
+
+        trace = json.loads(gzip.decompress((tmp_path / f"{step}.json.gz").read_bytes()))
+        assert trace["traceEvents"]
+
+
+@pytest.mark.parametrize("step", ["calibrate", "score", "compensate", "export"])
+def test_each_step_refuses_at_once_when_the_disk_is_short(checkpoint, text, run, tmp_path, step):
+    model = checkpoint()
+    words = commands(model, text)
+    order = ["calibrate", "score", "compensate", "export"]
+    given = dict(zip(order, [words[0], words[2], words[3], words[4]], strict=True))
+    given["score"] = [*words[2][:-3], "a.jsonl", "-o", "c.jsonl"]
+    for before in order[: order.index(step)]:
+        run(*given[before])
+    full = (
+        "import shutil, sys; real = shutil.disk_usage;"
+        "shutil.disk_usage = lambda path: real(path)._replace(free=1000);"
+        "sys.argv = ['prunetool', *sys.argv[1:]]; from prunetool.cli import main; main()"
+    )
+    there = contents(tmp_path / "w") if step != "calibrate" else {}
+    done = subprocess.run(
+        [sys.executable, "-c", full, *map(str, given[step])], cwd=tmp_path, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert "GB of disk and 0.00 GB are free; make room" in error_of(done)
+    if step != "calibrate":
+        assert contents(tmp_path / "w") == there

@@ -1,0 +1,139 @@
+"""Several devices of one process, and several processes on loopback, against one alone."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from prunetool.devices import Team
+from prunetool.workdir import load
+from tests.conftest import error_of
+
+
+def calibrate(model, text, work, *more):
+    return ["calibrate", model, "--text", text, "--samples", 11, "--sequence-length", 32,
+            "--held-out", 3, "--stats", "all", "--attention-samples", 2, "--attention-length", 16,
+            "--batch-size", 5, "--work", work, *more]  # fmt: skip
+
+
+def stats(work):
+    return {
+        path.name: load(work, f"stats/{path.name}") for path in sorted((work / "stats").iterdir())
+    }
+
+
+def assert_alike(work, expected):
+    """Equal within the rounding of float32 products of other batches."""
+    found, expected = stats(work), stats(expected)
+    assert found.keys() == expected.keys()
+    for file, arrays in expected.items():
+        for name, array in arrays.items():
+            scale = np.abs(array).max() or 1.0
+            np.testing.assert_allclose(found[file][name], array, atol=2e-6 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_four_devices_give_the_sums_of_one(checkpoint, text, run, tmp_path, biased):
+    model = checkpoint(attention_bias=biased, mlp_bias=biased)
+    run(*calibrate(model, text, tmp_path / "one", "-o", "one.jsonl"))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    run(*calibrate(model, text, tmp_path / "four", "-o", "four.jsonl"), **flags)
+    assert_alike(tmp_path / "four", tmp_path / "one")
+
+
+def test_the_stats_hardly_depend_on_the_batch(checkpoint, text, run, tmp_path):
+    model = checkpoint()
+    run(*calibrate(model, text, tmp_path / "five", "-o", "a.jsonl"))
+    run(*calibrate(model, text, tmp_path / "one", "--batch-size", 1, "-o", "b.jsonl"))
+    assert_alike(tmp_path / "one", tmp_path / "five")
+
+
+class Processes:
+    """Two processes of one calibration on loopback."""
+
+    def __init__(self, words, cwd):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "prunetool", *map(str, words),
+                 "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)],
+                cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+
+    def finish(self):
+        """The exit code, output and errors of each."""
+        found = []
+        for process in self.running:
+            out, err = process.communicate(timeout=120)
+            found.append((process.returncode, out, err))
+        return found
+
+
+def test_two_processes_give_the_sums_of_one(checkpoint, text, run, tmp_path):
+    model = checkpoint()
+    alone = run(*calibrate(model, text, "one")).stdout
+    (code, out, err), (other, nothing, more) = Processes(
+        calibrate(model, text, "two"), tmp_path
+    ).finish()
+    assert (code, other) == (0, 0), err + more
+    assert out == alone.replace("/one", "/two")
+    assert not nothing
+    assert_alike(tmp_path / "two", tmp_path / "one")
+    assert not list((tmp_path / "two").glob("hidden-*"))
+    # Records are read again, by two or by one.
+    again = Processes(calibrate(model, text, "two"), tmp_path).finish()
+    assert [code for code, _, _ in again] == [0, 0]
+    assert again[0][1] == out
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_stops_the_others_and_the_run_goes_on(checkpoint, text, tmp_path, lost):
+    model = checkpoint(num_hidden_layers=12)
+    words = calibrate(model, text, "two")
+    pair = Processes(words, tmp_path)
+    for _ in range(4):
+        assert pair.running[0].stdout.readline()
+    os.kill(pair.running[lost].pid, signal.SIGKILL)
+    code, _, said = pair.finish()[1 - lost]
+    assert code == 1
+    assert "run all of them again; they go on after the last whole layer" in said
+    assert list((tmp_path / "two").glob("hidden-*"))
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "two").glob("stats/layer-0000[01].*")}
+    again = Processes(words, tmp_path).finish()
+    assert [code for code, _, _ in again] == [0, 0], again
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+    whole = Processes(calibrate(model, text, "whole"), tmp_path).finish()
+    assert again[0][1] == whole[0][1].replace("/whole", "/two")
+    for file, arrays in stats(tmp_path / "whole").items():
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(stats(tmp_path / "two")[file][name], array)
+
+
+def test_shares_are_whole_and_even():
+    for count in range(1, 6):
+        cuts = [Team(i, count).share(3, 14) for i in range(count)]
+        assert cuts[0][0] == 3
+        assert cuts[-1][1] == 14
+        assert all(a[1] == b[0] for a, b in pairwise(cuts))
+        assert max(b - a for a, b in cuts) - min(b - a for a, b in cuts) <= 1
+
+
+def test_a_gpu_that_is_not_there_is_one_line(checkpoint, text, run):
+    done = run("calibrate", checkpoint(), "--text", text, "--device", "gpu", ok=False)
+    assert "--device gpu: JAX finds none; install jax[cuda13] for it" in error_of(done)
+
+
+def test_processes_need_their_address(checkpoint, text, run):
+    done = run("calibrate", checkpoint(), "--text", text, "--processes", 2, ok=False)
+    assert done.returncode == 2
+    assert "--coordinator HOST:PORT, --processes and --process-id go together" in done.stderr
