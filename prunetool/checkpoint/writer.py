@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from prunetool.checkpoint.index import INDEX_NAME
+from prunetool.checkpoint.index import INDEX_NAME, read_json
 from prunetool.errors import WorkError
 
 UNFINISHED = ".unfinished"  # in a checkpoint being written; holds its run
@@ -94,8 +94,7 @@ class CheckpointWriter:
         self, directory: Path, shards: int, *, overwrite: bool = False, run: str = ""
     ) -> None:
         marker = directory / UNFINISHED
-        resumed = run and not overwrite and marker.exists() and marker.read_text("utf-8") == run
-        if not resumed:
+        if overwrite or not begun(directory, run):
             refuse_non_empty(directory, overwrite=overwrite)
             directory.mkdir(parents=True, exist_ok=True)
             # The index goes first: a directory half cleared must not look whole either.
@@ -105,7 +104,7 @@ class CheckpointWriter:
                     entry.unlink()
             write_text(marker, run)
         self.directory = directory
-        self._shards = shards
+        self._shards, self._run = shards, run
         self._weight_map: dict[str, str] = {}
         self._written = 0
         self.size_bytes = 0
@@ -136,11 +135,30 @@ class CheckpointWriter:
         if self._written != self._shards:
             raise AssertionError(f"{self._written} of {self._shards} shards were written")
         index = {
-            "metadata": {"total_size": self.size_bytes, "total_parameters": self.parameters},
+            "metadata": {
+                "total_size": self.size_bytes,
+                "total_parameters": self.parameters,
+                **({"run": self._run} if self._run else {}),
+            },
             "weight_map": dict(sorted(self._weight_map.items())),
         }
         write_json(self.directory / INDEX_NAME, index)
         (self.directory / UNFINISHED).unlink()
+
+
+def begun(directory: Path, run: str) -> bool:
+    """Whether a writer of this run was killed there."""
+    marker = directory / UNFINISHED
+    return bool(run) and marker.exists() and marker.read_text("utf-8") == run
+
+
+def finished(directory: Path, run: str) -> bool:
+    """Whether a writer of this run wrote the checkpoint that is there."""
+    index = directory / INDEX_NAME
+    if not index.exists() or read_json(index).get("metadata", {}).get("run") != run:
+        return False
+    (directory / UNFINISHED).unlink(missing_ok=True)  # of one killed at its very end
+    return True
 
 
 def refuse_non_empty(directory: Path, *, overwrite: bool) -> None:

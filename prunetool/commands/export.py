@@ -29,16 +29,22 @@ def export(out: Path, source: str, form: str, overwrite: bool, discard: bool) ->
       prunetool export SmolLM2-pruned refitted.jsonl
     """
     from prunetool import workdir
-    from prunetool.checkpoint.writer import UNFINISHED, refuse_non_empty
+    from prunetool.checkpoint.writer import begun, finished, refuse_non_empty
     from prunetool.steps.export import write_checkpoint
 
-    if not (out / UNFINISHED).exists():
-        refuse_non_empty(out, overwrite=overwrite)
-    with console.summary("export") as said, workdir.lock(out.absolute()):
-        with options.open_source(source) as stream:
-            header, layers = records.read(stream)
-            made = list(layers)
+    with console.summary("export") as said, options.open_source(source) as stream:
+        header, layers = records.read(stream)
         header = header.after(options.history_step("export", __version__, format=form))
-        said += write_checkpoint(
-            header, made, out, dense=form == "dense", overwrite=overwrite, discard=discard
-        )
+        run = workdir.digest([header.fingerprint, header.history])
+        with workdir.lock(out.absolute()):
+            there = finished(out, run) and not overwrite
+            if not there and not begun(out, run):
+                refuse_non_empty(out, overwrite=overwrite)
+            made = list(layers)
+            if there:
+                said += [f"{out} holds it already"]
+            else:
+                said += write_checkpoint(
+                    header, made, out,
+                    run=run, dense=form == "dense", overwrite=overwrite, discard=discard,
+                )  # fmt: skip

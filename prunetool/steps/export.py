@@ -42,6 +42,7 @@ def write_checkpoint(
     made: Sequence[records.LayerRecord],
     out: Path,
     *,
+    run: str,
     dense: bool,
     overwrite: bool,
     discard: bool,
@@ -51,6 +52,7 @@ def write_checkpoint(
     Args:
       header, made: the whole stream.
       out: the directory.
+      run: what decides the bytes written (`CheckpointWriter`).
       dense: keep the original shapes, with zeros.
       overwrite: replace a checkpoint that lies there.
       discard: delete a layer's refitted weights once it is written.
@@ -80,7 +82,6 @@ def write_checkpoint(
     count = sum(int(np.prod(shape)) for shape in tensor_shapes(target).values())
     need_room(out, count * itemsize)
 
-    run = workdir.digest([header.fingerprint, header.history])
     writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite, run=run)
     masked = any(name.startswith("mask.") for record in made for name in record.files)
     densities = []
