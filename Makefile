@@ -67,6 +67,7 @@ examples: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT
 bench: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT)
 	$(BIN)/python examples/bench.py $(MODEL) $(TEXT)
 	$(BIN)/python examples/bench_attention.py $(MODEL)
+	$(BIN)/python examples/bench_speed.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) bench build *.egg-info

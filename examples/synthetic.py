@@ -37,30 +37,20 @@ def random_matrix(random: np.random.Generator, shape: tuple[int, ...]) -> np.nda
     return values.astype(ml_dtypes.bfloat16)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--vocab-size", type=int)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    given = parser.parse_args()
-
+def make_checkpoint(out: Path, shape: dict[str, object]) -> CheckpointWriter:
+    """Write a checkpoint of these entries of config.json."""
     raw = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", **SHAPES[given.shape],
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", **shape,
     }  # fmt: skip
-    raw["num_hidden_layers"] = layers = given.layers or raw["num_hidden_layers"]
-    raw["vocab_size"] = vocabulary = given.vocab_size or raw["vocab_size"]
-    config = parse_config(raw, given.out / "config.json")
+    config = parse_config(raw, out / "config.json")
+    layers, vocabulary, D = config.layers, config.vocab_size, config.hidden_size
     shapes = part_shapes(config, config.layer_shapes[0])
-    D = config.hidden_size
     count = layers * sum(int(np.prod(shape)) for shape in shapes.values()) + 2 * vocabulary * D + D
-    need_room(given.out, 2 * count)
+    need_room(out, 2 * count)
 
     random = np.random.default_rng(0)
-    writer = CheckpointWriter(given.out, layers + 1)
+    writer = CheckpointWriter(out, layers + 1)
     shards = [
         {tensor_name(n, part): shape for part, shape in shapes.items()} for n in range(layers)
     ]
@@ -71,11 +61,29 @@ def main() -> None:
                 name: random_matrix(random, shape) for name, shape in shard.items()
             }
         )
-    write_json(given.out / "config.json", raw)
-    tokens = random.integers(0, vocabulary, (given.samples, given.sequence_length), np.int32)
-    np.save(given.out / "tokens.npy", tokens)
+    write_json(out / "config.json", raw)
     writer.close()
-    print(f"{writer.parameters:,} parameters, {writer.size_bytes / 1e9:.2f} GB in {given.out}")
+    return writer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--vocab-size", type=int)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    given = parser.parse_args()
+    shape = dict(SHAPES[given.shape])
+    shape["num_hidden_layers"] = given.layers or shape["num_hidden_layers"]
+    shape["vocab_size"] = given.vocab_size or shape["vocab_size"]
+    made = make_checkpoint(given.out, shape)
+    tokens = np.random.default_rng(1).integers(
+        0, shape["vocab_size"], (given.samples, given.sequence_length), np.int32
+    )
+    np.save(given.out / "tokens.npy", tokens)
+    print(f"{made.parameters:,} parameters, {made.size_bytes / 1e9:.2f} GB in {given.out}")
 
 
 if __name__ == "__main__":

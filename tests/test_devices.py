@@ -56,18 +56,30 @@ def test_the_stats_hardly_depend_on_the_batch(checkpoint, text, run, tmp_path):
 class Processes:
     """Two processes of one calibration on loopback."""
 
-    def __init__(self, words, cwd):
+    def __init__(self, words, cwd, slurm=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.running = [
-            subprocess.Popen(
-                [sys.executable, "-m", "prunetool", *map(str, words),
-                 "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)],
-                cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for i in range(2)
-        ]  # fmt: skip
+        self.running = []
+        for i in range(2):
+            if slurm:  # what srun sets; the port comes from the job's number
+                found = ["--coordinator", "auto"]
+                environment = {
+                    "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1",
+                    "SLURM_NTASKS": "2", "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
+                    "SLURM_STEP_NUM_NODES": "1",
+                }  # fmt: skip
+            else:
+                found = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
+                found += ["--process-id", str(i)]
+                environment = {}
+            self.running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "prunetool", *map(str, words), *found],
+                    cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env={**os.environ, **environment},
+                )
+            )  # fmt: skip
 
     def finish(self):
         """The exit code, output and errors of each."""
@@ -93,6 +105,13 @@ def test_two_processes_give_the_sums_of_one(checkpoint, text, run, tmp_path):
     again = Processes(calibrate(model, text, "two"), tmp_path).finish()
     assert [code for code, _, _ in again] == [0, 0]
     assert again[0][1] == out
+
+
+def test_processes_find_each_other_as_slurm_says(checkpoint, text, tmp_path):
+    found = Processes(calibrate(checkpoint(), text, "two"), tmp_path, slurm=True).finish()
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert found[0][1].endswith('{"record": "end"}\n')
+    assert not found[1][1]
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -21,6 +21,7 @@ from prunetool import __version__, console, options
 )  # fmt: skip
 @options.length_opt
 @options.dtype_opt
+@options.device_opt
 @options.revision_opt
 @click.option(
     "--against", metavar="DENSE", help="Compare with the checkpoint before pruning: its "
@@ -34,6 +35,7 @@ def evaluate(
     samples: int | None,
     length: int,
     dtype: str,
+    device: str,
     revision: str | None,
     against: str | None,
 ) -> None:
@@ -49,12 +51,13 @@ def evaluate(
     """
     if bool(texts) == bool(tokens_path):
         raise click.UsageError("give either --text or --tokens")
-    from prunetool import corpus
+    from prunetool import corpus, devices
     from prunetool.model import open_model
     from prunetool.steps.compare import compare
     from prunetool.steps.evaluate import mean_loss
 
     with console.summary("evaluate") as said:
+        devices.choose(device)
         opened = open_model(model, revision)
         tokens = corpus.load(
             opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,

@@ -1,23 +1,50 @@
 """``prunetool inspect``."""
 
 import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prunetool import console, options
 
+if TYPE_CHECKING:
+    from prunetool.model import Model
+
 
 @click.command()
 @options.model_arg
 @options.revision_opt
-def inspect(model: str, revision: str | None) -> None:
+@click.option(
+    "--plan", "planned", is_flag=True, help="Also measure this machine for some seconds, and say "
+    "what memory, disk, arithmetic and time each step of a run will need.",
+)  # fmt: skip
+@click.option(
+    "--samples", default=128, show_default=True, type=click.IntRange(1), help="Of that run."
+)
+@options.length_opt
+@click.option(
+    "--sparsity", default=0.2, show_default=True, type=click.FloatRange(0, 1, max_open=True),
+    help="Of that run.",
+)  # fmt: skip
+@options.dtype_opt
+def inspect(
+    model: str,
+    revision: str | None,
+    planned: bool,
+    samples: int,
+    length: int,
+    sparsity: float,
+    dtype: str,
+) -> None:
     """Show what MODEL is: shapes, parameters by kind, sizes of the layers.
 
-    Reads the headers only. The table goes to stderr, one JSON object to stdout.
+    Reads the headers only. The tables go to stderr, one JSON object to stdout.
 
     \b
     Example:
-      prunetool inspect SmolLM2-135M
+      prunetool inspect SmolLM2-135M --plan --samples 32
     """
     from prunetool.model import open_model
 
@@ -30,7 +57,7 @@ def inspect(model: str, revision: str | None) -> None:
         for layer in range(config.layers)
     ]
     everything = opened.parameters()
-    result = {
+    result: dict[str, Any] = {
         "model": model,
         "model_type": config.raw["model_type"],
         "dtype": opened.dtype,
@@ -59,4 +86,59 @@ def inspect(model: str, revision: str | None) -> None:
             for i, (s, p, b) in enumerate(zip(config.layer_shapes, sizes, layer_bytes, strict=True))
         ),
     )
+    if planned:
+        result["plan"] = _plan(opened, samples, length, sparsity, dtype)
     click.echo(json.dumps(result))
+
+
+def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str) -> dict[str, Any]:
+    """Needs of the steps and the speed of this machine; prints them as a table."""
+    from prunetool import plan, streaming
+    from prunetool.steps import compensate, speed
+
+    widest = model.config.widest
+    dtype = options.product_dtype(dtype, model.dtype)
+    here = Path.cwd()
+    measured = speed.measure((widest.channels, model.config.hidden_size), dtype, here)
+    batch = streaming.batch_size(length)
+    needs = {
+        "calibrate": plan.calibrate(model, samples, length, batch, "structural", "float32"),
+        "score": plan.score(model, "float32"),
+        "compensate": plan.compensate(model, sparsity, len(compensate.DAMPING_GRID)),
+        "export": plan.export(model, sparsity),
+    }
+    seconds = {
+        step: need.products / measured.products
+        + need.solves / measured.solves
+        + need.disk / measured.disk
+        for step, need in needs.items()
+    }
+    console.table(
+        f"{samples} x {length} tokens, {sparsity:.0%} of the layers removed; this machine: {dtype} "
+        f"products {measured.products / 1e9:.0f}, float64 {measured.solves / 1e9:.0f} GFLOP/s, "
+        f"disk {measured.disk / 1e6:.0f} MB/s",
+        ["step", "memory, GB", "disk, GB", "TFLOP", "time, min"],
+        [
+            [
+                step,
+                f"{need.memory / 1e9:.2f}",
+                f"{need.disk / 1e9:.2f}",
+                f"{(need.products + need.solves) / 1e12:.2f}",
+                f"{seconds[step] / 60:.1f}",
+            ]
+            for step, need in needs.items()
+        ],
+    )
+    free = shutil.disk_usage(here).free
+    total = sum(need.disk for need in needs.values())
+    if total > free:
+        console.log.warning(
+            "%s: %.1f GB of disk are needed and %.1f are free; see --discard",
+            here, total / 1e9, free / 1e9,
+        )  # fmt: skip
+    return {
+        "samples": samples, "sequence_length": length, "sparsity": sparsity, "dtype": dtype,
+        "speed": measured._asdict(),
+        "steps": {step: need._asdict() | {"seconds": seconds[step]}
+                  for step, need in needs.items()},
+    }  # fmt: skip

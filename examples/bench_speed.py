@@ -1,0 +1,198 @@
+"""How near the steps come to what this machine can do, and how their cost grows.
+
+    python examples/bench_speed.py [--tokens 8192] [--directory DIR]
+
+On a random checkpoint of three layers of Llama-2-7B's shape: arithmetic per second of calibrate,
+score and compensate, start and compilation left out, over the machine's own matrix products, which
+are measured right before and after each. Then the paper's Algorithm 1 against its closed form, and
+the growth of calibrate with tokens, layers and width on small shapes.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from synthetic import SHAPES, make_checkpoint
+
+from prunetool import console, plan, records, streaming
+from prunetool.devices import Team
+from prunetool.llama import forward
+from prunetool.model import Model, open_model
+from prunetool.profiling import Profile
+from prunetool.pruning import newton
+from prunetool.steps import compensate
+from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
+from prunetool.steps.score import Scoring
+
+HOW = {
+    "method": "newton", "lam": 1.0, "newton_iterations": None, "damping": 1e-4, "seed": 0,
+    "weighting": "none", "sparsity": 0.2, "allocation": "uniform", "multiple_of": 32,
+    "min_channels": 32,
+}  # fmt: skip
+
+
+def best(work: Callable[[], object], rounds: int = 5) -> float:
+    """Seconds of the best of some rounds, after one to warm up."""
+    work()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def bfloat16_peak(size: int) -> float:
+    """Operations a second of a square product, bfloat16 in and float32 out."""
+    A = jnp.ones((size, size), jnp.bfloat16)
+    product = jax.jit(forward.product)
+    return 2 * size**3 / best(lambda: product(A, A).block_until_ready())
+
+
+def float64_peak(size: int = 4096) -> float:
+    """The same of NumPy in float64."""
+    A = np.ones((size, size))
+    return 2 * size**3 / best(lambda: A @ A, 2)
+
+
+def seconds_a_layer(layers: object) -> list[float]:
+    """Wall seconds of each layer but the first, which compiles."""
+    marks = [time.perf_counter() for _ in layers]
+    return list(np.diff(marks))
+
+
+def calibration(model: Model, samples: int, length: int, work: Path) -> Calibration:
+    """A calibration in an empty work directory."""
+    tokens = np.random.default_rng(0).integers(
+        0, model.config.vocab_size, (samples, length), np.int32
+    )
+    work.mkdir()
+    return Calibration(
+        model, tokens, samples // 4, "structural", Precision("bfloat16", "float32"), work,
+        AttentionSamples(0, 0), streaming.batch_size(length), Team(), Profile(None),
+    )  # fmt: skip
+
+
+def achieved(directory: Path, tokens: int) -> None:
+    """Arithmetic a second of the steps over the machine's own."""
+    length = 2048
+    make_checkpoint(directory / "wide", {**SHAPES["llama-2-7b"], "num_hidden_layers": 3,
+                                         "vocab_size": 1024})  # fmt: skip
+    model = open_model(str(directory / "wide"))
+    work, layers = directory / "work", model.layers
+    job = calibration(model, tokens // length, length, work)
+
+    def line(step: str, arithmetic: float, seconds: list[float], peaks: list[float]) -> None:
+        rate, peak = arithmetic / layers / statistics.mean(seconds), statistics.mean(peaks)
+        print(
+            f"{step:11}{arithmetic / layers / 1e12:7.2f} TFLOP a layer in "
+            f"{statistics.mean(seconds):.1f} s: {rate / 1e9:.0f} GFLOP/s, "
+            f"{rate / peak:.0%} of {peak / 1e9:.0f}",
+            flush=True,
+        )
+
+    print("products, bfloat16 (GFLOP/s):", ", ".join(
+        f"{size}: {bfloat16_peak(size) / 1e9:.0f}" for size in (1024, 2048, 4096)
+    ), flush=True)  # fmt: skip
+    before = bfloat16_peak(4096)
+    made: list[records.LayerRecord] = []
+    seconds = seconds_a_layer(map(made.append, job.layers()))
+    need = plan.calibrate(model, tokens // length, length, job.batch, "structural", "float32")
+    line("calibrate", need.products, seconds, [before, bfloat16_peak(4096)])
+
+    header = records.Header(str(model.directory), "", "", str(work), layers)
+    history = [{"command": "calibrate"}, {"command": "score", "options": HOW}]
+    header = records.Header(**{**vars(header), "history": history})
+    before = float64_peak()
+    scoring = Scoring(model, work, ("heads", "channels"), HOW, Profile(None), False)
+    started = time.perf_counter()
+    scored = list(scoring.layers(header, iter(made)))
+    seconds = [(time.perf_counter() - started) / layers]
+    line("score", plan.score(model, "float32").solves, seconds, [before, float64_peak()])
+
+    header = records.Header(**{**vars(header), "history": [*history, {"command": "compensate"}]})
+    before, grid = float64_peak(), (0.1,)
+    started = time.perf_counter()
+    list(compensate.refit_layers(
+        model, header, iter(scored), grid, [], Profile(None), discard=False
+    ))  # fmt: skip
+    seconds = [(time.perf_counter() - started) / layers]
+    need = plan.compensate(model, HOW["sparsity"], len(grid))
+    line("compensate", need.solves, seconds, [before, float64_peak()])
+
+
+def closed_form(size: int = 4096) -> None:
+    """Newton's Algorithm 1, 50 steps, against the closed form: time and result."""
+    X = np.random.default_rng(0).standard_normal((2 * size, size))
+    W = np.random.default_rng(1).standard_normal((size, 256))
+    K = newton.contribution_gram(W, X.T @ X, newton.spectral_norm(X.T @ X))
+    K = np.tril(K) + np.tril(K, -1).T
+    given = {"lam": 1.0, "damping": 1e-4}
+
+    def timed(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+        started = time.perf_counter()
+        z = work()
+        return time.perf_counter() - started, z
+
+    closed, z = min(
+        (timed(lambda: newton.newton(K, 0.2 * size, **given)) for _ in range(3)),
+        key=lambda found: found[0],
+    )
+    iterated, other = timed(lambda: newton.newton_iterated(K, 0.2 * size, steps=50, **given))
+    print(
+        f"Algorithm 1, 50 steps, D = {size}: {iterated:.1f} s; closed form {closed:.2f} s: "
+        f"{iterated / closed:.0f} times faster, largest difference {np.abs(z - other).max():.1e}",
+        flush=True,
+    )
+
+
+def growth(directory: Path) -> None:
+    """Exponents of calibrate's time against tokens, layers and width."""
+
+    def shape(width: int, layers: int) -> dict[str, object]:
+        return {
+            "hidden_size": width, "intermediate_size": 11 * width // 4, "vocab_size": 512,
+            "num_attention_heads": width // 64, "num_key_value_heads": width // 64,
+            "num_hidden_layers": layers, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
+        }  # fmt: skip
+
+    def seconds(name: str, width: int, layers: int, samples: int) -> float:
+        make_checkpoint(directory / name, shape(width, layers))
+        job = calibration(
+            open_model(str(directory / name)), samples, 512, directory / f"{name}.work"
+        )
+        return sum(seconds_a_layer(job.layers()))
+
+    sweeps = {
+        "tokens": ([4, 8, 16, 32], lambda v: seconds(f"t{v}", 512, 5, v * 4)),
+        "layers": ([3, 5, 9, 17], lambda v: seconds(f"l{v}", 512, v, 16)),
+        "width": ([512, 1024, 2048], lambda v: seconds(f"w{v}", v, 3, 16)),
+    }
+    for name, (values, cost) in sweeps.items():
+        times = [cost(value) for value in values]
+        counted = np.array(values) - (name == "layers")  # the first layer is not timed
+        exponent = np.polyfit(np.log(counted), np.log(times), 1)[0]
+        shown = ", ".join(f"{v}: {t:.2f} s" for v, t in zip(values, times, strict=True))
+        print(f"calibrate grows with {name}^{exponent:.2f} ({shown})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--directory", type=Path, help="for the checkpoints, 4 GB")
+    given = parser.parse_args()
+    console.setup_logging(-1)
+    with tempfile.TemporaryDirectory(dir=given.directory) as directory:
+        achieved(Path(directory), given.tokens)
+        closed_form()
+        growth(Path(directory))
+
+
+if __name__ == "__main__":
+    main()
