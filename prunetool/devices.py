@@ -25,20 +25,6 @@ JOIN_SECONDS = 300
 STOPPED = "run all of them again; they go on after the last whole layer"
 
 
-def choose(device: str) -> None:
-    """Use the CPU, a GPU, or what JAX finds (``auto``), before JAX makes any array.
-
-    Raises:
-      ConfigError: where JAX has no GPU.
-    """
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
-    elif device == "gpu" and jax.default_backend() == "cpu":
-        raise ConfigError(
-            "--device gpu", "JAX finds none", "install jax[cuda13] for it, or give --device cpu"
-        )
-
-
 def spec(*axes: str | None) -> PartitionSpec:
     """Along which axis of the mesh each axis of an array is split."""
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
@@ -120,20 +106,39 @@ class Team:
             return jax.tree.map(total, tree)
 
 
-def join(coordinator: str | None, processes: int | None, index: int | None) -> Team:
-    """Join the other processes, before JAX makes any array.
+def start(
+    device: str,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    index: int | None = None,
+) -> Team:
+    """Choose where JAX computes and join the other processes, before JAX makes any array.
 
     Args:
+      device: ``cpu``, ``gpu``, or ``auto``: what JAX finds.
       coordinator: ``HOST:PORT`` of process 0; ``auto`` finds all three as JAX does, from SLURM,
         Open MPI or Kubernetes; None for a process alone.
       processes: how many.
       index: of this one.
 
     Raises:
-      ConfigError: where they do not come together.
+      ConfigError: where JAX has no GPU, or the processes do not come together.
     """
-    if coordinator is None:
-        return Team()
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+    if coordinator is not None:
+        _join(coordinator, processes, index)
+    if device == "gpu" and jax.default_backend() == "cpu":
+        raise ConfigError(
+            "--device gpu", "JAX finds none", "install jax[cuda13] for it, or give --device cpu"
+        )
+    team = Team(jax.process_index(), jax.process_count()) if coordinator is not None else Team()
+    if team.index:
+        _say_when_aborted()
+    return team
+
+
+def _join(coordinator: str, processes: int | None, index: int | None) -> None:
     # Gloo writes to stdout, which is for records alone.
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -150,10 +155,6 @@ def join(coordinator: str | None, processes: int | None, index: int | None) -> T
             "--coordinator", f"the processes did not come together ({error})",
             "start all of them with the same HOST:PORT, and each with its own --process-id",
         ) from error  # fmt: skip
-    team = Team(jax.process_index(), jax.process_count())
-    if team.index:
-        _say_when_aborted()
-    return team
 
 
 @contextmanager

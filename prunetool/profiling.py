@@ -3,9 +3,10 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -30,12 +31,18 @@ class Profile:
             yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def take(self, step: str) -> dict[str, dict[str, dict[str, float]]]:
-        """What a record says of the layer just done; nothing unless a profile was asked for."""
-        seconds, self._seconds = self._seconds, {}
+    def take(self, step: str, before: Mapping[str, Any]) -> dict[str, Any]:
+        """What a record says of the layer just done; nothing unless a profile was asked for.
+
+        Args:
+          step: the command.
+          before: the record's values, with the seconds of earlier steps.
+        """
+        spent, self._seconds = self._seconds, {}
         if not self.path:
             return {}
-        return {"seconds": {step: {name: round(value, 4) for name, value in seconds.items()}}}
+        rounded = {name: round(value, 4) for name, value in spent.items()}
+        return {"seconds": {**before.get("seconds", {}), step: rounded}}
 
     @contextmanager
     def trace(self) -> Iterator[None]:

@@ -129,8 +129,7 @@ def calibrate(
     attention = AttentionSamples(attention_samples, kept)
 
     with console.summary("calibrate") as said:
-        devices.choose(device)
-        team = devices.join(coordinator, processes, process_id)
+        team = devices.start(device, coordinator, processes, process_id)
         opened = open_model(model, revision)
         tokens = corpus.load(
             opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,

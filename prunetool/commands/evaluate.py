@@ -57,7 +57,7 @@ def evaluate(
     from prunetool.steps.evaluate import mean_loss
 
     with console.summary("evaluate") as said:
-        devices.choose(device)
+        devices.start(device)
         opened = open_model(model, revision)
         tokens = corpus.load(
             opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,

@@ -131,7 +131,7 @@ def score(
     from prunetool.steps.score import Scoring
 
     with console.summary("score") as said, options.open_source(source) as stream:
-        devices.choose(device)
+        devices.start(device)
         header, layers = records.read(stream)
         if any(step["command"] == "compensate" for step in header.history):
             raise RecordError(

@@ -119,7 +119,7 @@ class Calibration:
             self.team.wait(f"stream behind layer {number}")
             stream.path.unlink()
             stream = behind
-            yield self._record(number).adding({}, self.profile.take("calibrate"))
+            yield self._record(number).adding({}, self.profile.take("calibrate", {}))
 
     def _parts(self) -> dict[str, tuple[int, int]]:
         """First and last sequence of each part of the samples, by the kind of its stats."""

@@ -72,7 +72,9 @@ def refit_layers(
         )
         if discard:
             workdir.discard(work, record, ("stats", "held_out", "attention"))
-        yield record.adding({"refit": name}, {"refit": report} | profile.take("compensate"))
+        yield record.adding(
+            {"refit": name}, {"refit": report} | profile.take("compensate", record.values)
+        )
 
 
 _REPORT = ("removed", "refitted", "held_out_removed", "held_out_refitted", "damping")

@@ -73,7 +73,7 @@ class Masking:
             if not {"q", "k"} & set(self.parts):
                 del values["attention"]  # what an earlier step learned still holds
             values["masks"] = {**record.values.get("masks", {}), **values["masks"]}
-            values |= self.profile.take("score")
+            values |= self.profile.take("score", record.values)
             yield record.adding({f"mask.{part}": name for part in self.parts}, values)
         console.table(
             "Relative output error by plain removal, and error of the attention matrices",

@@ -76,7 +76,7 @@ class Scoring:
                     lambda record=record: self._scores(record),  # type: ignore[misc]
                 )
                 taken.append(record)
-                seconds.append(self.profile.take("score"))
+                seconds.append(self.profile.take("score", record.values))
                 energies.append({m: float(arrays[f"{m}.energy"][0]) for m in MATRICES})
                 units.append(
                     {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}

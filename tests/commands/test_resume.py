@@ -163,7 +163,8 @@ def test_a_profile_has_a_trace_and_the_seconds(checkpoint, text, run, tmp_path):
     with (tmp_path / "c.jsonl").open() as stream:
         _, layers = records.read(stream)
         seconds = [layer.values["seconds"] for layer in layers]
-    assert seconds[1].keys() >= {"compensate"}
+    assert seconds[1].keys() == {"calibrate", "score", "compensate"}
+    assert all(0 < sum(phases.values()) < 100 for phases in seconds[1].values())
     for step in ("calibrate", "score", "compensate"):
         trace = json.loads(gzip.decompress((tmp_path / f"{step}.json.gz").read_bytes()))
         assert trace["traceEvents"]
