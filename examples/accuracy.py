@@ -85,7 +85,8 @@ def main() -> None:
             # In this process, for the line above to hold.
             words = [
                 "-q", "calibrate", given.model, "--text", given.calibrate,
-                "--samples", given.samples, "--sequence-length", LENGTH, "--dtype", forward,
+                "--samples", given.samples, "--held-out", max(1, given.samples // 8),
+                "--sequence-length", LENGTH, "--dtype", forward,
                 "--stats-dtype", stored, "--work", place / "work", "-o", place / "stats.jsonl",
             ]  # fmt: skip
             cli.group.main([str(word) for word in words], standalone_mode=False)

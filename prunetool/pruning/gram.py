@@ -159,19 +159,31 @@ def partition(packed: np.ndarray, kept: np.ndarray) -> Partition:
       packed: `pack`.
       kept: which features stay, (D,) bool.
     """
-    k, p = int(kept.sum()), int((~kept).sum())
-    out = Partition(np.zeros((k, k)), np.zeros((k, p)), np.zeros((p, p)))
+    kp = np.empty((int(kept.sum()), int((~kept).sum())))
     m = n = 0  # rows of k and of p so far
     for i, stays in enumerate(kept):
         row = packed[_begin(i) : _begin(i + 1)]
-        of_k, of_p = row[kept[: i + 1]], row[~kept[: i + 1]]
         if stays:
-            out.kk[m, : m + 1], out.kp[m, :n] = of_k, of_p
+            kp[m, :n] = row[~kept[: i + 1]]
             m += 1
         else:
-            out.pp[n, : n + 1], out.kp[:m, n] = of_p, of_k
+            kp[:m, n] = row[kept[: i + 1]]
             n += 1
-    return Partition(mirror(out.kk), out.kp, mirror(out.pp))
+    return Partition(block(packed, kept), kp, block(packed, ~kept))
+
+
+def block(packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The block of some features of a packed Gram matrix, float64.
+
+    Args:
+      packed: `pack`.
+      rows: which features, (D,) bool.
+    """
+    places = np.flatnonzero(rows)
+    A = np.empty((len(places), len(places)))
+    for m, i in enumerate(places):
+        A[m, : m + 1] = packed[_begin(int(i)) :][places[: m + 1]]
+    return mirror(A)
 
 
 def mirror(A: np.ndarray, *, upper: bool = False) -> np.ndarray:

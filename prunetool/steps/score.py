@@ -285,7 +285,7 @@ class Scoring:
         for matrix in ("o", "down"):
             W = used_weight(self.model, record.index, matrix)
             stays = extent[matrix].columns
-            A_pp = gram.partition(stats[f"{matrix}.gram"], stays).pp
+            A_pp = gram.block(stats[f"{matrix}.gram"], ~stays)
             lost[f"{matrix}_proj.lost"] = np.array([compensation.output_energy(A_pp, W[~stays])])
         return lost
 
