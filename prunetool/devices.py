@@ -9,9 +9,10 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -72,6 +73,15 @@ class Team:
             with _together():
                 multihost_utils.sync_global_devices(what)
 
+    def same(self, value: int) -> bool:
+        """Whether all processes have the same value."""
+        return self.least(value) == -self.least(-value)
+
+    def leave(self) -> None:
+        """Wait for the others at the end; without it a process ends at once, and so do they."""
+        self.wait("end")
+        atexit.unregister(os._exit)
+
     def least(self, value: int) -> int:
         """The least of the processes' values."""
         if self.count == 1:
@@ -92,7 +102,6 @@ class Team:
             return jax.tree.map(lambda terms: np.asarray(terms)[0], tree)
         mesh = Mesh(np.array(jax.devices()), ("device",))
         everywhere = NamedSharding(mesh, spec())
-        add = jax.jit(lambda terms: terms.sum(axis=0), out_shardings=everywhere)
 
         def total(terms: jax.Array) -> np.ndarray:
             shape = (jax.device_count(), *terms.shape[1:])
@@ -100,7 +109,7 @@ class Team:
             joined = jax.make_array_from_single_device_arrays(
                 shape, NamedSharding(mesh, spec("device")), pieces
             )
-            return np.asarray(add(joined).addressable_data(0))
+            return np.asarray(_adder(everywhere)(joined).addressable_data(0))
 
         with _together():
             return jax.tree.map(total, tree)
@@ -133,9 +142,19 @@ def start(
             "--device gpu", "JAX finds none", "install jax[cuda13] for it, or give --device cpu"
         )
     team = Team(jax.process_index(), jax.process_count()) if coordinator is not None else Team()
+    if team.count > 1:
+        # At exit JAX would wait for the others, who wait for this one if it failed. What is
+        # registered last runs first.
+        atexit.register(os._exit, 1)
     if team.index:
         _say_when_aborted()
     return team
+
+
+@cache
+def _adder(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """The sum over the first axis, wherever its terms are; compiled once for each shape."""
+    return jax.jit(lambda terms: terms.sum(axis=0), out_shardings=sharding)
 
 
 def _join(coordinator: str, processes: int | None, index: int | None) -> None:
@@ -143,6 +162,8 @@ def _join(coordinator: str, processes: int | None, index: int | None) -> None:
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Its handler of SIGTERM would only take note of it.
+    jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
     try:
         if coordinator == "auto":
             jax.distributed.initialize()
@@ -162,9 +183,7 @@ def _together() -> Iterator[None]:
     """Say that a process is gone when a collective fails."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        # At exit JAX would wait for the lost process; what is registered last runs first.
-        atexit.register(os._exit, 1)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # of a reduction, of a barrier
         reason = str(error).splitlines()[0]
         raise WorkError("another process", f"stopped ({reason})", STOPPED) from error
 

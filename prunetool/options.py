@@ -79,8 +79,8 @@ profile_opt = click.option(
     help="Write JAX's trace here (.json.gz, for Perfetto), and seconds by phase in the records.",
 )  # fmt: skip
 discard_opt = click.option(
-    "--discard", is_flag=True, help="Delete a layer's files of the steps before once it is done: "
-    "for a disk that is short. Another sparsity then needs another calibration.",
+    "--discard", is_flag=True, help="Delete a layer's stats once it is done, for a disk that is "
+    "short. Another sparsity then needs another calibration.",
 )  # fmt: skip
 
 

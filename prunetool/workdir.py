@@ -27,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 
 from prunetool import console
 from prunetool.checkpoint.index import read_json
-from prunetool.checkpoint.writer import write_json, write_tensors
+from prunetool.checkpoint.writer import is_empty, write_json, write_tensors
 from prunetool.errors import RecordError, WorkError
 from prunetool.records import Header, LayerRecord
 
 RUN_NAME = "run.json"
+STATS_KINDS = ("stats", "held_out", "attention")  # of the files that calibrate makes of a layer
 
 
 @contextmanager
@@ -53,7 +54,10 @@ def lock(path: Path) -> Iterator[None]:
         held.acquire(timeout=0)
     except Timeout as error:
         raise WorkError(
-            path, f"is being written by process {holder}", "wait for it, or stop it"
+            path,
+            f"is being written by process {holder}",
+            f"wait for it, or stop it (if it is of another machine and gone, delete "
+            f"{held.lock_file})",
         ) from error
     if holder is not None:
         console.log.warning(
@@ -89,8 +93,12 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
                 f"holds another run: {key} was {old.get(key)!r} and is {run.get(key)!r}",
                 "give --overwrite to drop it, or another --work",
             )
-        shutil.rmtree(work)
-    elif work.exists() and (not work.is_dir() or any(work.iterdir())):
+        for entry in work.iterdir():  # run.json last, by being replaced: it says whose this is
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry != run_path:
+                entry.unlink()
+    elif work.exists() and not (work.is_dir() and is_empty(work)):
         raise WorkError(work, "is not a work directory of prunetool", "give another --work")
     work.mkdir(parents=True, exist_ok=True)
     write_json(run_path, run)
@@ -133,9 +141,9 @@ def make_once(
     return arrays
 
 
-def discard(work: Path, record: LayerRecord, kinds: tuple[str, ...]) -> None:
-    """Delete a layer's files of these kinds, whose last reader is done with them."""
-    for kind in kinds:
+def discard_stats(work: Path, record: LayerRecord) -> None:
+    """Delete what calibrate kept of a layer, whose last reader is done with it."""
+    for kind in STATS_KINDS:
         if kind in record.files:
             (work / record.files[kind]).unlink(missing_ok=True)
 
@@ -174,7 +182,8 @@ class TensorFile:
             raise RecordError(
                 self._path,
                 f"cannot be read ({error})",
-                "run the step that made it again (calibrate with --overwrite, if it was discarded)",
+                "run the step that made it again; if it was discarded, delete the work directory "
+                "and calibrate again",
             ) from error
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_the_stats_hardly_depend_on_the_batch(checkpoint, text, run, tmp_path):
 class Processes:
     """Two processes of one calibration on loopback."""
 
-    def __init__(self, words, cwd, slurm=False):
+    def __init__(self, words, cwd, slurm=False, more=((), ())):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -75,7 +76,7 @@ class Processes:
                 environment = {}
             self.running.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "prunetool", *map(str, words), *found],
+                    [sys.executable, "-m", "prunetool", *map(str, words), *found, *more[i]],
                     cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                     env={**os.environ, **environment},
                 )
@@ -152,7 +153,31 @@ def test_a_gpu_that_is_not_there_is_one_line(checkpoint, text, run):
     assert "--device gpu: JAX finds none; install jax[cuda13] for it" in error_of(done)
 
 
-def test_processes_need_their_address(checkpoint, text, run):
-    done = run("calibrate", checkpoint(), "--text", text, "--processes", 2, ok=False)
+def test_a_process_that_fails_ends_the_others_at_once(checkpoint, text, run, tmp_path):
+    model = checkpoint()
+    run("calibrate", model, "--text", text, "--samples", 2, "--work", "two",
+        "--sequence-length", 32)  # fmt: skip
+    started = time.monotonic()
+    (code, _, said), (other, _, more) = Processes(calibrate(model, text, "two"), tmp_path).finish()
+    assert (code, other) == (1, 1)
+    assert "holds another run" in said
+    assert "run all of them again" in more
+    assert time.monotonic() - started < 60
+
+
+def test_processes_that_run_different_things_say_so(checkpoint, text, tmp_path):
+    words = calibrate(checkpoint(), text, "two")
+    pair = Processes(words, tmp_path, more=(["--shuffle", "1"], ["--shuffle", "2"]))
+    for code, _, said in pair.finish():
+        assert code == 1
+        assert "the processes run different things; give all the same" in said
+
+
+@pytest.mark.parametrize(
+    "words", [["--processes", 2], ["--coordinator", "h:1", "--processes", 2],
+              ["--coordinator", "auto", "--process-id", 0]],
+)  # fmt: skip
+def test_processes_need_their_address(checkpoint, text, run, words):
+    done = run("calibrate", checkpoint(), "--text", text, *words, ok=False)
     assert done.returncode == 2
     assert "--coordinator HOST:PORT, --processes and --process-id go together" in done.stderr

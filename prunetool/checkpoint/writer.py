@@ -83,8 +83,8 @@ class CheckpointWriter:
       directory: where; must not hold anything yet unless ``overwrite``.
       shards: how many there will be (their number is part of each name).
       overwrite: replace the files of a checkpoint that lies there.
-      run: what decides the bytes written; a writer of the same run that was killed is gone on with.
-        Empty: never.
+      run: what decides the bytes written; what a killed writer of the same run left is gone on
+        with, ``overwrite`` or not. Empty: never.
 
     Raises:
       WorkError: where the directory holds something else and ``overwrite`` is not given.
@@ -94,13 +94,14 @@ class CheckpointWriter:
         self, directory: Path, shards: int, *, overwrite: bool = False, run: str = ""
     ) -> None:
         marker = directory / UNFINISHED
-        if overwrite or not begun(directory, run):
+        if not begun(directory, run):
             refuse_non_empty(directory, overwrite=overwrite)
             directory.mkdir(parents=True, exist_ok=True)
-            # The index goes first: a directory half cleared must not look whole either.
+            # A directory half cleared must not look whole, nor like something else.
+            write_text(marker, "")
             (directory / INDEX_NAME).unlink(missing_ok=True)
             for entry in sorted(directory.iterdir()):
-                if entry.is_file():
+                if entry.is_file() and entry != marker:
                     entry.unlink()
             write_text(marker, run)
         self.directory = directory
@@ -146,6 +147,11 @@ class CheckpointWriter:
         (self.directory / UNFINISHED).unlink()
 
 
+def is_empty(directory: Path) -> bool:
+    """Whether a directory holds nothing but what a killed write left beside its place."""
+    return all(entry.name.endswith(".partial") for entry in directory.iterdir())
+
+
 def begun(directory: Path, run: str) -> bool:
     """Whether a writer of this run was killed there."""
     marker = directory / UNFINISHED
@@ -170,7 +176,7 @@ def refuse_non_empty(directory: Path, *, overwrite: bool) -> None:
     """
     if directory.is_file():
         raise WorkError(directory, "is a file", "name a directory")
-    if not directory.exists() or not any(directory.iterdir()):
+    if not directory.exists() or is_empty(directory):
         return
     if not overwrite:
         raise WorkError(directory, "is not empty", "name another directory or give --overwrite")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from prunetool import __version__, console, options, records
+from prunetool.errors import ConfigError
 
 ATTENTION_LENGTH = 512  # the cost of learning grows with its square
 
@@ -116,7 +117,7 @@ def calibrate(
             f"--attention-length {attention_length} is beyond --sequence-length {length}"
         )
 
-    if (coordinator in (None, "auto")) != (processes is None and process_id is None):
+    if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
 
     from prunetool import corpus, devices, plan, streaming, workdir
@@ -157,12 +158,20 @@ def calibrate(
             opened, tokens, held_out, stats, precision, work, attention,
             batch or streaming.batch_size(length) * devices.local_mesh().size, team, profiled,
         )  # fmt: skip
-        with workdir.lock(work.with_name(f"{work.name}{team.suffix}")), profiled.trace():
+        if not team.same(int(workdir.digest(run), 16)):
+            raise ConfigError(
+                "--coordinator", "the processes run different things",
+                "give all the same checkpoint, text and options",
+            )  # fmt: skip
+        # Process 0 holds the lock that a process alone would.
+        locked = work.with_name(f"{work.name}{team.suffix if team.index else ''}")
+        with workdir.lock(locked), profiled.trace():
             for index in range(team.count):  # process 0 first: others may share its directory
                 if index == team.index:
                     workdir.claim(work, run, overwrite=overwrite)
                 team.wait(f"claim of process {index}")
-            need_room(work, need - workdir.size_bytes(work))
+            if not job.whole:
+                need_room(work, need - workdir.size_bytes(work))
             layers = console.progress(job.layers(), "calibrate", opened.layers)
             if team.index == 0:
                 with options.open_sink(sink) as stream:
@@ -170,5 +179,5 @@ def calibrate(
             else:
                 for _ in layers:
                     pass
-            team.wait("end")
+            team.leave()
         said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]

@@ -16,8 +16,7 @@ from prunetool import __version__, console, options, records
     "with a loader file. dense: the original shapes with zeros, loadable everywhere.",
 )  # fmt: skip
 @options.overwrite_opt
-@options.discard_opt
-def export(out: Path, source: str, form: str, overwrite: bool, discard: bool) -> None:
+def export(out: Path, source: str, form: str, overwrite: bool) -> None:
     """Write the pruned checkpoint to the directory OUT.
 
     Reads the records of score or compensate, all of them before anything is written. OUT is a
@@ -37,14 +36,14 @@ def export(out: Path, source: str, form: str, overwrite: bool, discard: bool) ->
         header = header.after(options.history_step("export", __version__, format=form))
         run = workdir.digest([header.fingerprint, header.history])
         with workdir.lock(out.absolute()):
-            there = finished(out, run) and not overwrite
+            there = finished(out, run)
             if not there and not begun(out, run):
                 refuse_non_empty(out, overwrite=overwrite)
             made = list(layers)
             if there:
-                said += [f"{out} holds it already"]
+                said += [f"{out} holds it already (delete it to write it again)"]
             else:
                 said += write_checkpoint(
                     header, made, out,
-                    run=run, dense=form == "dense", overwrite=overwrite, discard=discard,
+                    run=run, dense=form == "dense", overwrite=overwrite,
                 )  # fmt: skip

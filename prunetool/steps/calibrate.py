@@ -60,6 +60,8 @@ class Calibration:
     def layers(self) -> Iterator[records.LayerRecord]:
         """Give each layer's record once its files are whole, going on where a run stopped."""
         done = self.team.least(self._done())
+        if done < self.model.layers:
+            self._whole.unlink(missing_ok=True)
         for path in self._hidden_files():
             if path != self._hidden(done):
                 path.unlink()
@@ -67,8 +69,17 @@ class Calibration:
         if done < self.model.layers:
             yield from self._compute(done)
         self._whole.touch()
-        for leftover in self._hidden_files():
-            leftover.unlink()
+        self.team.wait("all layers")
+        # Those of a run of another number of processes too.
+        for leftover in (
+            self.work.glob("hidden-*") if self.team.index == 0 else self._hidden_files()
+        ):
+            leftover.unlink(missing_ok=True)
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process's part of all layers is done."""
+        return self._whole.exists()
 
     def _compute(self, done: int) -> Iterator[records.LayerRecord]:
         (self.work / "stats").mkdir(exist_ok=True)
@@ -80,14 +91,14 @@ class Calibration:
         if done == 0:
             streaming.embed(self.model, self.tokens[mine], stream)
         step = Step(self.model, self.attention.length)
-        rope = streaming.rotation(self.model, self.tokens.shape[1])
+        rope = step.placed(streaming.rotation(self.model, self.tokens.shape[1]))
         layers = self.model.padded_layers(done)
         while True:
             with self.profile.phase("wait for weights"):
                 number, layer = next(layers, (0, None))
                 if layer is None:
                     return
-                weights = streaming.to_device(layer, self.precision.dtype)
+                weights = step.placed(streaming.to_device(layer, self.precision.dtype))
                 shapes = Layer(*(None if part is None else part.shape for part in layer))
                 del layer
             behind = stream.at(self._hidden(number + 1))
@@ -173,7 +184,7 @@ class Calibration:
 
     def _done(self) -> int:
         """Layers that this process has done."""
-        if self._whole.exists():
+        if self.whole:
             return self.model.layers
         hidden = self._hidden_files()
         return int(hidden[-1].name[len("hidden-") :][:5]) if hidden else 0
@@ -254,6 +265,10 @@ class Step:
         self._step = jax.jit(mapped, donate_argnames="sums")
         self._by_sequence = NamedSharding(self._mesh, by_sequence)
         self._by_device = NamedSharding(self._mesh, by_device)
+
+    def placed(self, tree: Any) -> Any:
+        """The arrays on every device."""
+        return jax.device_put(tree, NamedSharding(self._mesh, spec()))
 
     def zeros(self, sums: Any) -> Any:
         """Zeros of these shapes once for each device."""

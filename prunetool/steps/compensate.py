@@ -71,7 +71,7 @@ def refit_layers(
             ]
         )
         if discard:
-            workdir.discard(work, record, ("stats", "held_out", "attention"))
+            workdir.discard_stats(work, record)
         yield record.adding(
             {"refit": name}, {"refit": report} | profile.take("compensate", record.values)
         )
@@ -208,29 +208,26 @@ def _refit_matrix(
       energy: output energy of all tokens.
       grid: dampings to choose from.
     """
-    gone = ~kept
-    removed = sum(compensation.output_energy(part.gram.pp, W[gone]) for part in sums)
-    about = sums[0].total / sums[0].tokens
-    if len(sums) == 2:
-        outputs = _outputs_to_choose_by(W.shape[1])
-        chosen_by = W[gone][:, outputs]
-        held_energy = _energy(sums[1].gram, W[kept][:, outputs], chosen_by) or 1.0
-        if bias is not None:
-            # With a bias the mean is refitted by it, and the weights by what varies around it.
-            sums = [part.about(about, kept) for part in sums]
-        choice = compensation.choose_damping(sums[0].gram, sums[1].gram, chosen_by, grid)
-        unseen = [choice.before / held_energy, choice.after / held_energy]
-        damping = choice.damping
-    elif len(grid) == 1:
-        unseen, damping = [np.nan, np.nan], grid[0]
-        if bias is not None:
-            sums = [part.about(about, kept) for part in sums]
-    else:
+    if len(sums) == 1 and len(grid) > 1:
         raise RecordError(
             "--damping",
             "no tokens were held out to choose it on",
             "give one number, or calibrate with --held-out",
         )
+    gone = ~kept
+    removed = sum(compensation.output_energy(part.gram.pp, W[gone]) for part in sums)
+    chosen = W[:, _outputs_to_choose_by(W.shape[1])]
+    held_energy = _energy(sums[1].gram, chosen[kept], chosen[gone]) if len(sums) == 2 else 0.0
+    about = sums[0].total / sums[0].tokens
+    if bias is not None:
+        # With a bias the mean is refitted by it, and the weights by what varies around it.
+        sums = [part.about(about, kept) for part in sums]
+    unseen: list[float] = [np.nan, np.nan]
+    damping: float | None = grid[0]
+    if len(sums) == 2:
+        choice = compensation.choose_damping(sums[0].gram, sums[1].gram, chosen[gone], grid)
+        unseen = [error / (held_energy or 1.0) for error in (choice.before, choice.after)]
+        damping = choice.damping
 
     every = sums.pop(0)
     while sums:

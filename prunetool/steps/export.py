@@ -11,7 +11,7 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.card import model_card
 from prunetool.checkpoint.reader import dtype_of
-from prunetool.checkpoint.writer import CheckpointWriter, need_room, write_json, write_text
+from prunetool.checkpoint.writer import CheckpointWriter, begun, need_room, write_json, write_text
 from prunetool.errors import WorkError
 from prunetool.llama import forms
 from prunetool.llama.config import LayerShape
@@ -45,7 +45,6 @@ def write_checkpoint(
     run: str,
     dense: bool,
     overwrite: bool,
-    discard: bool,
 ) -> list[str]:
     """Write the checkpoint, its index last.
 
@@ -55,7 +54,6 @@ def write_checkpoint(
       run: what decides the bytes written (`CheckpointWriter`).
       dense: keep the original shapes, with zeros.
       overwrite: replace a checkpoint that lies there.
-      discard: delete a layer's refitted weights once it is written.
 
     Returns:
       What to say of it.
@@ -80,7 +78,8 @@ def write_checkpoint(
         target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
     itemsize = np.dtype(model.dtype).itemsize
     count = sum(int(np.prod(shape)) for shape in tensor_shapes(target).values())
-    need_room(out, count * itemsize)
+    there = out.glob("*.safetensors") if begun(out, run) else ()
+    need_room(out, count * itemsize - sum(path.stat().st_size for path in there))
 
     writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite, run=run)
     masked = any(name.startswith("mask.") for record in made for name in record.files)
@@ -110,8 +109,6 @@ def write_checkpoint(
         if masked:
             sizes = part_shapes(model.config, shapes[number])
             densities.append(_densities(tensors, number, sizes))
-        if discard:
-            workdir.discard(work, record, ("refit",))
     ends = {EMBEDDING: model.embedding, FINAL_NORM: model.final_norm}
     if not model.config.tied:
         ends[HEAD] = model.head

@@ -64,7 +64,7 @@ class Masking:
                     self.work, name, lambda record=record: self._make(record)  # type: ignore[misc]
                 )  # fmt: skip
             if self.discard:
-                workdir.discard(self.work, record, ("stats", "held_out", "attention"))
+                workdir.discard_stats(self.work, record)
             values = self._values(arrays)
             for part in self.parts:
                 lost += int(arrays[f"{part}.count"][0])

@@ -98,7 +98,7 @@ class Scoring:
                 ),
             )
             if self.discard:
-                workdir.discard(self.work, record, ("stats", "held_out", "attention"))
+                workdir.discard_stats(self.work, record)
             losses = {m: float(arrays[f"{m}.lost"][0]) / (energy[m] or 1.0) for m in MATRICES}
             groups = int(masks[HEADS].sum())
             now = {
