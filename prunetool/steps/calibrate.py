@@ -215,7 +215,7 @@ class Calibration:
                 if value is None:
                     continue
                 if kind.endswith("gram"):
-                    arrays[f"{name}.{kind}"] = gram.pack_panels(value, size, dtype)
+                    arrays[f"{name}.{kind}"] = gram.pack_tiles(value, size, dtype)
                 else:
                     extent = shape.kv_heads if kind == "token_blocks" else size
                     arrays[f"{name}.{kind}"] = value[:extent].astype(dtype)

@@ -119,6 +119,14 @@ def test_a_layer_is_the_numpy_layer(checkpoint, biased):
             np.testing.assert_allclose(np.asarray(ours)[:, sequence].T, theirs, atol=2e-5)
 
 
+def test_a_product_in_tiles_is_the_product(monkeypatch):
+    random = np.random.default_rng(0)
+    W, x = random.standard_normal((2100, 2050)), random.standard_normal((2050, 2, 2))
+    monkeypatch.setattr(forward, "TILE", (1024, 1000))
+    out = forward.product(jnp.asarray(W, jnp.float32), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(np.asarray(out), np.einsum("od,dbn->obn", W, x), atol=1e-3)
+
+
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
 def test_attention_in_blocks_is_attention(length):
     random = np.random.default_rng(length)

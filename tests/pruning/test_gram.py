@@ -20,10 +20,9 @@ def sums_of(x, h, cuts, **kept):
     return sums
 
 
-def whole(panels):
-    """The symmetric matrix of a sum's panels."""
-    size = panels[-1].shape[1]
-    return gram.unpack(gram.pack_panels(panels, size, np.float64))
+def whole(tiles, size):
+    """The symmetric matrix of a sum's tiles."""
+    return gram.unpack(gram.pack_tiles(tiles, size, np.float64))
 
 
 @given(st.lists(st.integers(0, 40), max_size=3), st.integers(0, 10))
@@ -36,21 +35,22 @@ def test_any_split_into_batches_gives_the_same_sums(cuts, seed):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("panel", [2, 4, 512])
-def test_the_sums_are_what_they_say(panel, monkeypatch):
+@pytest.mark.parametrize(("panel", "width", "tiles"), [(2, 2, 6), (2, 4, 4), (512, 2048, 1)])
+def test_the_sums_are_what_they_say(panel, width, tiles, monkeypatch):
     monkeypatch.setattr(gram, "PANEL", panel)
+    monkeypatch.setattr(gram, "WIDTH", width)
     random = np.random.default_rng(0)
     x, h = random.standard_normal((6, 50)), random.standard_normal((4, 50))
     sums = sums_of(x, h, [20], blocks=2, diagonal=True, full=True)
-    assert len(sums.gram) == -(-6 // panel)
+    assert len(sums.gram) == tiles
     weight = 1 / (h**2).sum(axis=0)
     weighted = (x * weight) @ x.T
-    np.testing.assert_allclose(whole(sums.gram), x @ x.T, rtol=1e-5)
+    np.testing.assert_allclose(whole(sums.gram, 6), x @ x.T, rtol=1e-5)
     np.testing.assert_allclose(np.asarray(sums.total), x.sum(axis=1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(whole(sums.token_gram), weighted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(whole(sums.token_gram, 6), weighted, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(np.asarray(sums.token_diagonal), np.diagonal(weighted), rtol=1e-5)
     np.testing.assert_allclose(np.asarray(sums.token_blocks[1]), weighted[3:, 3:], rtol=1e-4)
-    eigenvalues = np.linalg.eigvalsh(whole(sums.gram))
+    eigenvalues = np.linalg.eigvalsh(whole(sums.gram, 6))
     assert eigenvalues.min() > -1e-5 * eigenvalues.max()
     assert all(np.asarray(value).dtype == np.float64 for value in jax.tree.leaves(sums))
 
@@ -78,9 +78,10 @@ def test_unpack_undoes_pack(size, panel):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gram, "PANEL", panel)
         np.testing.assert_array_equal(gram.unpack(gram.pack(A)), A)
-        panels = tuple(A[start:stop, :stop] for start, stop in gram._panels(size))
+        patch.setattr(gram, "WIDTH", 2 * panel)
+        tiles = tuple(A[place] for place in gram._tiles(size))
         for part in (size, size // 2):
-            packed = gram.pack_panels(panels, part, np.float32)
+            packed = gram.pack_tiles(tiles, part, np.float32)
             np.testing.assert_array_equal(packed, gram.pack(A[:part, :part]) if part else [])
         np.testing.assert_array_equal(gram.mirror(np.triu(A), upper=True), A)
 
