@@ -4,15 +4,15 @@
 
 On a random checkpoint of three layers of Llama-2-7B's shape: arithmetic per second of calibrate,
 score and compensate, start and compilation left out, over the machine's own matrix products, which
-are measured right before and after each. Then the paper's Algorithm 1 against its closed form, and
-the growth of calibrate with tokens, layers and width on small shapes.
+are measured between the layers or right before and after. Then the paper's Algorithm 1 against its
+closed form, and the growth of calibrate with tokens, layers and width on small shapes.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -22,7 +22,6 @@ from synthetic import SHAPES, make_checkpoint
 
 from prunetool import console, plan, records, streaming
 from prunetool.devices import Team
-from prunetool.llama import forward
 from prunetool.model import Model, open_model
 from prunetool.profiling import Profile
 from prunetool.pruning import newton
@@ -48,11 +47,11 @@ def best(work: Callable[[], object], rounds: int = 5) -> float:
     return min(seconds)
 
 
-def bfloat16_peak(size: int) -> float:
-    """Operations a second of a square product, bfloat16 in and float32 out."""
+def bfloat16_peak(size: int = 4096) -> float:
+    """Operations a second of a square product of jnp's, bfloat16 in and float32 out."""
     A = jnp.ones((size, size), jnp.bfloat16)
-    product = jax.jit(forward.product)
-    return 2 * size**3 / best(lambda: product(A, A).block_until_ready())
+    product = jax.jit(lambda A: jnp.matmul(A, A, preferred_element_type=jnp.float32))
+    return 2 * size**3 / best(lambda: product(A).block_until_ready())
 
 
 def float64_peak(size: int = 4096) -> float:
@@ -61,10 +60,21 @@ def float64_peak(size: int = 4096) -> float:
     return 2 * size**3 / best(lambda: A @ A, 2)
 
 
-def seconds_a_layer(layers: object) -> list[float]:
-    """Wall seconds of each layer but the first, which compiles."""
-    marks = [time.perf_counter() for _ in layers]
-    return list(np.diff(marks))
+def seconds_a_layer(
+    layers: Iterable[object], between: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Wall seconds of each layer but the first, which compiles.
+
+    Args:
+      layers: what does a layer's work when it gives the layer.
+      between: is called after each layer, out of its time.
+    """
+    seconds, started = [], time.perf_counter()
+    for _ in layers:
+        seconds.append(time.perf_counter() - started)
+        between()
+        started = time.perf_counter()
+    return seconds[1:]
 
 
 def calibration(model: Model, samples: int, length: int, work: Path) -> Calibration:
@@ -88,23 +98,31 @@ def achieved(directory: Path, tokens: int) -> None:
     work, layers = directory / "work", model.layers
     job = calibration(model, tokens // length, length, work)
 
-    def line(step: str, arithmetic: float, seconds: list[float], peaks: list[float]) -> None:
-        rate, peak = arithmetic / layers / statistics.mean(seconds), statistics.mean(peaks)
+    def line(step: str, arithmetic: float, seconds: list[float], *peaks: list[float]) -> None:
+        rate = arithmetic / layers / statistics.mean(seconds)
+        shares = (
+            f"{rate / statistics.mean(peak):.0%} of {statistics.mean(peak) / 1e9:.0f}"
+            for peak in peaks
+        )
         print(
             f"{step:11}{arithmetic / layers / 1e12:7.2f} TFLOP a layer in "
-            f"{statistics.mean(seconds):.1f} s: {rate / 1e9:.0f} GFLOP/s, "
-            f"{rate / peak:.0%} of {peak / 1e9:.0f}",
+            f"{statistics.mean(seconds):.1f} s: {rate / 1e9:.0f} GFLOP/s, {', '.join(shares)}",
             flush=True,
         )
 
     print("products, bfloat16 (GFLOP/s):", ", ".join(
         f"{size}: {bfloat16_peak(size) / 1e9:.0f}" for size in (1024, 2048, 4096)
     ), flush=True)  # fmt: skip
-    before = bfloat16_peak(4096)
+    wide, narrow = [], []
+
+    def measure_peaks() -> None:
+        wide.append(bfloat16_peak())
+        narrow.append(bfloat16_peak(2048))
+
     made: list[records.LayerRecord] = []
-    seconds = seconds_a_layer(map(made.append, job.layers()))
+    seconds = seconds_a_layer(map(made.append, job.layers()), measure_peaks)
     need = plan.calibrate(model, tokens // length, length, job.batch, "structural", "float32")
-    line("calibrate", need.products, seconds, [before, bfloat16_peak(4096)])
+    line("calibrate", need.products, seconds, wide, narrow)  # as wide as the model, the fastest
 
     header = records.Header(str(model.directory), "", "", str(work), layers)
     history = [{"command": "calibrate"}, {"command": "score", "options": HOW}]

@@ -52,6 +52,10 @@ def main() -> None:
     # OpenBLAS, read when NumPy loads: its idle threads spin for 2²⁶ cycles by default, which made
     # solves 10 to 20 times slower beside another step of the pipe on two cores.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+    # glibc, read when a program starts: huge pages for large arrays made calibrate 11 % faster.
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     try:
         group()
     except PrunetoolError as error:

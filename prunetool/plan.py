@@ -7,6 +7,7 @@ import numpy as np
 from prunetool.llama.config import LayerShape
 from prunetool.llama.weights import part_shapes
 from prunetool.model import Model
+from prunetool.pruning.compensation import CHOICE_OUTPUTS
 
 # Resident memory of the program before it reads anything: with JAX at work, and without.
 WITH_JAX, WITHOUT = 400_000_000, 150_000_000
@@ -120,7 +121,7 @@ def compensate(model: Model, sparsity: float, dampings: int) -> Need:
     for shape in model.config.layer_shapes:
         for n in inputs(model, shape).values():
             m = kept * n
-            tried = min(D, 1024)  # outputs that choose the damping
+            tried = min(D, CHOICE_OUTPUTS)
             solves += (dampings + 1) * m**3 / 3 + (dampings * tried + D) * 4 * m**2
             solves += 2 * m * (n - m) * (2 * tried + 2 * D)
     return Need(memory, refit_bytes(model, model.layers, kept), solves=solves)

@@ -80,6 +80,22 @@ class HiddenStates:
         file.write(np.ascontiguousarray(h.swapaxes(0, 1)).data.cast("B"))
 
 
+def path_before(work: Path, layer: int, suffix: str = "") -> Path:
+    """Where a run keeps the residual stream before a layer."""
+    return work / f"hidden-{layer:05d}{suffix}"
+
+
+def paths(work: Path, suffix: str = "") -> list[Path]:
+    """The streams that a killed run left, in the order of their layers."""
+    return sorted(work.glob(f"hidden-?????{suffix}"))
+
+
+def layers_done(work: Path, suffix: str = "") -> int:
+    """How many layers' streams a killed run has behind it."""
+    found = paths(work, suffix)
+    return int(found[-1].name[len("hidden-") :][:5]) if found else 0
+
+
 def batch_size(length: int) -> int:
     """How many sequences make about `BATCH_TOKENS` tokens."""
     return max(1, BATCH_TOKENS // length)

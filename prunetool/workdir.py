@@ -36,16 +36,17 @@ STATS_KINDS = ("stats", "held_out", "attention")  # of the files that calibrate 
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing what this one writes, as ``path``.lock says.
 
     The lock holds the process's id. That of a process that is gone is taken over with a message.
 
     Args:
       path: the directory, or file name, that is written.
+      wait: for a living process that has it.
 
     Raises:
-      WorkError: where a living process has it.
+      WorkError: where a living process has it and this one does not wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = SoftFileLock(path.with_name(f"{path.name}.lock"))
@@ -53,16 +54,20 @@ def lock(path: Path) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except Timeout as error:
-        raise WorkError(
-            path,
-            f"is being written by process {holder}",
-            f"wait for it, or stop it (if it is of another machine and gone, delete "
-            f"{held.lock_file})",
-        ) from error
-    if holder is not None:
-        console.log.warning(
-            "%s: process %d, which wrote it, is gone; this one goes on", path, holder
-        )
+        if not wait:
+            raise WorkError(
+                path,
+                f"is being written by process {holder}",
+                f"wait for it, or stop it (if it is of another machine and gone, delete "
+                f"{held.lock_file})",
+            ) from error
+        console.log.warning("%s: waiting for process %s, which writes it", path, holder)
+        held.acquire(poll_interval=1)
+    else:
+        if holder is not None:
+            console.log.warning(
+                "%s: process %d, which wrote it, is gone; this one goes on", path, holder
+            )
     try:
         yield
     finally:

@@ -164,7 +164,7 @@ ALLOWED = {
     "options": {"checkpoint", "errors"},
     "steps": {"records", "console", "checkpoint", "llama", "pruning", "model", "pruned",
               "streaming", "workdir", "card", "devices", "profiling", "errors", "loaders"},
-    "plan": {"llama", "model"},
+    "plan": {"llama", "model", "pruning"},
     "devices": {"errors"},
     "profiling": set(),
     "card": {"checkpoint", "llama", "model", "records"},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from prunetool import __version__, console, options
     "--against", metavar="DENSE", help="Compare with the checkpoint before pruning: its "
     "perplexity, KL divergence of the next token, error of each head's attention matrices.",
 )  # fmt: skip
+@click.option(
+    "--work", type=click.Path(path_type=Path), metavar="DIR",
+    help="Keep the residual stream there: killed, the same command goes on where it was.",
+)  # fmt: skip
+@options.overwrite_opt
 def evaluate(
     model: str,
     texts: tuple[Path, ...],
@@ -38,6 +44,8 @@ def evaluate(
     device: str,
     revision: str | None,
     against: str | None,
+    work: Path | None,
+    overwrite: bool,
 ) -> None:
     """Measure the perplexity of MODEL, dense or pruned, one layer at a time.
 
@@ -51,7 +59,9 @@ def evaluate(
     """
     if bool(texts) == bool(tokens_path):
         raise click.UsageError("give either --text or --tokens")
-    from prunetool import corpus, devices
+    if work and against:
+        raise click.UsageError("--work is for one model, without --against")
+    from prunetool import corpus, devices, workdir
     from prunetool.model import open_model
     from prunetool.steps.compare import compare
     from prunetool.steps.evaluate import mean_loss
@@ -64,8 +74,19 @@ def evaluate(
             samples=samples, length=length,
         )  # fmt: skip
         dtype = options.product_dtype(dtype, opened.dtype)
-        if against is None:
-            loss, compared = mean_loss(opened, tokens, dtype), {}
+        compared = {}
+        if work:
+            work = work.absolute()
+            run = {
+                "evaluated": opened.index.fingerprint(), "tokens": corpus.fingerprint(tokens),
+                "dtype": dtype, "version": __version__,
+            }  # fmt: skip
+            with workdir.lock(work):
+                workdir.claim(work, run, overwrite=overwrite)
+                loss = mean_loss(opened, tokens, dtype, work)
+                shutil.rmtree(work)
+        elif against is None:
+            loss = mean_loss(opened, tokens, dtype)
         else:
             comparison = compare(opened, open_model(against), tokens, dtype)
             loss, compared = comparison.loss, {"against": _compared(against, comparison)}

@@ -5,6 +5,7 @@ kept rows gives the same to 4e-14, is stable, and costs a third. Symbols: `prune
 marks the rows that stay and p those that go.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -15,28 +16,56 @@ from prunetool.pruning import gram
 from prunetool.pruning.gram import Partition
 from prunetool.pruning.solve import definite, factorise
 
+# Of wider models a sample of outputs chooses the damping: each solve for it costs D² an output.
+CHOICE_OUTPUTS = 1024
 
-def refit(A: Partition, W_p: np.ndarray, *, damping: float) -> np.ndarray:
-    """Refit the kept rows of W so that the output moves least.
 
-    Minimises ‖X(W + δW) − XW‖² with the pruned rows at zero:
+class Refit:
+    """Refit of the kept rows of W so that the output moves least when the others go.
 
-        δW_k = A'_kk⁻¹ A_kp W_p,   A' = A + damping · mean(diag A) · I.
+    With the pruned rows at zero, the error over tokens of Gram matrix A is a quadratic in δW_k:
 
-    The damping pulls towards W_k, not towards 0.
+        e(δW_k) = ‖X(W + δW) − XW‖²
+                = tr(W_pᵀ A_pp W_p) − 2⟨δW_k, A_kp W_p⟩ + tr(δW_kᵀ A_kk δW_k)
 
     Args:
       A: Gram matrix XᵀX, float64, squared activation units.
       W_p: rows that go of the weight, (p, D'), float64, output = X W.
-      damping: fraction of the mean of A's diagonal.
-
-    Returns:
-      δW_k, (k, D').
-
-    Raises:
-      NumericalError: where A'_kk is not positive definite.
     """
-    return _solve(A.kk, A.kp @ W_p, damping * _mean_diagonal(A))
+
+    def __init__(self, A: Partition, W_p: np.ndarray) -> None:
+        self._A = A
+        self._W_p = W_p
+        self._B = A.kp @ W_p  # (k, D')
+
+    def solve(self, damping: float) -> np.ndarray:
+        """The least of e, damped.
+
+            δW_k = A'_kk⁻¹ A_kp W_p,   A' = A + damping · mean(diag A) · I
+
+        The damping pulls towards W_k, not towards 0.
+
+        Args:
+          damping: fraction of the mean of A's diagonal.
+
+        Returns:
+          δW_k, (k, D').
+
+        Raises:
+          NumericalError: where A'_kk is not positive definite.
+        """
+        return _solve(self._A.kk, self._B, damping * _mean_diagonal(self._A))
+
+    @cached_property
+    def removed(self) -> float:
+        """e(0), the error of plain removal."""
+        return output_energy(self._A.pp, self._W_p)
+
+    def error(self, dW_k: np.ndarray) -> float:
+        """e(δW_k)."""
+        pull = self._A.kk @ dW_k
+        pull -= 2 * self._B
+        return self.removed + float(np.vdot(dW_k, pull))
 
 
 def _mean_diagonal(A: Partition) -> float:
@@ -63,30 +92,6 @@ def _solve(A_kk: np.ndarray, B: np.ndarray, ridge: float) -> np.ndarray:
 def output_energy(A: np.ndarray, W: np.ndarray) -> float:
     """‖X W‖² = tr(Wᵀ A W), squared output units summed over tokens."""
     return float(np.vdot(W, A @ W))
-
-
-class OutputError:
-    """‖X ΔW‖² over tokens of Gram matrix A, as a quadratic in δW_k when the others go.
-
-        e(δW_k) = tr(W_pᵀ A_pp W_p) − 2⟨δW_k, A_kp W_p⟩ + tr(δW_kᵀ A_kk δW_k)
-
-    Args:
-      A, W_p: as for `refit`.
-
-    Attributes:
-      removed: e(0), the error of plain removal.
-    """
-
-    def __init__(self, A: Partition, W_p: np.ndarray) -> None:
-        self.A_kk = A.kk
-        self.B = A.kp @ W_p  # (k, D')
-        self.removed = output_energy(A.pp, W_p)
-
-    def __call__(self, dW_k: np.ndarray) -> float:
-        """e(δW_k)."""
-        pull = self.A_kk @ dW_k
-        pull -= 2 * self.B
-        return self.removed + float(np.vdot(dW_k, pull))
 
 
 def centred(
@@ -131,17 +136,17 @@ def choose_damping(
 
     Args:
       fit, held: Gram matrices of the two parts.
-      W_p: as for `refit`.
+      W_p: as for `Refit`.
       grid: dampings.
 
     Raises:
       NumericalError: where no damping of the grid gives a positive definite system.
     """
-    B, scale, error = fit.kp @ W_p, _mean_diagonal(fit), OutputError(held, W_p)
-    best = Choice(None, error.removed, error.removed)
+    refit, unseen = Refit(fit, W_p), Refit(held, W_p)
+    best = Choice(None, unseen.removed, unseen.removed)
     for damping in sorted(grid, reverse=True):
         try:
-            after = error(_solve(fit.kk, B, damping * scale))
+            after = unseen.error(refit.solve(damping))
         except NumericalError:
             if damping == max(grid):
                 raise
@@ -149,5 +154,5 @@ def choose_damping(
         if best.damping is not None and after >= best.after:
             break
         if after < best.after:
-            best = Choice(damping, error.removed, after)
+            best = Choice(damping, unseen.removed, after)
     return best

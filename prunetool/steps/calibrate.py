@@ -62,7 +62,7 @@ class Calibration:
         done = self.team.least(self._done())
         if done < self.model.layers:
             self._whole.unlink(missing_ok=True)
-        for path in self._hidden_files():
+        for path in streaming.paths(self.work, self.team.suffix):
             if path != self._hidden(done):
                 path.unlink()
         yield from map(self._record, range(done))
@@ -71,9 +71,7 @@ class Calibration:
         self._whole.touch()
         self.team.wait("all layers")
         # Those of a run of another number of processes too.
-        for leftover in (
-            self.work.glob("hidden-*") if self.team.index == 0 else self._hidden_files()
-        ):
+        for leftover in streaming.paths(self.work, self.team.suffix if self.team.index else "*"):
             leftover.unlink(missing_ok=True)
 
     @property
@@ -115,15 +113,7 @@ class Calibration:
                             write(batch, h)
                         self._sample(samples, [n - place + start for n in batch], x)
                     place += stop - start
-                    with self.profile.phase("add up"):
-                        sums = self.team.total(sums)
-                    if self.team.index == 0:
-                        first, last = self._parts()[kind]
-                        tokens = (last - first) * stream.length
-                        with self.profile.phase("write"):
-                            arrays = self._arrays(sums, tokens, number)
-                            write_tensors(self.work / self._file(number, kind), arrays)
-                            del arrays
+                    self._write_sums(number, kind, sums)
                     del sums
                 self._write_samples(number, samples)
                 self.team.wait(f"stats of layer {number}")
@@ -153,6 +143,17 @@ class Calibration:
             elif n >= count - half:
                 samples[:, 2 * half - count + n] = x[:, i]
 
+    def _write_sums(self, layer: int, kind: str, sums: Any) -> None:
+        """Add up what all devices of all processes have of a part of the samples, and write it."""
+        with self.profile.phase("add up"):
+            total = self.team.total(sums)
+        if self.team.index == 0:
+            first, last = self._parts()[kind]
+            tokens = (last - first) * self.tokens.shape[1]
+            with self.profile.phase("write"):
+                arrays = self._arrays(total, tokens, layer)
+                write_tensors(self.work / self._file(layer, kind), arrays)
+
     def _write_samples(self, layer: int, samples: np.ndarray) -> None:
         """Write the kept attention inputs: ``fit`` and ``held_out``, (D, A, N) each."""
         half = self.attention.samples
@@ -169,10 +170,7 @@ class Calibration:
         return [*self._parts(), *(["attention"] if self.attention.samples else [])]
 
     def _hidden(self, layer: int) -> Path:
-        return self.work / f"hidden-{layer:05d}{self.team.suffix}"
-
-    def _hidden_files(self) -> list[Path]:
-        return sorted(self.work.glob(f"hidden-?????{self.team.suffix}"))
+        return streaming.path_before(self.work, layer, self.team.suffix)
 
     @property
     def _whole(self) -> Path:
@@ -186,8 +184,7 @@ class Calibration:
         """Layers that this process has done."""
         if self.whole:
             return self.model.layers
-        hidden = self._hidden_files()
-        return int(hidden[-1].name[len("hidden-") :][:5]) if hidden else 0
+        return streaming.layers_done(self.work, self.team.suffix)
 
     def _record(self, layer: int) -> records.LayerRecord:
         return records.LayerRecord(layer, {kind: self._file(layer, kind) for kind in self._kinds()})

@@ -17,8 +17,6 @@ from prunetool.steps.mask import GIVEN
 
 # Decades: the held-out error is flat around its minimum.
 DAMPING_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# Of wider models a sample of outputs chooses the damping: each solve for it costs D² an output.
-CHOICE_OUTPUTS = 1024
 
 
 def refit_layers(
@@ -236,14 +234,11 @@ def _refit_matrix(
     if bias is not None:
         further = every.total / every.tokens  # from `about` to the mean of all tokens
         mean, every = about + further, every.about(further, kept)
-    error = compensation.OutputError(every.gram, W[gone])
-    if damping is None:
-        dW_k = np.zeros((int(kept.sum()), W.shape[1]))
-    else:
-        dW_k = compensation.refit(every.gram, W[gone], damping=damping)
+    refit = compensation.Refit(every.gram, W[gone])
+    dW_k = np.zeros_like(W[kept]) if damping is None else refit.solve(damping)
     report = [
         removed / energy,
-        error(dW_k) / energy,
+        refit.error(dW_k) / energy,
         *unseen,
         np.nan if damping is None else damping,
     ]
@@ -253,8 +248,9 @@ def _refit_matrix(
 
 
 def _outputs_to_choose_by(count: int) -> np.ndarray:
-    """Evenly spaced outputs, at most `CHOICE_OUTPUTS`, that the damping is chosen by."""
-    return np.unique(np.linspace(0, count - 1, min(count, CHOICE_OUTPUTS)).round().astype(int))
+    """Evenly spaced outputs, at most ``CHOICE_OUTPUTS``, that the damping is chosen by."""
+    some = min(count, compensation.CHOICE_OUTPUTS)
+    return np.unique(np.linspace(0, count - 1, some).round().astype(int))
 
 
 def _energy(A: Partition, W_k: np.ndarray, W_p: np.ndarray) -> float:

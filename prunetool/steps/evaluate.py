@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunetool import console, streaming
+from prunetool import console, streaming, workdir
 from prunetool.checkpoint.writer import need_room
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer
@@ -19,34 +19,44 @@ from prunetool.model import Model
 LOGIT_TOKENS = 256  # tokens whose logits, (V, 256) float32, exist at a time
 
 
-def mean_loss(model: Model, tokens: np.ndarray, dtype: str) -> float:
+def mean_loss(model: Model, tokens: np.ndarray, dtype: str, work: Path | None = None) -> float:
     """Mean of -log p over every predicted token, in nats.
 
     Args:
       model: the checkpoint.
       tokens: (samples, N), int32.
       dtype: of the products.
+      work: an empty directory, or that of the same run before it was killed; None for one that is
+        made and deleted.
     """
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
+            return mean_loss(model, tokens, dtype, Path(directory))
     samples, length = tokens.shape
-    need = 2 * tokens.size * model.config.hidden_size * 4
-    with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
-        need_room(Path(directory), need)
-        stream = streaming.HiddenStates(
-            Path(directory) / "hidden", model.config.hidden_size, samples, length
-        )
+    need_room(work, 2 * tokens.size * model.config.hidden_size * 4 - workdir.size_bytes(work))
+    done = streaming.layers_done(work)
+    stream = streaming.HiddenStates(
+        streaming.path_before(work, done), model.config.hidden_size, samples, length
+    )
+    for path in streaming.paths(work):
+        if path != stream.path:
+            path.unlink()
+    if done == 0:
         streaming.embed(model, tokens, stream)
-        step = layer_step(model.config.head_dim, model.config.rms_norm_eps)
-        rope = streaming.rotation(model, length)
-        layers = console.progress(model.padded_layers(), "evaluate", model.layers)
-        for number, layer in layers:
-            weights = streaming.to_device(layer, dtype)
-            # Read before it is replaced: the new file takes the name when it is whole.
-            with stream.writing() as write:
-                for batch in streaming.batches(0, samples, streaming.batch_size(length)):
-                    h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope)[0])
-                    streaming.check_finite(h, number)
-                    write(batch, h)
-        return _mean_loss(model, stream, tokens, dtype)
+    step = layer_step(model.config.head_dim, model.config.rms_norm_eps)
+    rope = streaming.rotation(model, length)
+    layers = console.progress(model.padded_layers(done), "evaluate", model.layers, done)
+    for number, layer in layers:
+        weights = streaming.to_device(layer, dtype)
+        behind = stream.at(streaming.path_before(work, number + 1))
+        with behind.writing() as write:
+            for batch in streaming.batches(0, samples, streaming.batch_size(length)):
+                h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope)[0])
+                streaming.check_finite(h, number)
+                write(batch, h)
+        stream.path.unlink()
+        stream = behind
+    return _mean_loss(model, stream, tokens, dtype)
 
 
 @cache

@@ -68,7 +68,8 @@ class Scoring:
         scores_name = f"scores-{workdir.digest([header.history[:-1], shared])}"
         kept_name = workdir.step_directory(header)
         taken, units, energies, seconds = [], [], [], []
-        with workdir.lock(self.work / scores_name):
+        # Several sparsities at once: the first makes the scores that all read.
+        with workdir.lock(self.work / scores_name, wait=True):
             for record in console.progress(source, "score", header.layers):
                 arrays = workdir.make_once(
                     self.work,

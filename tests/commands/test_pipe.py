@@ -171,6 +171,19 @@ def test_every_method_removes_what_is_asked(calibrated, run, method, weighting):
         assert f"{removed / total:.4%}" in done.stderr
 
 
+def test_flap_orders_by_the_plain_tokens_however_they_are_weighted(calibrated, run, tmp_path):
+    _, records = calibrated(stats="token")
+    for weighting in ("none", "token"):
+        run("score", "--sparsity", ".3", "--method", "flap", "--multiple-of", 4,
+            "--weighting", weighting, records)  # fmt: skip
+    plain, weighted = (
+        load_file(path) for path in (tmp_path / "dense.work").glob("scores-*/layer-00001.*")
+    )
+    for unit in ("heads", "channels"):
+        np.testing.assert_array_equal(plain[f"{unit}.order"], weighted[f"{unit}.order"])
+        assert (plain[f"{unit}.compared"] != weighted[f"{unit}.compared"]).any()
+
+
 def test_newton_iterated_and_closed_form_keep_the_same(calibrated, run):
     _, records = calibrated()
     masks = []

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from prunetool import records
+from prunetool import cli, records, streaming
 from prunetool.workdir import load
 from tests.commands.test_pipe import contents
 from tests.conftest import error_of
@@ -22,9 +22,9 @@ from tests.conftest import error_of
 KILLS = int(os.environ.get("PRUNETOOL_KILLS", "8"))
 
 
-def start(words, cwd, **environment):
+def start(words, cwd, stdin=None, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "prunetool", *map(str, words)], cwd=cwd, text=True,
+        [sys.executable, "-m", "prunetool", *map(str, words)], cwd=cwd, text=True, stdin=stdin,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
     )  # fmt: skip
 
@@ -102,6 +102,54 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(checkpoint, 
     _, said = third.communicate()
     assert third.returncode == 0, said
     assert f"process {first.pid}, which wrote it, is gone; this one goes on" in said
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_an_evaluation_that_failed_goes_on(checkpoint, text, run, tmp_path, monkeypatch):
+    words = ["evaluate", checkpoint(num_hidden_layers=6), "--text", text, "--samples", 8,
+             "--sequence-length", 64]  # fmt: skip
+    expected = run(*words).stdout
+    check = streaming.check_finite
+
+    def fail(h, layer):
+        check(h, layer)
+        if layer == 3:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "check_finite", fail)
+        patch.chdir(tmp_path)
+        failing = [str(word) for word in [*words, "--work", "w"]]
+        with pytest.raises(MemoryError):
+            cli.group.main(failing, standalone_mode=False)
+    assert [path.name for path in (tmp_path / "w").glob("hidden-*")] == ["hidden-00003"]
+    other = run(*words[:-1], 32, "--work", "w", ok=False)
+    assert "holds another run: tokens was" in error_of(other)
+    (tmp_path / "w/hidden-00002").write_bytes(b"not read: the last stream counts")
+    assert run(*words, "--work", "w").stdout == expected
+    assert not (tmp_path / "w").exists()
+    both = run(*words, "--work", "w", "--against", words[1], ok=False)
+    assert "--work is for one model" in both.stderr
+
+
+def test_a_second_sparsity_waits_for_the_scores_of_the_first(calibrated, tmp_path):
+    _, records = calibrated()
+    words = ["score", "--method", "wanda-sp", "--multiple-of", 4, "--sparsity"]
+    first = start([*words, ".2"], tmp_path, stdin=subprocess.PIPE)
+    first.stdin.write("".join(records.read_text().splitlines(keepends=True)[:2]))
+    first.stdin.flush()
+    work = tmp_path / "dense.work"
+    while not list(work.glob("scores-*/layer-00000.*")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = start([*words, ".3", records], tmp_path)
+    assert f"waiting for process {first.pid}, which writes it" in second.stderr.readline()
+    _, said = first.communicate("".join(records.read_text().splitlines(keepends=True)[2:]))
+    assert first.returncode == 0, said
+    _, said = second.communicate()
+    assert second.returncode == 0, said
+    assert len(list(work.glob("scores-*"))) == 1
+    assert len(list(work.glob("score-*"))) == 2
     assert not list(tmp_path.rglob("*.lock"))
 
 

@@ -23,7 +23,7 @@ def split(A, kept):
 @given(st.integers(0, 100), st.sampled_from([0.0, 1e-3, 0.1, 10.0]))
 def test_the_refit_is_least_squares(seed, damping):
     X, W, kept, A = problem(seed)
-    got = W[kept] + compensation.refit(split(A, kept), W[~kept], damping=damping)
+    got = W[kept] + compensation.Refit(split(A, kept), W[~kept]).solve(damping)
     np.testing.assert_allclose(got, references.refit(X, W, kept, damping), atol=1e-7)
 
 
@@ -33,27 +33,27 @@ def test_it_is_the_papers_equation_11():
     inverse = np.linalg.inv(2 * A)
     dW = -inverse @ M @ np.linalg.inv(M.T @ inverse @ M) @ M.T @ W
     np.testing.assert_allclose(dW[~kept], -W[~kept], atol=1e-9)
-    dW_k = compensation.refit(split(A, kept), W[~kept], damping=0.0)
+    dW_k = compensation.Refit(split(A, kept), W[~kept]).solve(0.0)
     np.testing.assert_allclose(dW_k, dW[kept], atol=1e-9)
 
 
 @given(st.integers(0, 100), st.floats(0, 10))
 def test_a_refit_never_raises_the_error_over_plain_removal(seed, damping):
     X, W, kept, A = problem(seed)
-    error = compensation.OutputError(split(A, kept), W[~kept])
-    dW_k = compensation.refit(split(A, kept), W[~kept], damping=damping)
-    assert error(dW_k) <= error.removed * (1 + 1e-12)
+    refit = compensation.Refit(split(A, kept), W[~kept])
+    dW_k = refit.solve(damping)
+    assert refit.error(dW_k) <= refit.removed * (1 + 1e-12)
     V = np.where(kept[:, None], W, 0.0)
-    assert error.removed == pytest.approx(np.linalg.norm(X @ (V - W)) ** 2)
+    assert refit.removed == pytest.approx(np.linalg.norm(X @ (V - W)) ** 2)
     V[kept] += dW_k
-    assert error(dW_k) == pytest.approx(np.linalg.norm(X @ (V - W)) ** 2, rel=1e-7)
+    assert refit.error(dW_k) == pytest.approx(np.linalg.norm(X @ (V - W)) ** 2, rel=1e-7)
     assert compensation.output_energy(A, W) == pytest.approx(np.linalg.norm(X @ W) ** 2)
 
 
 def test_keeping_all_changes_nothing():
     _, W, _, A = problem(2)
     every = np.ones(14, bool)
-    assert not compensation.refit(split(A, every), W[~every], damping=0.1).any()
+    assert not compensation.Refit(split(A, every), W[~every]).solve(0.1).any()
 
 
 def test_the_bias_takes_what_the_mean_carries():
@@ -62,7 +62,7 @@ def test_the_bias_takes_what_the_mean_carries():
     centred = compensation.centred(split(A, kept), X.sum(axis=0), len(X), m, kept)
     for got, expected in zip(centred, split((X - m).T @ (X - m), kept), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-8)
-    dW_k = compensation.refit(centred, W[~kept], damping=0.0)
+    dW_k = compensation.Refit(centred, W[~kept]).solve(0.0)
     bias = m[~kept] @ W[~kept] - m[kept] @ dW_k
     with_ones = np.concatenate([X[:, kept], np.ones((len(X), 1))], axis=1)
     best = np.linalg.lstsq(with_ones, X @ W, rcond=None)[0]
@@ -96,12 +96,12 @@ def test_the_damping_chosen_is_the_best_on_the_held_out_tokens():
 def test_a_singular_system_says_so():
     _, W, kept, A = problem(4)
     with pytest.raises(NumericalError, match="is not positive definite at ridge"):
-        compensation.refit(split(np.zeros_like(A), kept), W[~kept], damping=0.0)
+        compensation.Refit(split(np.zeros_like(A), kept), W[~kept]).solve(0.0)
 
 
 def test_the_systems_are_as_they_were_after_a_solve():
     _, W, kept, A = problem(5)
     parts = split(A, kept)
-    compensation.refit(parts, W[~kept], damping=0.1)
+    compensation.Refit(parts, W[~kept]).solve(0.1)
     for got, expected in zip(parts, split(A, kept), strict=True):
         np.testing.assert_array_equal(got, expected)
