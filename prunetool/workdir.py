@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from prunetool.errors import RecordError, WorkError
 from prunetool.records import Header, LayerRecord
 
 RUN_NAME = "run.json"
+SILENT_SECONDS = 60.0  # of waiting for a lock before a word is said
 STATS_KINDS = ("stats", "held_out", "attention")  # of the files that calibrate makes of a layer
 
 
@@ -51,18 +52,15 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     held = SoftFileLock(path.with_name(f"{path.name}.lock"))
     holder = held.pid
+    advice = (
+        f"wait for it, or stop it (if it is of another machine and gone, delete {held.lock_file})"
+    )
     try:
         held.acquire(timeout=0)
     except Timeout as error:
         if not wait:
-            raise WorkError(
-                path,
-                f"is being written by process {holder}",
-                f"wait for it, or stop it (if it is of another machine and gone, delete "
-                f"{held.lock_file})",
-            ) from error
-        console.log.warning("%s: waiting for process %s, which writes it", path, holder)
-        held.acquire(poll_interval=1)
+            raise WorkError(path, f"is being written by process {holder}", advice) from error
+        _wait(held, path, advice)
     else:
         if holder is not None:
             console.log.warning(
@@ -74,13 +72,22 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         held.release()
 
 
+def _wait(held: SoftFileLock, path: Path, advice: str) -> None:
+    try:
+        held.acquire(timeout=SILENT_SECONDS, poll_interval=0.1)
+    except Timeout:
+        console.log.warning("%s: still being written by process %s; %s", path, held.pid, advice)
+        held.acquire(poll_interval=1)
+
+
 def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Make ``work`` the directory of this run, or go on with the same run in it.
 
     Args:
       work: the directory.
-      run: everything that decides the result: checkpoint, tokens, options, version.
-      overwrite: drop another run's files.
+      run: everything that decides the result: ``command`` first, then checkpoint, tokens,
+        options, version.
+      overwrite: drop the files of another run of the same command.
 
     Raises:
       WorkError: where it holds another run; names what differs.
@@ -91,8 +98,10 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
         differing = [key for key in {**old, **run} if old.get(key) != run.get(key)]
         if not differing:
             return
+        key = differing[0]
+        if key == "command":
+            raise WorkError(work, f"holds a run of {old.get(key)}", "give another --work")
         if not overwrite:
-            key = differing[0]
             raise WorkError(
                 work,
                 f"holds another run: {key} was {old.get(key)!r} and is {run.get(key)!r}",
@@ -107,6 +116,14 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
         raise WorkError(work, "is not a work directory of prunetool", "give another --work")
     work.mkdir(parents=True, exist_ok=True)
     write_json(run_path, run)
+
+
+def clear(work: Path) -> None:
+    """Remove what a run that keeps nothing but the residual stream left, and ``work`` if empty."""
+    for path in (*work.glob("hidden-*"), *work.glob(".hidden-*"), work / RUN_NAME):
+        path.unlink()
+    with suppress(OSError):  # the user's own files, or a place that cannot be removed
+        work.rmdir()
 
 
 def size_bytes(work: Path, directory: str = "") -> int:

@@ -1,5 +1,6 @@
 import ast
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -196,6 +197,31 @@ def test_imports_point_down():
             continue
         outside = set(imports(path)) - {part, "__version__"}
         assert outside <= ALLOWED[part], f"{path.name}: {outside - ALLOWED[part]}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_it_starts_again_with_huge_pages_once(monkeypatch):
+    started = []
+
+    def execv(path, words):
+        started.append([path, *words])
+        raise OSError("no second start here")
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "prunetool", "-h"])
+    for program in ("/bin/prunetool", "/x/__main__.py", "notebook"):
+        monkeypatch.setattr(sys, "argv", [program, "-h"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        if program == "/bin/prunetool":
+            assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert started == [[sys.executable, sys.executable, "-m", "prunetool", "-h"]]
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.setattr(sys, "argv", ["prunetool", "-h"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert len(started) == 1
 
 
 def test_only_commands_know_click():

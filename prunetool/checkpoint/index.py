@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,12 +50,17 @@ class Index(Mapping[str, TensorInfo]):
         return len(self._tensors)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and shard sizes, in hexadecimal."""
-        rows = [
-            (name, t.dtype, t.shape, t.shard.name, t.shard.stat().st_size)
-            for name, t in self.items()
-        ]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """SHA-256 over names, dtypes, shapes, shard sizes and first rows, in hexadecimal."""
+        total = hashlib.sha256()
+        for shard, tensors in groupby(
+            sorted(self.items(), key=lambda item: item[1].shard), lambda item: item[1].shard
+        ):
+            total.update(json.dumps([shard.name, shard.stat().st_size]).encode())
+            with safe_open(shard, "numpy") as file:
+                for name, tensor in tensors:
+                    total.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+                    total.update(file.get_slice(name)[:1].tobytes())
+        return total.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

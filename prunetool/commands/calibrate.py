@@ -145,7 +145,7 @@ def calibrate(
         }  # fmt: skip
         checkpoint = opened.index.fingerprint()
         run = {
-            "checkpoint": checkpoint, "tokens": corpus.fingerprint(tokens),
+            "command": "calibrate", "checkpoint": checkpoint, "tokens": corpus.fingerprint(tokens),
             **how, "version": __version__,
         }  # fmt: skip
         header = records.Header(

@@ -2,7 +2,7 @@
 
 import json
 import math
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,14 @@ def evaluate(
         raise click.UsageError("give either --text or --tokens")
     if work and against:
         raise click.UsageError("--work is for one model, without --against")
+    if overwrite and not work:
+        raise click.UsageError("--overwrite is for --work")
     from prunetool import corpus, devices, workdir
     from prunetool.model import open_model
     from prunetool.steps.compare import compare
     from prunetool.steps.evaluate import mean_loss
 
-    with console.summary("evaluate") as said:
+    with console.summary("evaluate") as said, ExitStack() as stack:
         devices.start(device)
         opened = open_model(model, revision)
         tokens = corpus.load(
@@ -74,19 +76,16 @@ def evaluate(
             samples=samples, length=length,
         )  # fmt: skip
         dtype = options.product_dtype(dtype, opened.dtype)
-        compared = {}
         if work:
             work = work.absolute()
+            stack.enter_context(workdir.lock(work))
             run = {
-                "evaluated": opened.index.fingerprint(), "tokens": corpus.fingerprint(tokens),
-                "dtype": dtype, "version": __version__,
+                "command": "evaluate", "checkpoint": opened.index.fingerprint(),
+                "tokens": corpus.fingerprint(tokens), "dtype": dtype, "version": __version__,
             }  # fmt: skip
-            with workdir.lock(work):
-                workdir.claim(work, run, overwrite=overwrite)
-                loss = mean_loss(opened, tokens, dtype, work)
-                shutil.rmtree(work)
-        elif against is None:
-            loss = mean_loss(opened, tokens, dtype)
+            workdir.claim(work, run, overwrite=overwrite)
+        if against is None:
+            loss, compared = mean_loss(opened, tokens, dtype, work), {}
         else:
             comparison = compare(opened, open_model(against), tokens, dtype)
             loss, compared = comparison.loss, {"against": _compared(against, comparison)}
@@ -104,6 +103,8 @@ def evaluate(
             **compared,
         }
         click.echo(json.dumps(result))
+        if work:
+            workdir.clear(work)
         said += [f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"]
         if compared:
             _say(compared["against"], said)

@@ -27,7 +27,9 @@ from prunetool.llama.config import Rope
 from prunetool.llama.weights import Layer
 
 QUERY_BLOCK = 128  # queries a step; 64, 256 and 512 were no faster on a CPU of 2 MiB L2 a core
-TILE = (1024, 4096)  # of a large matrix: XLA's whole products are 1.2 to 2.4 times slower on a CPU
+# On a CPU, XLA's product of a matrix beyond this in both directions is 1.2 to 2.4 times slower than
+# in tiles.
+WHOLE, TILE = 2048, (1024, 4096)
 MASKED = -1e30  # far below any logit, and finite: no NaN from inf - inf
 
 
@@ -119,7 +121,8 @@ def _yarn(inverse: np.ndarray, rope: Rope, head_dim: int) -> tuple[np.ndarray, f
 def product(W: jax.Array, x: jax.Array) -> jax.Array:
     """W x for W (O, D) and x (D, …): (O, …), summed and returned in float32."""
     x_flat = x.reshape(x.shape[0], -1).astype(W.dtype)
-    rows, columns = TILE if min(W.shape) > 2048 else W.shape
+    tiled = min(W.shape) > WHOLE and jax.default_backend() == "cpu"
+    rows, columns = TILE if tiled else W.shape
     tiles = [
         [
             _product(W[i : i + rows, j : j + columns], x_flat[j : j + columns], 0)

@@ -113,7 +113,10 @@ class Calibration:
                             write(batch, h)
                         self._sample(samples, [n - place + start for n in batch], x)
                     place += stop - start
-                    self._write_sums(number, kind, sums)
+                    with self.profile.phase("add up"):
+                        sums = self.team.total(sums)
+                    if self.team.index == 0:
+                        self._write_sums(number, kind, sums)
                     del sums
                 self._write_samples(number, samples)
                 self.team.wait(f"stats of layer {number}")
@@ -143,16 +146,13 @@ class Calibration:
             elif n >= count - half:
                 samples[:, 2 * half - count + n] = x[:, i]
 
-    def _write_sums(self, layer: int, kind: str, sums: Any) -> None:
-        """Add up what all devices of all processes have of a part of the samples, and write it."""
-        with self.profile.phase("add up"):
-            total = self.team.total(sums)
-        if self.team.index == 0:
-            first, last = self._parts()[kind]
-            tokens = (last - first) * self.tokens.shape[1]
-            with self.profile.phase("write"):
-                arrays = self._arrays(total, tokens, layer)
-                write_tensors(self.work / self._file(layer, kind), arrays)
+    def _write_sums(self, layer: int, kind: str, sums: dict[str, Any]) -> None:
+        """Write the sums over all sequences of a part of the samples."""
+        first, last = self._parts()[kind]
+        tokens = (last - first) * self.tokens.shape[1]
+        with self.profile.phase("write"):
+            arrays = self._arrays(sums, tokens, layer)
+            write_tensors(self.work / self._file(layer, kind), arrays)
 
     def _write_samples(self, layer: int, samples: np.ndarray) -> None:
         """Write the kept attention inputs: ``fit`` and ``held_out``, (D, A, N) each."""

@@ -235,7 +235,7 @@ def _refit_matrix(
         further = every.total / every.tokens  # from `about` to the mean of all tokens
         mean, every = about + further, every.about(further, kept)
     refit = compensation.Refit(every.gram, W[gone])
-    dW_k = np.zeros_like(W[kept]) if damping is None else refit.solve(damping)
+    dW_k = np.zeros((int(kept.sum()), W.shape[1])) if damping is None else refit.solve(damping)
     report = [
         removed / energy,
         refit.error(dW_k) / energy,

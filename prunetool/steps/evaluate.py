@@ -33,8 +33,10 @@ def mean_loss(model: Model, tokens: np.ndarray, dtype: str, work: Path | None = 
         with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
             return mean_loss(model, tokens, dtype, Path(directory))
     samples, length = tokens.shape
-    need_room(work, 2 * tokens.size * model.config.hidden_size * 4 - workdir.size_bytes(work))
     done = streaming.layers_done(work)
+    if done < model.layers:
+        need = 2 * tokens.size * model.config.hidden_size * 4
+        need_room(work, need - workdir.size_bytes(work))
     stream = streaming.HiddenStates(
         streaming.path_before(work, done), model.config.hidden_size, samples, length
     )

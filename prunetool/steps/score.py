@@ -68,20 +68,21 @@ class Scoring:
         scores_name = f"scores-{workdir.digest([header.history[:-1], shared])}"
         kept_name = workdir.step_directory(header)
         taken, units, energies, seconds = [], [], [], []
-        # Several sparsities at once: the first makes the scores that all read.
-        with workdir.lock(self.work / scores_name, wait=True):
-            for record in console.progress(source, "score", header.layers):
+        for record in console.progress(source, "score", header.layers):
+            name = workdir.layer_file(scores_name, record.index)
+            # Several sparsities at once: the first to come makes the scores that all read.
+            with workdir.lock(self.work / name, wait=True):
                 arrays = workdir.make_once(
                     self.work,
-                    workdir.layer_file(scores_name, record.index),
+                    name,
                     lambda record=record: self._scores(record),  # type: ignore[misc]
                 )
-                taken.append(record)
-                seconds.append(self.profile.take("score", record.values))
-                energies.append({m: float(arrays[f"{m}.energy"][0]) for m in MATRICES})
-                units.append(
-                    {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}
-                )
+            taken.append(record)
+            seconds.append(self.profile.take("score", record.values))
+            energies.append({m: float(arrays[f"{m}.energy"][0]) for m in MATRICES})
+            units.append(
+                {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}
+            )
         counts = self._share_out(units)
 
         rows = []

@@ -140,6 +140,8 @@ def test_a_checkpoint_that_changed_since(checkpoint):
     reopen(str(model.directory), model.index.fingerprint())
     with pytest.raises(CheckpointError, match="is not the checkpoint that was calibrated"):
         reopen(str(checkpoint("other", shards=2)), model.index.fingerprint())
+    with pytest.raises(CheckpointError, match="is not the checkpoint that was calibrated"):
+        reopen(str(checkpoint("trained on", seed=1)), model.index.fingerprint())
 
 
 def test_no_directory_and_no_hub_id(tmp_path):

@@ -9,12 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from prunetool import cli, records, streaming
+from prunetool import cli, records, streaming, workdir
 from prunetool.workdir import load
 from tests.commands.test_pipe import contents
 from tests.conftest import error_of
@@ -123,34 +124,62 @@ def test_an_evaluation_that_failed_goes_on(checkpoint, text, run, tmp_path, monk
         with pytest.raises(MemoryError):
             cli.group.main(failing, standalone_mode=False)
     assert [path.name for path in (tmp_path / "w").glob("hidden-*")] == ["hidden-00003"]
-    other = run(*words[:-1], 32, "--work", "w", ok=False)
-    assert "holds another run: tokens was" in error_of(other)
+    refused = {
+        "tokens was": [*words[:-1], 32],
+        "checkpoint was": [words[0], checkpoint("other", num_hidden_layers=6, seed=1), *words[2:]],
+    }
+    for what, others in refused.items():
+        assert f"holds another run: {what}" in error_of(run(*others, "--work", "w", ok=False))
+    other = run("calibrate", *words[1:], "--work", "w", "--overwrite", ok=False)
+    assert "w: holds a run of evaluate; give another --work" in error_of(other)
     (tmp_path / "w/hidden-00002").write_bytes(b"not read: the last stream counts")
-    assert run(*words, "--work", "w").stdout == expected
-    assert not (tmp_path / "w").exists()
-    both = run(*words, "--work", "w", "--against", words[1], ok=False)
-    assert "--work is for one model" in both.stderr
+    (tmp_path / "w/.hidden-00004.partial").write_bytes(b"nor this")
+    (tmp_path / "link").symlink_to(tmp_path / "w")
+    assert run(*words, "--work", "link").stdout == expected
+    assert not list((tmp_path / "w").iterdir())
+    for wrong in (["--work", "w", "--against", words[1]], ["--overwrite"]):
+        assert "--work" in run(*words, *wrong, ok=False).stderr.splitlines()[-1]
 
 
-def test_a_second_sparsity_waits_for_the_scores_of_the_first(calibrated, tmp_path):
+def test_two_sparsities_at_once_share_their_scores(calibrated, tmp_path):
     _, records = calibrated()
     words = ["score", "--method", "wanda-sp", "--multiple-of", 4, "--sparsity"]
-    first = start([*words, ".2"], tmp_path, stdin=subprocess.PIPE)
-    first.stdin.write("".join(records.read_text().splitlines(keepends=True)[:2]))
-    first.stdin.flush()
-    work = tmp_path / "dense.work"
-    while not list(work.glob("scores-*/layer-00000.*")):
-        assert first.poll() is None
-        time.sleep(0.05)
-    second = start([*words, ".3", records], tmp_path)
-    assert f"waiting for process {first.pid}, which writes it" in second.stderr.readline()
-    _, said = first.communicate("".join(records.read_text().splitlines(keepends=True)[2:]))
-    assert first.returncode == 0, said
-    _, said = second.communicate()
-    assert second.returncode == 0, said
-    assert len(list(work.glob("scores-*"))) == 1
-    assert len(list(work.glob("score-*"))) == 2
+    both = [start([*words, s], tmp_path, stdin=subprocess.PIPE) for s in (".2", ".3")]
+    for line in records.read_text().splitlines(keepends=True):
+        for process in both:
+            process.stdin.write(line)
+            process.stdin.flush()
+    for process in both:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+        assert "is gone" not in said
+    (scores,) = (tmp_path / "dense.work").glob("scores-*")
+    assert len(list(scores.iterdir())) == 3
+    assert len(list((tmp_path / "dense.work").glob("score-*"))) == 2
     assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_who_waits_for_a_lock_gets_it(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(workdir, "SILENT_SECONDS", 0.2)
+    program = (
+        "import sys, time; from pathlib import Path; from prunetool.workdir import lock\n"
+        "with lock(Path(sys.argv[1])): print(flush=True); time.sleep(float(sys.argv[2]))"
+    )
+
+    def kill(process):
+        process.kill()
+        process.wait()  # a process that nobody waited for is not gone
+
+    for seconds in (1, 60):
+        words = [sys.executable, "-c", program, tmp_path / "x", str(seconds)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
+            holder.stdout.readline()
+            if seconds == 60:
+                threading.Timer(1, kill, [holder]).start()
+            with workdir.lock(tmp_path / "x", wait=True):
+                pass
+            assert f"still being written by process {holder.pid}; wait for it, or" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_that_failed_half_way_goes_on(checkpoint, text, run, tmp_path):
