@@ -215,7 +215,7 @@ def test_it_starts_again_with_huge_pages_once(monkeypatch):
         with pytest.raises(SystemExit):
             cli.main()
         if program == "/bin/prunetool":
-            assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+            assert "glibc.malloc.hugetlb=1" in os.environ["GLIBC_TUNABLES"]
     assert started == [[sys.executable, sys.executable, "-m", "prunetool", "-h"]]
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.setattr(sys, "argv", ["prunetool", "-h"])

@@ -123,6 +123,7 @@ class Calibration:
             self.team.wait(f"stream behind layer {number}")
             stream.path.unlink()
             stream = behind
+            streaming.return_free_memory()
             yield self._record(number).adding({}, self.profile.take("calibrate", {}))
 
     def _parts(self) -> dict[str, tuple[int, int]]:
