@@ -67,7 +67,7 @@ examples: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT
 bench: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT)
 	$(BIN)/python examples/bench.py $(MODEL) $(TEXT)
 	$(BIN)/python examples/bench_attention.py $(MODEL)
-	$(BIN)/python examples/bench_speed.py
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python examples/bench_speed.py # as prunetool starts
 
 clean:
 	rm -rf $(VENV) $(DEMO) bench build *.egg-info
