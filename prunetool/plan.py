@@ -81,7 +81,8 @@ def calibrate(
     widest = model.config.widest
     squares = sum(size**2 for size in inputs(model, widest).values())
     squares = squares * (2 if stats == "token" else 1) + (2 * D**2 if stats == "all" else 0)
-    # Three copies of the weights (read, in use, on the device), sums in float64 and packed.
+    # Three copies of the weights (read, in use, on the device), sums in float64 and packed; of a
+    # token, gate and up in tiles and joined, and their product, in float32 and rounded.
     memory = WITH_JAX + 3 * layer_bytes(model) + squares * 4
     memory += squares // 2 * np.dtype(stats_dtype).itemsize + T * (22 * widest.channels + 24 * D)
     tokens, products = samples * length, 0.0

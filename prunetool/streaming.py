@@ -97,6 +97,13 @@ def layers_done(work: Path, suffix: str = "") -> int:
     return int(found[-1].name[len("hidden-") :][:5]) if found else 0
 
 
+def keep_only(path: Path, suffix: str = "") -> None:
+    """Remove the other streams beside one, which is gone on from."""
+    for other in paths(path.parent, suffix):
+        if other != path:
+            other.unlink()
+
+
 def batch_size(length: int) -> int:
     """How many sequences make about `BATCH_TOKENS` tokens."""
     return max(1, BATCH_TOKENS // length)

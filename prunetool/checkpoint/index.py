@@ -51,10 +51,12 @@ class Index(Mapping[str, TensorInfo]):
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes, shard sizes and first rows, in hexadecimal."""
+
+        def shard_of(item: tuple[str, TensorInfo]) -> Path:
+            return item[1].shard
+
         total = hashlib.sha256()
-        for shard, tensors in groupby(
-            sorted(self.items(), key=lambda item: item[1].shard), lambda item: item[1].shard
-        ):
+        for shard, tensors in groupby(sorted(self.items(), key=shard_of), shard_of):
             total.update(json.dumps([shard.name, shard.stat().st_size]).encode())
             with safe_open(shard, "numpy") as file:
                 for name, tensor in tensors:

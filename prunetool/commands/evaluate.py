@@ -76,12 +76,13 @@ def evaluate(
             samples=samples, length=length,
         )  # fmt: skip
         dtype = options.product_dtype(dtype, opened.dtype)
+        token_ids = corpus.fingerprint(tokens)
         if work:
             work = work.absolute()
             stack.enter_context(workdir.lock(work))
             run = {
                 "command": "evaluate", "checkpoint": opened.index.fingerprint(),
-                "tokens": corpus.fingerprint(tokens), "dtype": dtype, "version": __version__,
+                "tokens": token_ids, "dtype": dtype, "version": __version__,
             }  # fmt: skip
             workdir.claim(work, run, overwrite=overwrite)
         if against is None:
@@ -97,7 +98,7 @@ def evaluate(
             "samples": tokens.shape[0],
             "sequence_length": length,
             "dtype": dtype,
-            "token_ids": corpus.fingerprint(tokens),
+            "token_ids": token_ids,
             "parameters": opened.parameters(),
             "version": __version__,
             **compared,

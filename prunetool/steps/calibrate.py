@@ -62,9 +62,7 @@ class Calibration:
         done = self.team.least(self._done())
         if done < self.model.layers:
             self._whole.unlink(missing_ok=True)
-        for path in streaming.paths(self.work, self.team.suffix):
-            if path != self._hidden(done):
-                path.unlink()
+        streaming.keep_only(self._hidden(done), self.team.suffix)
         yield from map(self._record, range(done))
         if done < self.model.layers:
             yield from self._compute(done)

@@ -40,9 +40,7 @@ def mean_loss(model: Model, tokens: np.ndarray, dtype: str, work: Path | None = 
     stream = streaming.HiddenStates(
         streaming.path_before(work, done), model.config.hidden_size, samples, length
     )
-    for path in streaming.paths(work):
-        if path != stream.path:
-            path.unlink()
+    streaming.keep_only(stream.path)
     if done == 0:
         streaming.embed(model, tokens, stream)
     step = layer_step(model.config.head_dim, model.config.rms_norm_eps)

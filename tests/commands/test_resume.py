@@ -159,6 +159,22 @@ def test_two_sparsities_at_once_share_their_scores(calibrated, tmp_path):
     assert not list(tmp_path.rglob("*.lock"))
 
 
+def test_a_score_waits_for_a_layer_that_another_makes(calibrated, run, tmp_path):
+    _, records = calibrated()
+    words = ["score", "--method", "wanda-sp", "--multiple-of", 4, records, "--sparsity"]
+    run(*words, ".2")
+    (made,) = (tmp_path / "dense.work").glob("scores-*/layer-00001.*")
+    made.unlink()
+    with workdir.lock(made):
+        second = start([*words, ".3"], tmp_path)
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(6)
+        assert not made.exists()
+    _, said = second.communicate()
+    assert second.returncode == 0, said
+    assert made.exists()
+
+
 def test_who_waits_for_a_lock_gets_it(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(workdir, "SILENT_SECONDS", 0.2)
     program = (
