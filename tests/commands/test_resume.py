@@ -302,3 +302,12 @@ def test_each_step_refuses_at_once_when_the_disk_is_short(checkpoint, text, run,
     assert "GB of disk and 0.00 GB are free; make room" in error_of(done)
     if step != "calibrate":
         assert contents(tmp_path / "w") == there
+
+
+def test_only_the_stream_that_is_gone_on_from_is_kept(tmp_path):
+    for name in ("hidden-00001", "hidden-00002", "hidden-00002.0of2", "hidden-00003"):
+        (tmp_path / name).touch()
+    assert streaming.layers_done(tmp_path) == 3
+    streaming.keep_only(streaming.path_before(tmp_path, 2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hidden-00002", "hidden-00002.0of2"]
+    assert streaming.layers_done(tmp_path, ".0of2") == 2
