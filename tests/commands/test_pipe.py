@@ -17,7 +17,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunetool import corpus
+from prunetool import cli, corpus
+from prunetool.llama.weights import tensor_name
+from prunetool.pruning import gram
+from tests import references
 from tests.conftest import error_of
 
 PRUNETOOL = f"{shlex.quote(sys.executable)} -m prunetool"
@@ -147,6 +150,133 @@ def test_a_refit_helps_on_the_calibration_text(calibrated, run):
         for matrix in json.loads(line)["values"]["refit"].values():
             assert matrix["refitted"] <= matrix["removed"] * (1 + 1e-9)
             assert matrix["held_out_refitted"] <= matrix["held_out_removed"]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Run a command in this process; gives the layers' records, if it wrote some."""
+    monkeypatch.chdir(tmp_path)
+
+    def here(*words):
+        cli.group.main([*map(str, words), "-o", "records.jsonl"], standalone_mode=False)
+        lines = (tmp_path / "records.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines[1:-1]]
+
+    return here
+
+
+def calibrated_here(call, model, text, tmp_path, **more):
+    words = {"text": text, "samples": 8, "sequence-length": 32, "held-out": 4, "work": "w",
+             "stats-dtype": "float64", **more}  # fmt: skip
+    options = [part for key, value in words.items() for part in (f"--{key}", value)]
+    layers = call("calibrate", model, *options)
+    shutil.copy("records.jsonl", "stats.jsonl")
+    return [
+        [load_file(tmp_path / "w" / layer["files"][kind]) for kind in ("stats", "held_out")]
+        for layer in layers
+    ]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_refit_is_least_squares_on_all_tokens_held_out_or_not(
+    checkpoint, text, call, tmp_path, biased
+):
+    model = checkpoint(num_hidden_layers=1, attention_bias=biased, mlp_bias=biased)
+    ((fit, held_out),) = calibrated_here(call, model, text, tmp_path)
+    (scored,) = call("score", "stats.jsonl", "--sparsity", ".5", "--allocation", "uniform",
+                     "--multiple-of", 1)  # fmt: skip
+    (record,) = call("compensate", shutil.copy("records.jsonl", "kept.jsonl"))
+    masks = load_file(tmp_path / "w" / scored["files"]["kept.channels"])
+    made = load_file(tmp_path / "w" / record["files"]["refit"])
+    dense = load_file(model / "model.safetensors")
+    for matrix, kept in {"o": np.repeat(masks["heads"], 32), "down": masks["channels"]}.items():
+        kept = kept.astype(bool)
+        assert 0 < kept.sum() < kept.size
+        n, mean = 8 * 32, (fit[f"{matrix}.total"] + held_out[f"{matrix}.total"]) / (8 * 32)
+        A = gram.unpack(fit[f"{matrix}.gram"]) + gram.unpack(held_out[f"{matrix}.gram"])
+        W = dense[tensor_name(0, matrix)].T.astype(np.float64)
+        squared, axes = np.linalg.eigh(A - n * np.outer(mean, mean) if biased else A)
+        X = np.sqrt(squared.clip(0))[:, None] * axes.T  # any inputs of this Gram matrix
+        report = record["values"]["refit"][f"{matrix}_proj"]
+        assert report["damping"] > 0
+        V = references.refit(X, W, kept, report["damping"])
+        np.testing.assert_allclose(made[f"{matrix}_proj.weight"].T, V, rtol=1e-4, atol=1e-6)
+        error = np.linalg.norm(X[:, kept] @ V - X @ W) ** 2
+        energy = np.einsum("io,ij,jo->", W, A, W)
+        assert report["refitted"] == pytest.approx(error / energy, rel=1e-6)
+        if biased:  # it makes the mean of the output what it was
+            expected = dense[tensor_name(0, f"{matrix}_bias")] + mean @ W - mean[kept] @ V
+            np.testing.assert_allclose(made[f"{matrix}_proj.bias"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [["newton-box"], ["newton-tied"], ["newton", "--lambda", ".1"]],
+                         ids=" ".join)  # fmt: skip
+def test_sparsities_do_not_share_scores_that_are_made_for_one(
+    checkpoint, text, call, tmp_path, more
+):
+    calibrated_here(call, checkpoint(), text, tmp_path)
+    work = tmp_path / "w"
+
+    def scored(sparsity):
+        before = set(work.glob("scores-*"))
+        layers = call("score", "stats.jsonl", "--sparsity", sparsity, "--multiple-of", 1,
+                      "--method", *more)  # fmt: skip
+        (scores,) = set(work.glob("scores-*")) - before
+        return (
+            [load_file(work / layer["files"]["kept.channels"])["channels"] for layer in layers],
+            [load_file(path)["channels.compared"] for path in sorted(scores.iterdir())],
+        )
+
+    scored(".2")
+    after_another = scored(".6")
+    for directory in work.glob("score*"):
+        shutil.rmtree(directory)
+    np.testing.assert_array_equal(after_another, scored(".6"))
+
+
+@pytest.mark.parametrize(("method", "scale"), [("magnitude", 0.7), ("wanda-sp", 0.4), ("obs", 0.4)])
+def test_a_loss_is_compared_between_heads_and_channels_by_the_parameter(
+    checkpoint, text, call, tmp_path, method, scale
+):
+    """Where a KV group costs more than a channel, but less for each of its parameters."""
+    model = checkpoint()
+    dense = load_file(model / "model.safetensors")
+    for layer in range(3):
+        dense[tensor_name(layer, "o")] *= scale
+    save_file(dense, model / "model.safetensors")
+    stats = calibrated_here(call, model, text, tmp_path)
+    layers = call("score", "stats.jsonl", "--sparsity", ".3", "--multiple-of", 1,
+                  "--min-channels", 1, "--method", method)  # fmt: skip
+    cost_group, cost_channel, total = 2 * 64 * 16 * 3, 3 * 64, 3 * (64 * 16 * 12 + 96 * 192)
+    units = []
+    for layer, parts in enumerate(stats):
+        for matrix, blocks, cost in (("o", 2, cost_group), ("down", 96, cost_channel)):
+            W = dense[tensor_name(layer, matrix)].T.astype(np.float64)
+            A = sum(gram.unpack(part[f"{matrix}.gram"]) for part in parts)
+            if method == "obs":
+                A += 1e-4 * np.diagonal(A).mean() * np.eye(len(A))
+                inverse = np.linalg.inv(A)
+            for unit in range(blocks):
+                rows = np.arange(len(W)).reshape(blocks, -1)[unit]
+                loss = (W[rows] ** 2).sum(axis=1)
+                if method == "wanda-sp":
+                    loss = loss * np.diagonal(A)[rows] / (8 * 32)
+                elif method == "obs":
+                    within = np.linalg.inv(inverse[np.ix_(rows, rows)])
+                    loss = np.einsum("io,ij,jo->", W[rows], within, W[rows])
+                units.append((np.sum(loss) / cost, layer, matrix, unit, cost))
+    removed, gone = 0, {(layer, matrix): [] for layer in range(3) for matrix in ("o", "down")}
+    for _, layer, matrix, unit, cost in sorted(units):
+        last = matrix == "o" and gone[layer, matrix]
+        if not last and removed + cost <= 0.3 * total:
+            gone[layer, matrix].append(unit)
+            removed += cost
+    for layer, record in enumerate(layers):
+        kept = load_file(tmp_path / "w" / record["files"]["kept.heads"])
+        for name, matrix in {"heads": "o", "channels": "down"}.items():
+            assert np.flatnonzero(kept[name] == 0).tolist() == sorted(gone[layer, matrix])
+    assert any(gone[layer, "o"] for layer in range(3))
+    assert any(gone[layer, "down"] for layer in range(3))
 
 
 METHODS = ["newton", "newton-box", "newton-tied", "obs", "flap", "wanda-sp", "magnitude", "random"]

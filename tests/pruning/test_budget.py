@@ -94,6 +94,81 @@ def test_uniform_heads_alone_are_rounded():
     assert counts.groups.tolist() == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [(0, 20), (1, 20), (3, 16), (7, 16), (9, 8), (11, 8), (12, 8)],
+)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_channels_are_rounded_to_the_nearest_of_all_and_the_multiples(asked, kept, layers):
+    # Of 20 channels 20, 16 or 8 may stay: the first step is of 4, the second of 8.
+    limits, target = budget.Limits(8, 8), asked * layers * CHANNEL_COST
+    uniform = budget.allocate_uniform(0, 20, layers, GROUP_COST, CHANNEL_COST, target, limits)
+    assert (20 - uniform.channels).tolist() == [kept] * layers
+    if layers == 1:
+        one = budget.allocate_global(
+            [np.empty(0)], [np.arange(20.0)], [GROUP_COST], CHANNEL_COST, target, limits
+        )
+        assert 20 - one.channels[0] == kept
+
+
+@pytest.mark.parametrize(("asked", "steps"), [(3, 0), (5, 1), (11, 1), (13, 2), (19, 2), (21, 3)])
+def test_over_all_layers_the_channels_removed_are_the_nearest_number_of_steps(asked, steps):
+    # The two layers give up equally many, so that each alone would round in the same direction.
+    scores = [2 * np.arange(64.0), 2 * np.arange(64.0) + 1]
+    counts = budget.allocate_global(
+        [np.empty(0)] * 2, scores, [GROUP_COST] * 2, CHANNEL_COST, asked * CHANNEL_COST,
+        budget.Limits(8, 8),
+    )  # fmt: skip
+    assert counts.channels.sum() == 8 * steps
+    assert (counts.channels % 8 == 0).all()
+    assert np.ptp(counts.channels) <= 8
+
+
+def test_the_channels_round_what_the_groups_leave():
+    # The group goes first; of the 13 channels still to go, two steps of 8 are the nearest.
+    target = GROUP_COST + 13 * CHANNEL_COST
+    counts = budget.allocate_global(
+        [np.array([-1.0, 1e9])], [np.arange(64.0)], [GROUP_COST], CHANNEL_COST, target,
+        budget.Limits(8, 8),
+    )  # fmt: skip
+    assert (counts.groups[0], counts.channels[0]) == (1, 16)
+
+
+@pytest.mark.parametrize(("share", "groups"), [(0.4, 0), (0.6, 1), (1.25, 1), (1.75, 2)])
+def test_uniform_heads_alone_are_rounded_to_nearest(share, groups):
+    counts = budget.allocate_uniform(
+        4, 0, 4, GROUP_COST, CHANNEL_COST, round(share * 4 * GROUP_COST), budget.Limits(32, 32)
+    )
+    assert counts.groups.tolist() == [groups] * 4
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "groups"), [(0.19, 0), (0.2, 1), (0.39, 1), (0.4, 2), (0.79, 3), (0.8, 4)]
+)
+def test_uniform_takes_the_whole_groups_of_their_share_and_channels_for_the_rest(sparsity, groups):
+    # A fifth of 5 groups is computed a rounding error below 1, and is one group.
+    channels, layers = 256, 5
+    each = 5 * GROUP_COST + channels * CHANNEL_COST
+    counts = budget.allocate_uniform(
+        5, channels, layers, GROUP_COST, CHANNEL_COST, round(sparsity * layers * each),
+        budget.Limits(1, 1),
+    )  # fmt: skip
+    assert counts.groups.tolist() == [groups] * layers
+    rest = round((sparsity * each - groups * GROUP_COST) / CHANNEL_COST)
+    assert counts.channels.tolist() == [rest] * layers
+
+
+def test_uniform_takes_another_group_where_the_channels_cannot_make_up_the_rest():
+    # Of 64 channels 32 may go; with one of the four groups, which ⌊ρ n_kv⌋ gives, 33 would.
+    each = 4 * GROUP_COST + 64 * CHANNEL_COST
+    target = GROUP_COST + 33 * CHANNEL_COST
+    assert int(target / each * 4) == 1
+    counts = budget.allocate_uniform(
+        4, 64, 1, GROUP_COST, CHANNEL_COST, target, budget.Limits(1, 32)
+    )
+    assert (counts.groups[0], counts.channels[0]) == (2, 33 - GROUP_COST // CHANNEL_COST)
+
+
 def test_keep_drops_the_lowest_and_the_first_of_equals():
     assert budget.keep(np.array([3.0, 1, 1, 2]), 1).tolist() == [True, False, True, True]
     assert budget.keep(np.array([-np.inf, 1.0]), 0).all()

@@ -89,6 +89,30 @@ def test_a_dead_unit_goes_first_and_does_not_make_the_system_singular():
         assert np.isfinite(np.delete(z, 7)).all()
 
 
+SOLVERS = {
+    "closed form": lambda K, s: newton.newton(K, s, lam=2.0),
+    "hard constraint": lambda K, s: newton.newton(K, s),
+    "iterated": lambda K, s: newton.newton_iterated(K, s, lam=2.0, steps=3),
+    "box": lambda K, s: newton.newton_box(K, s, lam=2.0)[1],
+    "box, hard constraint": lambda K, s: newton.newton_box(K, s)[1],
+}
+
+
+@pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
+def test_dead_units_count_as_removed(solve):
+    X, W, _ = problem(4)
+    live = np.arange(12) % 5 != 2  # two are dead
+    W[~live] = 0
+    K = gram.mirror(newton.contribution_gram(W, X.T @ X))
+    without = K[np.ix_(live, live)]
+    # The others are as if the dead ones had never been, and were not to be removed either.
+    for s in (5.0, 2.0, 1.0):
+        z = solve(K, s)
+        assert (z[~live] == -np.inf).all()
+        np.testing.assert_allclose(z[live], solve(without, max(s - 2.0, 0.0)), atol=1e-10)
+    assert not np.allclose(solve(K, 5.0)[live], solve(without, 5.0))
+
+
 def test_tied_blocks_are_solved_as_blocks():
     for seed in range(10):
         _, _, K = problem(seed)
