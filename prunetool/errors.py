@@ -4,12 +4,40 @@ Every message is one line, ``where: what; what to do``. Anything raised that is 
 `PrunetoolError` is a bug of ours and keeps its traceback.
 """
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SHOWN = 100  # characters of a foreign text that a message, a table or a card shows
+
+
+def shown(value: object, limit: int = SHOWN) -> str:
+    """Foreign text as it may be shown: one line, nothing that a terminal obeys, and not long.
+
+    Control characters, line separators, direction marks and halves of surrogate pairs become
+    escapes (``\\x1b``); of a text beyond ``limit`` characters the middle is left out.
+    """
+    text = value if isinstance(value, str) else str(value)
+    if len(text) > 2 * limit:  # nobody waits for a megabyte to be escaped
+        text = f"{text[:limit]}…{text[-limit:]}"
+    text = "".join(map(_escaped, text))
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    return f"{text[: limit - tail - 1]}…{text[-tail:]}"
+
+
+def _escaped(letter: str) -> str:
+    if letter == " " or unicodedata.category(letter)[0] not in "CZ":
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 class PrunetoolError(Exception):
     """The work failed for a reason that the user can act on.
+
+    Every part is shown escaped and cut (`shown`): file names, tensor names and values in it may
+    come from a file of somebody else.
 
     Args:
       where: the file, layer, matrix or option at fault.
@@ -18,7 +46,8 @@ class PrunetoolError(Exception):
     """
 
     def __init__(self, where: object, what: str, todo: str) -> None:
-        super().__init__(f"{where}: {what}; {todo}".replace("\n", " "))
+        parts = shown(where, 100), shown(what, 170), shown(todo, 110)
+        super().__init__("{}: {}; {}".format(*parts))
         self.where, self.what, self.todo = where, what, todo
 
 

@@ -1,27 +1,110 @@
 """What config.json says of a Llama model.
 
-Anything in it that changes the result and is not computed here is refused by name.
+Anything in it that changes the result and is not computed here is refused by name. A null in place
+of a value counts as an absent key.
 """
 
-import math
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
-from prunetool.errors import ConfigError
+from prunetool.errors import ConfigError, shown
 
 MODEL_TYPES = ("llama", "mistral", "pruned_llama")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-DEFAULT_ROPE_THETA = 10000.0  # transformers' LlamaConfig
+MAX_LAYERS = 10_000  # the deepest published Llama models have fewer than 200
+REQUIRED = object()
 
-# Keys of relatives of Llama that change the forward, with the values that leave it a plain Llama.
+
+class Value(NamedTuple):
+    """What a key may hold: a whole number (int), a number (float), or true or false (bool)."""
+
+    kind: type
+    low: float = 0
+    high: float = 1
+    default: Any = REQUIRED
+
+    def holds(self, value: object) -> bool:
+        """Whether the value is of this type (true is not a 1) and in this range."""
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        return type(value) in kinds and self.low <= value <= self.high  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        """The sentence's end after "it must be"."""
+        if self.kind is bool:
+            return "true or false"
+        name = "a whole number" if self.kind is int else "a number"
+        return f"{name} from {self.low:.15g} to {self.high:.15g}"
+
+
+COUNT = Value(int, 1, 2**31 - 1)
+OPTIONAL_COUNT = COUNT._replace(default=None)
+FACTOR = Value(float, 1e-6, 1e6)
+OPTIONAL_SCALE = Value(float, 0, 1e6, None)
+FLAG = Value(bool, default=False)
+
+# The defaults are those of transformers' LlamaConfig; it takes a default for the required ones too.
+KEYS = {
+    "vocab_size": COUNT,
+    "hidden_size": COUNT,
+    "intermediate_size": COUNT,
+    "num_hidden_layers": Value(int, 1, MAX_LAYERS),
+    "num_attention_heads": COUNT,
+    "num_key_value_heads": OPTIONAL_COUNT,  # num_attention_heads
+    "head_dim": Value(int, 2, 2**31 - 1, None),  # hidden_size / num_attention_heads
+    "max_position_embeddings": COUNT._replace(default=2048),
+    "original_max_position_embeddings": OPTIONAL_COUNT,
+    "rms_norm_eps": Value(float, 0, 0.1, 1e-6),
+    "rope_theta": Value(float, 2, 1e15, None),  # DEFAULT_ROPE_THETA
+    "tie_word_embeddings": FLAG,
+    "attention_bias": FLAG,
+    "mlp_bias": FLAG,
+}
+LAYER_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+MISTRAL_DEFAULTS = {  # transformers' MistralConfig, for absent keys only
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+DEFAULT_ROPE_THETA = 10000.0
+ROPE_KEYS: dict[str, dict[str, Value]] = {
+    "default": {},
+    "linear": {"factor": FACTOR},
+    "dynamic": {"factor": FACTOR},
+    "llama3": {
+        "factor": FACTOR,
+        "low_freq_factor": FACTOR,
+        "high_freq_factor": FACTOR,
+        "original_max_position_embeddings": COUNT,
+    },
+    "yarn": {
+        "factor": FACTOR,
+        "original_max_position_embeddings": COUNT,
+        "beta_fast": FACTOR._replace(default=32.0),
+        "beta_slow": FACTOR._replace(default=1.0),
+        "truncate": Value(bool, default=True),
+        "attention_factor": OPTIONAL_SCALE,
+        "mscale": OPTIONAL_SCALE,
+        "mscale_all_dim": OPTIONAL_SCALE,
+    },
+}
+
+# Keys that change what some program makes of the weights, with the values that leave a plain Llama.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "partial_rotary_factor": (None, 1, 1.0),
+    "rotary_pct": (None, 1, 1.0),
+    "rope_traditional": (None, False),
     "quantization_config": (None,),
+    "quantization": (None,),
+    "compression_config": (None,),
+    "transformers_weights": (None,),  # weights of another file
     "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0, 1),
+    "n_routed_experts": (None, 0, 1),
     "embedding_multiplier": (None, 1, 1.0),
     "residual_multiplier": (None, 1, 1.0),
     "attention_multiplier": (None,),
@@ -32,10 +115,24 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "use_qk_norm": (None, False),
     "qk_layernorm": (None, False),
+    "bias": (None, False),
+    "qkv_bias": (None, False),
     "no_rope_layers": (None,),
     "layer_types": (None,),
+    "mlp_layer_types": (None,),
     "attention_chunk_size": (None,),
+    "is_causal": (None, True),
     "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+# The same inside rope_scaling and rope_parameters.
+PLAIN_ROPE_VALUES: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (None, 1, 1.0),
+    "alpha": (None,),
+    "attn_factor": (None, 1, 1.0),
+    "extrapolation_factor": (None, 1, 1.0),
+    "apply_yarn_scaling": (None, True),
+    "llama_4_scaling_beta": (None,),
 }
 
 
@@ -98,111 +195,211 @@ class LlamaConfig:
         """The same model with other layer shapes."""
         return replace(self, layer_shapes=shapes)
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that changes the result, as JSON values: equal for equal models.
+
+        However config.json spells them: the defaults are filled in, and ``raw`` is left out.
+        """
+        values = asdict(replace(self, raw={}))
+        del values["raw"]
+        values["layer_shapes"] = [list(shape.values()) for shape in values["layer_shapes"]]
+        return values
+
 
 def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
     """Read a config.json that transformers' LlamaForCausalLM (or the pruned form) would load.
 
     Raises:
       ConfigError: another architecture, a setting that changes the result and is not computed
-        here, or a count that is missing or impossible.
+        here, a value of the wrong type or out of range, or two keys that contradict each other.
     """
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise ConfigError(where, f"model_type {model_type!r}", "prunetool reads Llama models only")
-    for key, plain in PLAIN_VALUES.items():
-        # Mistral's own default is a sliding window; the others' default is none.
-        absent = 4096 if (model_type, key) == ("mistral", "sliding_window") else plain[0]
-        value = raw.get(key, absent)
-        if value not in plain and not _is_full_attention(key, value):
-            raise ConfigError(
-                where, f"{key} = {value!r} is not computed here", f"known: {key} = {plain[0]!r}"
-            )
-
-    def count(key: str, source: Mapping[str, Any] = raw, default: Any = None) -> int:
-        value = source.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise ConfigError(where, f"{key} = {value!r}", "it must be a positive whole number")
-        return value
-
-    heads = count("num_attention_heads")
-    hidden_size = count("hidden_size")
-    if raw.get("head_dim") is None and hidden_size % heads:
         raise ConfigError(
-            where, f"hidden_size {hidden_size} is no multiple of {heads} heads", "give head_dim"
+            where, f"model_type {_said(model_type)}", "prunetool reads Llama models only"
         )
-    head_dim = count("head_dim", default=hidden_size // heads)
+    stated, plain = raw, dict(PLAIN_VALUES)
+    if model_type == "mistral":
+        stated = {**MISTRAL_DEFAULTS, **raw}
+        # transformers' Mistral has no biases, whatever its config.json says.
+        plain |= {"attention_bias": (None, False), "mlp_bias": (None, False)}
+    given = {key: _read(stated, key, value, where) for key, value in KEYS.items()}
+    layers, heads, hidden_size = (
+        given[key] for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    plain["layer_types"] += (["full_attention"] * layers,)
+    plain["mlp_layer_types"] += (["dense"] * layers,)
+    _refuse_others(stated, plain, where)
+
+    if given["head_dim"] is None and hidden_size % heads:
+        raise ConfigError(
+            where, f"hidden_size {hidden_size} is not a multiple of {heads} heads", "give head_dim"
+        )
+    head_dim = given["head_dim"] or hidden_size // heads
     if head_dim % 2:
         raise ConfigError(where, f"head_dim = {head_dim}", "rotary embedding needs an even number")
 
-    overrides = raw.get("per_layer_config") or {}
-    if not isinstance(overrides, dict):
-        raise ConfigError(where, "per_layer_config is no object", "get config.json again")
+    given["num_key_value_heads"] = given["num_key_value_heads"] or heads
+    overrides = _parse_overrides(raw, layers, where)
     shapes = []
-    for layer in range(min(count("num_hidden_layers"), 100_000)):
-        own = overrides.get(str(layer), {})
-        if not isinstance(own, dict) or own.get("skip"):
-            raise ConfigError(where, f"per_layer_config of layer {layer}", "not a form we read")
-        merged = {**raw, **own}
-        layer_heads = count("num_attention_heads", merged)
-        shape = LayerShape(
-            layer_heads,
-            count("num_key_value_heads", merged, default=layer_heads),
-            count("intermediate_size", merged),
-        )
+    for layer in range(layers):
+        own, of = {**given, **overrides.get(layer, {})}, f"layer {layer}"
+        shape = LayerShape(*(_read(own, key, COUNT, where, of) for key in LAYER_KEYS))
         if shape.heads % shape.kv_heads:
             raise ConfigError(
-                where, f"{shape.heads} heads over {shape.kv_heads} KV heads", "must be a multiple"
+                where,
+                f"{of}: {shape.heads} heads over {shape.kv_heads} KV heads",
+                "the first must be a multiple of the second",
             )
         shapes.append(shape)
 
-    eps = raw.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, float | int) or not 0 <= eps < 1:
-        raise ConfigError(where, f"rms_norm_eps = {eps!r}", "it must be a small number")
-    max_positions = count("max_position_embeddings", default=2048)
+    rope = _parse_rope(raw, given, where)
+    if rope.type == "dynamic" and head_dim == 2:
+        raise ConfigError(where, "rope type dynamic with head_dim = 2", "head_dim must be larger")
     return LlamaConfig(
-        vocab_size=count("vocab_size"),
+        vocab_size=given["vocab_size"],
         hidden_size=hidden_size,
         head_dim=head_dim,
         layer_shapes=tuple(shapes),
-        rms_norm_eps=float(eps),
-        rope=_parse_rope(raw, max_positions, where),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        max_position_embeddings=max_positions,
+        rms_norm_eps=given["rms_norm_eps"],
+        rope=rope,
+        tied=given["tie_word_embeddings"],
+        attention_bias=given["attention_bias"],
+        mlp_bias=given["mlp_bias"],
+        max_position_embeddings=given["max_position_embeddings"],
         raw=raw,
     )
 
 
-def _is_full_attention(key: str, value: Any) -> bool:
-    """Newer configs spell "every layer attends to everything" out as a list of layer_types."""
-    return key == "layer_types" and isinstance(value, list) and set(value) <= {"full_attention"}
+def _said(value: object) -> str:
+    return shown(reprlib.repr(value), 60)
 
 
-def _parse_rope(raw: Mapping[str, Any], max_positions: int, where: object) -> Rope:
-    """``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling`` (4)."""
-    stated = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+def _named(key: str, of: str) -> str:
+    return f"{of}: {key}" if of else key
+
+
+def _read(source: Mapping[str, Any], key: str, allowed: Value, where: object, of: str = "") -> Any:
+    """The value of a key, of its type; its default if the key is absent or null."""
+    value = source.get(key)
+    if value is None:
+        if allowed.default is REQUIRED:
+            raise ConfigError(where, f"{of or 'model'} without {key}", "download config.json again")
+        return allowed.default
+    if not allowed.holds(value):
+        raise ConfigError(where, f"{_named(key, of)} = {_said(value)}", f"it must be {allowed}")
+    return allowed.kind(value)
+
+
+def _same(a: object, b: object) -> bool:
+    """Equal, and true is not 1."""
+    return type(a) is type(b) and a == b
+
+
+def _refuse_others(
+    source: Mapping[str, Any], plain: Mapping[str, tuple[Any, ...]], where: object, of: str = ""
+) -> None:
+    for key, values in plain.items():
+        value = source.get(key, values[0])
+        if not any(_same(value, known) for known in values):
+            raise ConfigError(
+                where,
+                f"{_named(key, of)} = {_said(value)} is not computed here",
+                f"known: {key} = {values[0]!r}",
+            )
+
+
+def _parse_overrides(
+    raw: Mapping[str, Any], layers: int, where: object
+) -> dict[int, dict[str, Any]]:
+    """``per_layer_config``: what layers say otherwise, by number ("7", or "07" as resaved)."""
+    stated = raw.get("per_layer_config")
+    if not isinstance(stated, dict | None):
+        raise ConfigError(where, f"per_layer_config = {_said(stated)}", "it must be an object")
+    overrides: dict[int, dict[str, Any]] = {}
+    for name, own in (stated or {}).items():
+        layer = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else layers
+        of = f"per_layer_config of layer {shown(name)}"
+        if layer >= layers or layer in overrides:
+            raise ConfigError(
+                where, of, f"each layer, from 0 to {layers - 1}, may stand there once"
+            )
+        if not isinstance(own, dict):
+            raise ConfigError(where, f"{of} = {_said(own)}", "it must be an object")
+        for key, value in own.items():
+            harmless = _same(value, [] if key == "skip" else raw.get(key))
+            if key not in LAYER_KEYS and not harmless:
+                raise ConfigError(
+                    where,
+                    f"{of}: {key} = {_said(value)} is not computed here",
+                    f"layers may differ in {', '.join(LAYER_KEYS)}",
+                )
+        overrides[layer] = own
+    return overrides
+
+
+def _parse_rope(raw: Mapping[str, Any], given: Mapping[str, Any], where: object) -> Rope:
+    """``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4), or both."""
+    keys = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key) not in (None, {})]
+    ropes = [_parse_spelling(key, raw[key], given, where) for key in keys]
+    if len(ropes) == 2 and ropes[0] != ropes[1]:
+        first, second = (f"{key} = {_said(raw[key])}" for key in keys)
+        raise ConfigError(where, f"{first}, but {second}", "delete the one that is wrong")
+    return ropes[0] if ropes else Rope(theta=given["rope_theta"] or DEFAULT_ROPE_THETA)
+
+
+def _parse_spelling(name: str, stated: Any, given: Mapping[str, Any], where: object) -> Rope:
+    """The rotary embedding of one object; all that its type does not use is left out."""
     if not isinstance(stated, dict):
-        raise ConfigError(where, "the rope parameters are no object", "get config.json again")
-    parameters = dict(stated)
-    legacy_type = parameters.pop("type", "default")
-    kind = parameters.pop("rope_type", legacy_type)
-    theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or DEFAULT_ROPE_THETA
-    if kind not in ROPE_TYPES:
-        raise ConfigError(where, f"rope type {kind!r}", f"known types: {', '.join(ROPE_TYPES)}")
-    if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ConfigError(where, "partial_rotary_factor is not computed here", "it must be 1")
-    required = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    if kind in ("llama3", "yarn"):
-        parameters.setdefault(
-            "original_max_position_embeddings",
-            raw.get("original_max_position_embeddings") or max_positions,
+        raise ConfigError(where, f"{name} = {_said(stated)}", "it must be an object")
+    for key, value in stated.items():
+        if key not in ("type", "rope_type") and isinstance(value, dict | list):
+            raise ConfigError(
+                where,
+                f"{name}: {shown(key)} = {_said(value)} is not computed here",
+                "it must be a number",
+            )
+    _refuse_others(stated, PLAIN_ROPE_VALUES, where, name)
+    said = [stated[key] for key in ("rope_type", "type") if stated.get(key) is not None]
+    kinds = said or ["default"]
+    for kind in kinds:
+        if kind not in tuple(ROPE_KEYS):
+            raise ConfigError(
+                where, f"rope type {_said(kind)}", f"known types: {', '.join(ROPE_KEYS)}"
+            )
+    if kinds[0] != kinds[-1]:
+        raise ConfigError(
+            where,
+            f"{name}: rope_type = {kinds[0]!r}, but type = {kinds[1]!r}",
+            "delete one of them",
         )
-    for key in required.get(kind, ("factor",)):
-        if key not in parameters:
-            raise ConfigError(where, f"rope type {kind} without {key}", "get config.json again")
-    for key, value in {"rope_theta": theta, **parameters}.items():
-        if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(where, f"rope {key} = {value!r}", "it must be a positive number")
-    return Rope(kind, float(theta), parameters)
+    kind, of = kinds[0], f"rope type {kinds[0]}"
+
+    def once(key: str) -> Any:
+        """The value of a key that may be inside and beside."""
+        inside = _read(stated, key, KEYS[key], where, of)
+        if None not in (inside, given[key]) and inside != given[key]:
+            raise ConfigError(
+                where, f"{key} = {given[key]}, but {inside} in {name}", "delete the wrong one"
+            )
+        return inside or given[key]
+
+    theta = once("rope_theta") or DEFAULT_ROPE_THETA
+    stated = dict(stated)
+    if "original_max_position_embeddings" in ROPE_KEYS[kind]:
+        positions = given["max_position_embeddings"]
+        original = once("original_max_position_embeddings") or positions
+        stated["original_max_position_embeddings"] = original
+        for key, meaning in {"factor": positions / original, "truncate": False}.items():
+            if kind == "yarn" and stated.get(key, meaning) is None:
+                stated[key] = meaning  # what transformers makes of a null
+    p = {key: _read(stated, key, value, where, of) for key, value in ROPE_KEYS[kind].items()}
+    if kind == "llama3" and p["low_freq_factor"] >= p["high_freq_factor"]:
+        raise ConfigError(
+            where,
+            f"{of}: low_freq_factor = {p['low_freq_factor']}",
+            f"it must be less than high_freq_factor = {p['high_freq_factor']}",
+        )
+    if p.get("attention_factor") is not None or not (p.get("mscale") and p.get("mscale_all_dim")):
+        p["mscale"] = p["mscale_all_dim"] = None  # only the two together say something
+    return Rope(kind, theta, {key: value for key, value in p.items() if value is not None})

@@ -18,6 +18,18 @@ LOADER_FILES = {
     "mlx_pruned_llama.py": "MLX-LM",
 }
 
+# Keys of the source that a pruned model must not carry on.
+DROPPED = (
+    # They make programs run code from the repository, or from another that they name.
+    "auto_map", "custom_pipelines", "model_file", "trust_remote_code",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
+    # They name other weights.
+    "_name_or_path", "name_or_path", "speculators_config",
+    # Said anew, or in one place only.
+    "per_layer_config", "rope_parameters", "original_max_position_embeddings",
+)  # fmt: skip
+
 
 def choose_form(config: LlamaConfig) -> str:
     """The form for these layer shapes: ``llama``, ``mistral`` or ``pruned_llama``."""
@@ -38,25 +50,27 @@ def normalised(shape: LayerShape) -> LayerShape:
 def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
     """The config.json of a model of these layer shapes in a form.
 
-    Everything else is the source's; the rotary embedding is said both ways, since transformers 4
-    and MLX-LM take theta 10000 where only ``rope_parameters`` is there.
+    What it does not name is the source's. The rotary embedding is said once, as ``rope_theta`` and
+    ``rope_scaling``, which every program reads: transformers 4 and MLX-LM take theta 10000 if only
+    ``rope_parameters`` is there, and of two spellings a later edit may change one.
     """
-    raw = dict(config.raw)
-    for key in ("per_layer_config", "auto_map", "model_file", "_name_or_path"):
-        raw.pop(key, None)
+    raw = {key: value for key, value in config.raw.items() if key not in DROPPED}
     widest, rope = config.widest, config.rope
     scaling = None if rope.type == "default" else {"rope_type": rope.type, **rope.parameters}
     theta = int(rope.theta) if rope.theta.is_integer() else rope.theta
-    raw |= {
+    raw |= {  # the values with defaults too: the other forms have other defaults
+        "attention_bias": config.attention_bias,
         "head_dim": config.head_dim,
         "hidden_size": config.hidden_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "mlp_bias": config.mlp_bias,
         "num_attention_heads": widest.heads,
         "num_key_value_heads": widest.kv_heads,
         "intermediate_size": widest.channels,
         "num_hidden_layers": config.layers,
+        "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
         "tie_word_embeddings": config.tied,
         "transformers_version": OLDEST_TRANSFORMERS,
     }

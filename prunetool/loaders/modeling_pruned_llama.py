@@ -43,7 +43,7 @@ class PrunedLlamaConfig(LlamaConfig):
         for index in range(self.num_hidden_layers):
             own = config_of_layer(self, index)
             if own.num_attention_heads % own.num_key_value_heads:
-                raise ValueError(f"layer {index}: heads are no multiple of key-value heads")
+                raise ValueError(f"layer {index}: heads are not a multiple of key-value heads")
 
 
 if hasattr(LlamaConfig, "__class_validators__"):

@@ -48,6 +48,32 @@ ROPES = {
             "attention_factor": 0.7, "beta_fast": 16, "beta_slow": 2,
         },
     },
+    "yarn, whose blend ends where it begins": {
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6,
+        },
+    },
+    "yarn, not truncated": {
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+            "truncate": False,
+        },
+    },
+    "yarn, mscale": {
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+            "mscale": 0.7, "mscale_all_dim": 0.4,
+        },
+    },
+    "yarn, factor null": {
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32,
+        },
+    },
+    "rope_scaling and rope_parameters": {
+        "rope_scaling": {"type": "linear", "factor": 4},
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    },
 }  # fmt: skip
 
 
