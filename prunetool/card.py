@@ -1,15 +1,19 @@
 """The model card of a pruned checkpoint: what was done to it, in full."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from prunetool import __version__
 from prunetool.checkpoint.source import HUB_ID
+from prunetool.errors import shown
 from prunetool.llama.config import LayerShape
 from prunetool.llama.forms import LOADER_FILES
 from prunetool.model import Model
 from prunetool.records import Header
+
+HISTORY_SHOWN = 2000  # characters of a step in the history
 
 
 def model_card(
@@ -33,14 +37,14 @@ def model_card(
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
     after = [dense.layer_parameters(shape) for shape in shapes]
-    name = Path(header.source).name
+    name, source = plain(Path(header.source).name), plain(header.source)
     hub = bool(HUB_ID.fullmatch(header.source)) and not Path(header.source).exists()
     front = ["---", *([f"base_model: {header.source}"] if hub else [])]
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- pruned"]
     lines = [
         *front, "---", "",
         f"# {name}, pruned", "",
-        f"Made from `{header.source}` by [prunetool](https://pypi.org/project/prunetool) "
+        f"Made from {source} by [prunetool](https://pypi.org/project/prunetool) "
         f"{__version__}, without training. The licence is the base model's.", "",
         "| | before | after |", "|---|---:|---:|",
         f"| parameters in decoder layers | {sum(before):,} | {sum(after):,} "
@@ -67,8 +71,13 @@ def model_card(
         )
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     lines += ["", "## History", "", "```json"]
-    lines += [json.dumps(step, ensure_ascii=False) for step in header.history]
+    lines += [shown(json.dumps(step), HISTORY_SHOWN) for step in header.history]
     return "\n".join([*lines, "```", ""])
+
+
+def plain(text: str) -> str:
+    """Foreign text in a Markdown page: one short line, in which nothing is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|&~$:@])", r"\\\1", shown(text))
 
 
 def _how_to_load(form: str) -> list[str]:

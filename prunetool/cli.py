@@ -1,20 +1,27 @@
 """The command group, logging, and the one place where errors become messages."""
 
+import gc
 import os
+import select
+import stat
 import sys
+import traceback
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from signal import SIGTERM
 
 import click
 
-from prunetool import __version__
+from prunetool import __version__, signals
 from prunetool.console import setup_logging
 from prunetool.errors import PrunetoolError
 
 COMMANDS = (
     "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report"
 )  # fmt: skip
+RESUMED = ("convert", "calibrate", "score", "compensate", "export")  # evaluate with --work
+WAIT_SECONDS = 5  # for the step before to clean up, at most
 
 
 class Group(click.Group):
@@ -50,24 +57,63 @@ def group(verbose: int, quiet: bool) -> None:
 
 
 def main() -> None:
-    """Run a command; exit 0 done, 1 the work failed, 2 the command line was wrong."""
+    """Run a command.
+
+    Exits with 0: done; 1: the work failed; 2: the command line was wrong; 128 and a signal's
+    number: that signal ended it.
+    """
     # OpenBLAS, read when NumPy loads: its idle threads spin for 2²⁶ cycles by default, which made
     # solves 10 to 20 times slower beside another step of the pipe on two cores.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     _restart_with_huge_pages()
+    code, said = _run()
+    if not code:
+        sys.exit()
+    gc.collect()  # closes generators that the failure left suspended: they remove their files
+    with suppress(OSError):
+        click.echo(said, nl=bool(said), err=True)
+    with suppress(OSError):
+        sys.stdout.flush()
+    # JAX may still be computing, which is a segmentation fault while the interpreter shuts down.
+    os._exit(code)
+
+
+def _run() -> tuple[int, str]:
+    """Run a command; its exit code, and the line to say once nothing holds its frames."""
     try:
-        group()
-    except PrunetoolError as error:
-        if os.environ.get("PRUNETOOL_DEBUG"):
-            raise
-        click.echo(f"Error: {error}", err=True)
-    except OSError as error:
-        # A disk that is full, a permission that is missing: the user's, not a bug.
-        if os.environ.get("PRUNETOOL_DEBUG"):
-            raise
-        where = error.filename or "output"
-        click.echo(f"Error: {where}: {error.strerror or error}; mend it and run again", err=True)
-    sys.exit(1)
+        with signals.raised(lambda: click.get_current_context(silent=True)):
+            return group.main(standalone_mode=False) or 0, ""
+    except signals.Interrupted as signal:
+        number, context = signal.number, signal.during
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code, ""
+    except SystemExit as done:  # click's, if nobody reads the output any more
+        return int(done.code or 0), ""
+    except Exception as error:
+        if os.environ.get("PRUNETOOL_DEBUG") or not isinstance(error, PrunetoolError | OSError):
+            traceback.print_exc()
+            return 1, ""
+        if isinstance(error, OSError):  # a permission that is missing: the user's, not a bug
+            reason = error.strerror or str(error)
+            error = PrunetoolError(error.filename or "output", reason, "fix it and run again")
+        return 1, f"Error: {error}"
+    return 128 + number, _notice(number, context)
+
+
+def _notice(number: int, context: click.Context | None) -> str:
+    """What to say of a signal: nothing before a command begins, or if a step before says it."""
+    if context is None or context.parent is None:
+        return ""
+    if context.params.get("source") == "-" and stat.S_ISFIFO(os.fstat(0).st_mode):
+        # A terminal signals every step of a pipe; of SIGTERM one knows once the step before ends.
+        before = select.poll()
+        before.register(0, 0)  # only for its end
+        if number != SIGTERM or before.poll(WAIT_SECONDS * 1000):
+            return ""
+    if context.info_name in RESUMED or context.params.get("work"):
+        return "Interrupted; run the same command again to go on"
+    return "Interrupted; nothing is kept"
 
 
 def _restart_with_huge_pages() -> None:

@@ -8,15 +8,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from prunetool.errors import shown
+
 T = TypeVar("T")
 log = logging.getLogger("prunetool")
+LINE = 1000  # characters of a message or title; paths in it may be long
+
+
+class _Formatter(logging.Formatter):
+    """A message as one line that no terminal obeys: it may hold names of somebody else's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), LINE)
 
 
 def setup_logging(verbosity: int) -> None:
     """Log to stderr: warnings at -1, the summaries at 0, every layer at 1 and above."""
     level = {-1: logging.WARNING, 0: logging.INFO}.get(max(verbosity, -1), logging.DEBUG)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     log.handlers = [handler]
     log.setLevel(level)
     log.propagate = False
@@ -33,17 +43,18 @@ def progress(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterat
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table to stderr, unless -q."""
+    """Print a table to stderr, unless -q. All but the columns' names may be foreign text."""
     if not log.isEnabledFor(logging.INFO):
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    made = Table(title=title, title_justify="left")
+    made = Table(title=Text(shown(title, LINE), "table.title"), title_justify="left")
     for column in columns:
         made.add_column(column, justify="right")
     for row in rows:
-        made.add_row(*map(str, row))
+        made.add_row(*(Text(shown(cell)) for cell in row))
     console = Console(stderr=True)
     # Not on a terminal, rich would fold a table at 80 columns.
     console.width = console.width if console.is_terminal else 120

@@ -1,20 +1,30 @@
 """Text or token files -> sequences of token ids, and nothing that the user did not give.
 
-All text is one string (files joined as they are), tokenised whole, without a BOS; sequences are
-consecutive windows from its start, or with a seed drawn at random positions as the papers do.
+All text is one string (files joined as they are), tokenised whole; sequences are consecutive
+windows from its start, or with a seed drawn at random positions as the papers do. With a BOS,
+each window is the BOS and one token of text fewer: the text is still used without gaps.
 """
 
+import bz2
+import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+import lzma
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from tokenizers import Tokenizer
+import zstandard
+from safetensors import safe_open
 
-from prunetool.errors import CorpusError
+from prunetool.errors import CorpusError, shown
+from prunetool.tokenizer import tokenize
+
+JSON_NAME = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|gzip|zst|zstd|bz2|xz))?$", re.IGNORECASE)
+TO_LINES = "make lines of it: jq -c {} FILE > FILE.jsonl"
 
 
 def load(
@@ -27,6 +37,7 @@ def load(
     samples: int | None,
     length: int,
     shuffle: int | None = None,
+    bos: int | None = None,
 ) -> np.ndarray:
     """The sequences of text files or of a token file, (samples, length), int32.
 
@@ -37,84 +48,220 @@ def load(
     else:
         ids = tokenize(read_text(texts, field), directory)
     where = tokens_path or ", ".join(map(str, texts))
-    return sequences(ids, samples, length, vocab_size, where, shuffle)
+    return sequences(ids, samples, length, vocab_size, where, shuffle, bos)
 
 
 def read_text(paths: Sequence[Path], field: str) -> str:
-    """Join text files, and the given field of every line of ``.jsonl`` files.
+    """Join text files, and the given field of every line of files of JSON lines.
+
+    A file is JSON lines if its first line is a JSON object or its name says JSON. It may be
+    compressed by gzip, Zstandard, bzip2 or xz, whatever its name; it is read once, and so may be
+    a pipe. A byte-order mark is not text.
 
     Raises:
-      CorpusError: a file that is not there, not UTF-8, or lacks the field; no text at all.
+      CorpusError: a file that cannot be read, is not UTF-8 text, or lacks the field in a line; no
+        text at all.
     """
-    parts = []
-    for path in paths:
-        try:
-            text = path.read_bytes().decode("utf-8")  # as it lies there: no newline translation
-        except OSError as error:
-            raise CorpusError(path, f"cannot be read ({error.strerror})", "check --text") from error
-        except UnicodeDecodeError as error:
-            raise CorpusError(path, f"is not UTF-8 ({error})", "convert it first") from error
-        parts.append(_json_lines(path, text, field) if path.suffix == ".jsonl" else text)
-    joined = "".join(parts)
+    joined = "".join(_text_of(path, field) for path in paths)
     if not joined.strip():
         raise CorpusError(", ".join(map(str, paths)), "holds no text", "give another --text")
     return joined
 
 
+def _text_of(path: Path, field: str) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(path, f"cannot be read ({error.strerror})", "check --text") from error
+    data = _decompressed(path, data)
+    for beginning, what, todo in FOREIGN:
+        if beginning.match(data):
+            raise CorpusError(path, what, todo)
+    try:
+        text = data.decode("utf-8-sig")  # as it lies there: no newline translation
+    except UnicodeDecodeError as error:
+        raise CorpusError(path, f"is not UTF-8 ({error})", "convert it first") from error
+    if "\0" in text:
+        raise CorpusError(
+            path, "has NUL bytes: a binary file, or UTF-16 without its mark",
+            "give plain UTF-8 text or JSON lines",
+        )  # fmt: skip
+    if JSON_NAME.search(path.name) or _is_object(text.lstrip(" \t\r\n").partition("\n")[0]):
+        return _json_lines(path, text, field)
+    return text
+
+
+def _unzstd(data: bytes) -> bytes:
+    parts = []
+    while data:  # frame by frame: only a frame's own decompressor says if it is whole
+        frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        parts.append(frame.decompress(data))
+        if not frame.eof:
+            raise EOFError("it ends inside a frame")
+        data = frame.unused_data
+    return b"".join(parts)
+
+
+COMPRESSED: list[tuple[re.Pattern[bytes], str, Callable[[bytes], bytes]]] = [
+    (re.compile(rb"\x1f\x8b\x08"), "gzip", gzip.decompress),
+    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "Zstandard", _unzstd),
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2", bz2.decompress),
+    (re.compile(rb"\xfd7zXZ\0"), "xz", lzma.decompress),
+]
+
+
+def _decompressed(path: Path, data: bytes) -> bytes:
+    for beginning, name, decompress in COMPRESSED:
+        if beginning.match(data):
+            try:
+                return decompress(data)
+            except (
+                OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
+            ) as error:  # fmt: skip
+                raise CorpusError(path, f"is damaged {name} ({error})", "get it again") from error
+    return data
+
+
+def _foreign(beginning: bytes, what: str, todo: str) -> tuple[re.Pattern[bytes], str, str]:
+    return re.compile(beginning, re.DOTALL), what, todo
+
+
+AS_LINES = (
+    "write its text column as JSON lines first (pandas: to_json, orient='records', lines=True)"
+)
+AS_TOKENS = "if it holds token ids, give it by --tokens"
+NOT_TEXT = rb"(?![ -~\s])"
+UNPACK = "unpack it, and give the text files inside"
+# What people have beside text: how it begins, what it is, what to do.
+FOREIGN = [
+    _foreign(rb"\xff\xfe\0\0|\0\0\xfe\xff",
+             "is not UTF-8 but UTF-32", "convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),
+    _foreign(rb"\xff\xfe|\xfe\xff",
+             "is not UTF-8 but UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"),
+    _foreign(rb"PAR1" + NOT_TEXT, "is a Parquet file, not text", AS_LINES),
+    _foreign(rb"(ARROW1|FEA1)" + NOT_TEXT + rb"|\xff\xff\xff\xff.{2}\0\0",
+             "is an Arrow file, not text", AS_LINES),
+    _foreign(rb"\x89HDF\r\n\x1a\n", "is an HDF5 file, not text", "write its text to a file first"),
+    _foreign(rb"SQLite format 3\0", "is an SQLite database, not text",
+             "write its text to a file first"),
+    _foreign(rb"%PDF-", "is a PDF, not text", "extract its text first: pdftotext FILE FILE.txt"),
+    _foreign(rb"PK\x03\x04", "is a zip archive (zip, npz, docx, …), not text", UNPACK),
+    _foreign(rb".{257}ustar[\0 ]", "is a tar archive, not text", UNPACK),
+    _foreign(rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "is a 7z or RAR archive, not text", UNPACK),
+    _foreign(rb"\x04\x22\x4d\x18", "is compressed by LZ4", "decompress it first: lz4 -d FILE"),
+    _foreign(rb"\x93NUMPY", "is a NumPy array, not text", AS_TOKENS),
+    _foreign(rb".{7}\0\{", "is a safetensors file, not text", AS_TOKENS),
+    _foreign(rb"GGUF" + NOT_TEXT, "is a GGUF model, not text", "give a file of text"),
+]  # fmt: skip
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _json_lines(path: Path, text: str, field: str) -> str:
-    values = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
+    """The field of every line; only \\n ends a line, as JSON strings may hold other separators."""
+    values: list[str] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip(" \t\r"):
             continue
+        where = f"{path}: line {number}"
         try:
-            value = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError):
-            value = None
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if not values:
+                _refuse_document(path, text)
+            raise CorpusError(
+                where, f"is not JSON ({error})", "give JSON lines: one object a line"
+            ) from error
+        if not isinstance(fields, dict):
+            if not values:
+                _refuse_document(path, text)
+            raise CorpusError(
+                where, f"is JSON but not an object ({shown(line, 40)})",
+                'give JSON lines: {"text": "…"} in each line',
+            )  # fmt: skip
+        if field not in fields:
+            names = shown(", ".join(map(str, fields)), 80) or "none"
+            raise CorpusError(
+                where, f"has no text field {shown(field, 40)!r} (its fields: {names})",
+                "name it by --text-field",
+            )  # fmt: skip
+        value = fields[field]
         if not isinstance(value, str):
             raise CorpusError(
-                f"{path}: line {number}", f"has no text field {field!r}", "name it by --text-field"
-            )
+                where, f"has no text in field {shown(field, 40)!r}: {shown(json.dumps(value), 40)}",
+                "name another by --text-field, or leave the line out",
+            )  # fmt: skip
+        if half := re.search("[\ud800-\udfff]", value):
+            raise CorpusError(
+                where, f"has half of a surrogate pair ({half[0]}), which is not a character",
+                "write that text again from its source",
+            )  # fmt: skip
         values.append(value)
     return "\n\n".join(values)
 
 
-def tokenize(text: str, directory: Path) -> np.ndarray:
-    """Token ids of ``text`` by the checkpoint's tokenizer.json, (n,), int32.
-
-    Raises:
-      CorpusError: where there is no tokenizer.json or it cannot be read.
-    """
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        raise CorpusError(path, "no such file", "give token ids by --tokens instead of --text")
+def _refuse_document(path: Path, text: str) -> None:
+    """Raise CorpusError if ``text`` is one JSON document, or several over many lines each."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CorpusError(path, f"is no tokenizer ({error})", "get it again") from error
-    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        text = text.strip(" \t\r\n")
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, list) and end == len(text):
+        raise CorpusError(path, "is one JSON array, not JSON lines", TO_LINES.format("'.[]'"))
+    if isinstance(value, dict) and "\n" in text[:end]:
+        raise CorpusError(
+            path, "is JSON over several lines, not one object a line", TO_LINES.format(".")
+        )
 
 
 def read_tokens(path: Path) -> np.ndarray:
     """Token ids from a .npy file, or the only tensor of a .safetensors file, as stored.
 
     Raises:
-      CorpusError: where it cannot be read or holds no whole numbers.
+      CorpusError: if it cannot be read or does not hold whole numbers.
     """
+    if path.exists() and not path.is_file():  # a pipe cannot be mapped
+        raise CorpusError(
+            path, "is not a regular file", "write the ids by numpy.save('ids.npy', ids)"
+        )
     try:
-        if path.suffix == ".safetensors":
-            arrays = list(load_file(path).values())
-            if len(arrays) != 1:
-                raise ValueError(f"{len(arrays)} tensors where one is wanted")
-            ids = arrays[0]
-        else:
-            ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        raise CorpusError(path, f"cannot be read as token ids ({error})", "check it") from error
+        ids = _safetensors_ids(path) if path.suffix.lower() == ".safetensors" else _npy_ids(path)
+    except OSError as error:
+        why = error.strerror or error
+        raise CorpusError(path, f"cannot be read ({why})", "check --tokens") from error
+    except Exception as error:  # NumPy lets its header's parser raise whatever it likes
+        raise CorpusError(
+            path, f"cannot be read as token ids ({str(error) or type(error).__name__})",
+            "write the ids by numpy.save('ids.npy', ids); give text by --text",
+        ) from error  # fmt: skip
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
         raise CorpusError(
             path, f"is {ids.dtype} of shape {ids.shape}", "give whole numbers, (n,) or (n, length)"
         )
     return ids
+
+
+def _safetensors_ids(path: Path) -> np.ndarray:
+    with safe_open(path, framework="np") as file:
+        names = list(file.keys())
+        if len(names) != 1:
+            raise ValueError(f"{len(names)} tensors, and one is wanted")
+        return np.asarray(file.get_tensor(names[0]))
+
+
+def _npy_ids(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise ValueError("it is neither .npy nor .safetensors")
+    with warnings.catch_warnings(action="ignore"):
+        # Mapped, so that the shape is held against the file's size before memory is taken.
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def sequences(
@@ -124,6 +271,7 @@ def sequences(
     vocab_size: int,
     where: object,
     shuffle: int | None = None,
+    bos: int | None = None,
 ) -> np.ndarray:
     """Cut token ids into sequences.
 
@@ -134,41 +282,52 @@ def sequences(
       vocab_size: every id must be below it.
       where: what the ids came from, for messages.
       shuffle: a seed, to draw windows at random positions instead of consecutive ones.
+      bos: the token that each sequence begins with, before ``length - 1`` of the ids.
 
     Returns:
       (samples, length), int32.
 
     Raises:
-      CorpusError: where there are too few; says how many are missing.
+      CorpusError: if there are too few (it says how many are missing), if one is outside the
+        vocabulary, or if there is a BOS for sequences that are already whole.
     """
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        worst = f"the token id {ids.min()}" if ids.min() < 0 else f"token ids up to {ids.max()}"
         raise CorpusError(
-            where, f"has token ids up to {ids.max()} for a vocabulary of {vocab_size}",
-            "use this model's tokenizer",
-        )  # fmt: skip
+            where, f"has {worst} for a vocabulary of {vocab_size}", "use this model's tokenizer"
+        )
+    own = length if bos is None else length - 1
     if ids.ndim == 2:
+        if bos is not None:
+            raise CorpusError(
+                where, "holds whole sequences, which a BOS would lengthen",
+                "put it into the file, or give --bos auto",
+            )  # fmt: skip
         if ids.shape[1] != length:
             raise CorpusError(
                 where, f"has sequences of {ids.shape[1]}", f"give --sequence-length {ids.shape[1]}"
             )
     elif shuffle is None:
-        ids = ids[: len(ids) // length * length].reshape(-1, length)
+        ids = ids[: len(ids) // own * own].reshape(-1, own)
     wanted = samples if samples is not None else max(len(ids), 1)
-    have = ids.shape[0] if ids.ndim == 2 else ids.size // length
+    have = ids.shape[0] if ids.ndim == 2 else ids.size // own
     if have < wanted:
         raise CorpusError(
             where,
             f"gives {have} of {wanted} sequences of {length} tokens, "
-            f"{(wanted - have) * length:,} tokens short",
+            f"{(wanted - have) * own:,} tokens short",
             "give more text, fewer --samples or a shorter --sequence-length",
         )
     if shuffle is None:
-        return np.ascontiguousarray(ids[:wanted], np.int32)
-    random = np.random.default_rng(shuffle)
-    if ids.ndim == 2:
-        return np.ascontiguousarray(ids[random.permutation(len(ids))[:wanted]], np.int32)
-    starts = random.integers(0, ids.size - length + 1, wanted)
-    return np.stack([ids[start : start + length] for start in starts]).astype(np.int32)
+        windows = ids[:wanted]
+    elif ids.ndim == 2:
+        windows = ids[np.random.default_rng(shuffle).permutation(len(ids))[:wanted]]
+    else:
+        starts = np.random.default_rng(shuffle).integers(0, ids.size - own + 1, wanted)
+        windows = np.stack([ids[start : start + own] for start in starts])
+    if bos is not None:
+        windows = np.pad(windows, ((0, 0), (1, 0)), constant_values=bos)
+    return np.ascontiguousarray(windows, np.int32)
 
 
 def fingerprint(tokens: np.ndarray) -> str:

@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -169,13 +170,28 @@ def _join(coordinator: str, processes: int | None, index: int | None) -> None:
             jax.distributed.initialize()
         else:
             jax.distributed.initialize(
-                coordinator, processes, index, initialization_timeout=JOIN_SECONDS
-            )
-    except (RuntimeError, ValueError) as error:
+                coordinator, processes, index, initialization_timeout=JOIN_SECONDS,
+                coordinator_bind_address=_numeric(coordinator),
+            )  # fmt: skip
+    except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             "--coordinator", f"the processes did not come together ({error})",
             "start all of them with the same HOST:PORT, and each with its own --process-id",
         ) from error  # fmt: skip
+
+
+def _numeric(address: str) -> str:
+    """``HOST:PORT`` with the host's address for its name: what process 0 listens on, and no more.
+
+    Raises:
+      ValueError: if it is something else.
+      OSError: if no host of this name is known.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    (*_, (number, *_)), *_ = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    return f"[{number}]:{port}" if ":" in str(number) else f"{number}:{port}"
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from prunetool.checkpoint import checksum
 from prunetool.checkpoint.index import Index, read_index, read_json
-from prunetool.checkpoint.reader import dtype_of, read_tensor
+from prunetool.checkpoint.reader import dtype_of, read_tensor, same_values
 from prunetool.checkpoint.source import locate
-from prunetool.errors import CheckpointError
+from prunetool.checkpoint.writer import write_json
+from prunetool.errors import CheckpointError, shown
 from prunetool.llama.config import LayerShape, LlamaConfig, parse_config
 from prunetool.llama.weights import (
     EMBEDDING,
@@ -27,11 +30,66 @@ from prunetool.llama.weights import (
 
 @dataclass(frozen=True)
 class Model:
-    """A Llama checkpoint whose tensors are all where and what config.json makes them."""
+    """A Llama checkpoint whose tensors are all where and what config.json makes them.
+
+    Attributes:
+      checksums: of every tensor read so far, by name; one read again must still have it.
+      recorded: the file in which an earlier step keeps those that it read; it may still grow.
+    """
 
     directory: Path
     config: LlamaConfig
     index: Index
+    checksums: dict[str, str] = field(default_factory=dict, compare=False)
+    recorded: Path | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another, from headers, config.json and tokenizer.json."""
+        tokenizer = self.directory / "tokenizer.json"
+        return {
+            "tensors": self.index.fingerprint(),
+            "config": self.config.identity(),
+            "tokenizer": checksum.of_file(tokenizer) if tokenizer.is_file() else None,
+        }
+
+    def fingerprint(self) -> str:
+        """The identity as 32 hexadecimal digits."""
+        return checksum.of_json(self.identity())
+
+    def read(self, name: str) -> np.ndarray:
+        """Read a tensor in its stored dtype.
+
+        Raises:
+          CheckpointError: see `read_tensor`; or if it has changed since it was read before, by
+            this run or, see `recall`, an earlier one.
+        """
+        array = read_tensor(self.index, name)
+        found = checksum.of_array(array)
+        if self.recorded is not None and name not in self.checksums:
+            self.checksums.update(checksum.read_sealed(self.recorded)["tensors"])
+        if self.checksums.setdefault(name, found) != found:
+            raise CheckpointError(
+                self.index[name].shard, f"{shown(name)} has changed since the run began",
+                "restore it, or start again with --overwrite or another --work",
+            )  # fmt: skip
+        return array
+
+    def remember(self, path: Path) -> None:
+        """Write the checksums of what was read to a file, for `recall`."""
+        value = {"shards": self.index.stamps(), "tensors": dict(sorted(self.checksums.items()))}
+        write_json(path, checksum.sealed(value))
+
+    def recall(self, path: Path) -> None:
+        """Take the checksums of an earlier run as known; of shards touched since, check them all.
+
+        Raises:
+          CheckpointError: if the file is missing or damaged, or a tensor has changed.
+        """
+        value = checksum.read_sealed(path)
+        self.checksums.update(value["tensors"])
+        if value["shards"] != self.index.stamps():
+            for name in value["tensors"]:
+                self.read(name)
 
     @property
     def dtype(self) -> str:
@@ -50,7 +108,7 @@ class Model:
 
     def part(self, number: int, part: str) -> np.ndarray:
         """Read one part (a field of `Layer`) of a decoder layer in its stored dtype."""
-        return read_tensor(self.index, tensor_name(number, part))
+        return self.read(tensor_name(number, part))
 
     def padded_layer(self, number: int) -> Layer:
         """Read a layer, zero-padded to the model's widest, so that one compilation serves all."""
@@ -73,15 +131,15 @@ class Model:
 
     def embedding(self) -> np.ndarray:
         """The token embedding, (V, D)."""
-        return read_tensor(self.index, EMBEDDING)
+        return self.read(EMBEDDING)
 
     def final_norm(self) -> np.ndarray:
         """The weight of the norm behind the last layer, (D,)."""
-        return read_tensor(self.index, FINAL_NORM)
+        return self.read(FINAL_NORM)
 
     def head(self) -> np.ndarray:
         """lm_head, or the embedding where it is tied, (V, D)."""
-        return read_tensor(self.index, EMBEDDING if self.config.tied else HEAD)
+        return self.read(EMBEDDING if self.config.tied else HEAD)
 
     def layer_parameters(self, shape: LayerShape) -> int:
         """Parameters of the seven matrices of a layer of this model with these counts."""
@@ -105,6 +163,8 @@ def open_model(name: str, revision: str | None = None) -> Model:
     config_path = directory / "config.json"
     config = parse_config(read_json(config_path), config_path)
     index = read_index(directory)
+    if config.tied and _has_own_head(index):
+        config = replace(config, tied=False)
     expected = tensor_shapes(config)
     for tensor, shape in expected.items():
         if tensor not in index:
@@ -123,21 +183,15 @@ def open_model(name: str, revision: str | None = None) -> Model:
         if tensor not in expected and not harmless:
             raise CheckpointError(
                 index[tensor].shard,
-                f"{tensor} has no place in this architecture",
-                "config.json may lack a setting (biases?); get it again",
+                f"{shown(tensor)} has no place in this architecture",
+                "config.json may lack a setting (biases?); download it again",
             )
-    return Model(directory, config, index)
+    return Model(directory, config, index.of(expected))
 
 
-def reopen(directory: str, fingerprint: str) -> Model:
-    """Open the checkpoint that an earlier step worked on.
+def _has_own_head(index: Index) -> bool:
+    """Whether a head is stored that differs from the embedding: then it is used, tied or not.
 
-    Raises:
-      CheckpointError: where it is no longer the same.
+    As transformers does since version 5.
     """
-    model = open_model(directory)
-    if model.index.fingerprint() != fingerprint:
-        raise CheckpointError(
-            directory, "is not the checkpoint that was calibrated", "calibrate again"
-        )
-    return model
+    return HEAD in index and EMBEDDING in index and not same_values(index[HEAD], index[EMBEDDING])

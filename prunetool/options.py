@@ -1,5 +1,6 @@
 """The options and arguments that several commands share, one name each."""
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,23 @@ import click
 from prunetool.errors import RecordError
 
 Parameter = click.Parameter
+
+
+class Finite(click.FloatRange):
+    """A range of numbers without NaN, and without infinity unless ``infinity`` is allowed."""
+
+    def __init__(
+        self, low: float, high: float | None = None, *, infinity: bool = False, **is_open: bool
+    ) -> None:
+        super().__init__(low, high, **is_open)
+        self.infinity = infinity
+
+    def convert(self, value: Any, param: Parameter | None, ctx: click.Context | None) -> float:
+        """The number; refuses others."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number) or (math.isinf(number) and not self.infinity):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 def _no_terminal(_: click.Context, __: Parameter, path: str) -> str:
@@ -29,7 +47,7 @@ def _dampings(_: click.Context, __: Parameter, value: str) -> tuple[float, ...] 
     except ValueError:
         raise click.BadParameter("give a number, several with commas, or auto") from None
     if not all(0 <= number < float("inf") for number in numbers):
-        raise click.BadParameter("a damping is 0 or more")
+        raise click.BadParameter("a damping is 0 or more, and finite")
     return numbers
 
 
@@ -44,14 +62,20 @@ output_opt = click.option(
 revision_opt = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 text_opt = click.option(
     "--text", "texts", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
-    help="Text to use: .txt, or .jsonl with --text-field. Several are joined.",
+    help="Text to use: plain or JSON lines (--text-field), also as .gz, .zst, .bz2 or .xz. "
+    "Several are joined.",
 )  # fmt: skip
 text_field_opt = click.option(
-    "--text-field", default="text", show_default=True, help="Field of .jsonl lines."
+    "--text-field", default="text", show_default=True, help="Field of JSON lines."
 )
 tokens_opt = click.option(
     "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),
     help="Token ids instead of text: .npy or .safetensors.",
+)  # fmt: skip
+bos_opt = click.option(
+    "--bos", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
+    help="Begin each window with the BOS token. auto: as the model's tokenizer does with a text; "
+    "to --tokens it adds none.",
 )  # fmt: skip
 length_opt = click.option(
     "--sequence-length", "length", default=2048, show_default=True,
@@ -108,14 +132,18 @@ def open_sink(path: str) -> Iterator[IO[str]]:
     """Open where the records go, ``-`` being stdout. A file appears when the stream is whole."""
     from prunetool.checkpoint.writer import atomic
 
-    if path == "-":
-        yield sys.stdout
-    elif Path(path).exists() and not Path(path).is_file():  # a named pipe, a device
-        with Path(path).open("w", encoding="utf-8") as file:
-            yield file
-    else:
-        with atomic(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
-            yield file
+    try:
+        if path == "-":
+            yield sys.stdout
+        elif Path(path).exists() and not Path(path).is_file():  # a named pipe, a device
+            with Path(path).open("w", encoding="utf-8") as file:
+                yield file
+        else:
+            with atomic(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
+                yield file
+    except OSError as error:  # only those of opening a file name it
+        error.filename = error.filename or ("stdout" if path == "-" else path)
+        raise
 
 
 def history_step(command: str, version: str, **options: Any) -> dict[str, Any]:

@@ -4,30 +4,98 @@ A unit is a KV group with its query heads, or an MLP channel; a mask says of eac
 whether it stays, and may come with new values of those that do.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from prunetool import records, workdir
-from prunetool.errors import RecordError
+from prunetool import console, records, workdir
+from prunetool.checkpoint import checksum
+from prunetool.errors import CheckpointError, RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.weights import MATRICES, part_shapes
-from prunetool.model import Model
+from prunetool.model import Model, open_model
 
 HEADS, CHANNELS = TARGETS = ("heads", "channels")
 
 
+def reopen(header: records.Header) -> Model:
+    """Open the checkpoint of a stream, in whose work directory its steps read and write.
+
+    Raises:
+      WorkError: if the work directory is not the stream's (`workdir.run_of`).
+      CheckpointError: if the checkpoint is no longer as it was calibrated. Of tensors beyond their
+        first rows, reading one raises it (`Model.read`).
+    """
+    run = workdir.run_of(header)
+    model = open_model(header.model)
+    now = model.identity()
+    if changed := workdir.differing({key: run.get(key) for key in now}, now):
+        raise CheckpointError(
+            header.model, f"its {changed[0]} has changed since it was calibrated",
+            "restore it, or calibrate again",
+        )  # fmt: skip
+    if header.fingerprint != model.fingerprint() or header.layers != model.layers:
+        raise RecordError("header", "is of another checkpoint than its run", records.AGAIN)
+    return replace(model, recorded=Path(header.work) / workdir.WEIGHTS_NAME)
+
+
+def recall_weights(model: Model, work: Path, *, overwrite: bool) -> bool:
+    """Take the checksums of the tensors that a killed run has read as known.
+
+    Returns:
+      Whether the run can go on; if not, it starts again.
+
+    Raises:
+      CheckpointError: if a tensor has changed since; with ``overwrite``, all that was made of it is
+        removed instead.
+    """
+    path = work / workdir.WEIGHTS_NAME
+    try:
+        checksum.read_sealed(path)
+    except CheckpointError as error:
+        console.log.warning("%s: %s; starting again", path, error.what)
+        return False
+    try:
+        model.recall(path)
+    except CheckpointError:
+        if not overwrite:
+            raise
+        workdir.drop(work)
+        model.checksums.clear()
+        return False
+    return True
+
+
+def _array(work: Path, name: str, key: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a step's file.
+
+    Raises:
+      RecordError: if it is not there, or is of another dtype or shape.
+    """
+    array = workdir.TensorFile(work, name)[key]
+    if array.dtype != dtype or array.shape != shape:
+        raise RecordError(
+            work / name, f"{key} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}",
+            workdir.AGAIN,
+        )  # fmt: skip
+    return array
+
+
 def kept_units(work: Path, record: records.LayerRecord, shape: LayerShape) -> dict[str, np.ndarray]:
-    """Which KV groups (``heads``) and channels a layer keeps; all where no step decided.
+    """Which KV groups (``heads``) and channels a layer keeps; all if no step decided.
 
     Returns:
       ``{"heads": (n_kv,) bool, "channels": (I,) bool}``.
+
+    Raises:
+      RecordError: if a file is missing, damaged, or of another layer's shape.
     """
     kept = {HEADS: np.ones(shape.kv_heads, bool), CHANNELS: np.ones(shape.channels, bool)}
-    for target in TARGETS:
-        if f"kept.{target}" in record.files:
-            kept[target] = workdir.load(work, record.files[f"kept.{target}"])[target]
+    for target, every in kept.items():
+        if name := record.files.get(f"kept.{target}"):
+            kept[target] = _array(work, name, target, bool, every.shape)
     return kept
 
 
@@ -37,6 +105,7 @@ class Stats:
     Args:
       work: the work directory.
       record: the layer's record.
+      config: of the model.
 
     Attributes:
       parts: the kinds of the files: the tokens to fit (``stats``), and those held out
@@ -50,6 +119,7 @@ class Stats:
         self,
         work: Path,
         record: records.LayerRecord,
+        config: LlamaConfig,
         parts: tuple[str, ...] = ("stats", "held_out"),
     ) -> None:
         if "stats" not in record.files:
@@ -58,17 +128,37 @@ class Stats:
             )
         self.parts = tuple(part for part in parts if part in record.files)
         self._files = [workdir.TensorFile(work, record.files[part]) for part in self.parts]
+        self._where = work / record.files["stats"]
+        shape = config.layer_shapes[record.index]
+        self._sizes = {"o": shape.heads * config.head_dim, "down": shape.channels}
+        self._hidden, self._blocks = config.hidden_size, shape.kv_heads
 
     def __contains__(self, name: str) -> bool:
         return name in self._files[0]
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The sum of this name (``o.total``, ``down.gram``: packed), float64."""
-        first, *others = self._files
-        out = first[name].astype(np.float64)
+        first, *others = (file[name] for file in self._files)
+        due = self._shape(name)
+        for array in (first, *others):
+            if array.dtype.kind not in "fi" or array.shape != due:
+                raise RecordError(
+                    self._where, f"{name} is {array.dtype} {array.shape}, not of shape {due}",
+                    workdir.AGAIN,
+                )  # fmt: skip
+        out = first.astype(np.float64)
         for other in others:
-            out += other[name]
+            out += other
         return out
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """What calibrate writes under this name."""
+        site, _, kind = name.partition(".")
+        size = self._sizes.get(site, self._hidden)
+        if kind == "token_blocks":
+            return self._blocks, size // self._blocks, size // self._blocks
+        triangle = size * (size + 1) // 2
+        return {"": (1,), "gram": (triangle,), "token_gram": (triangle,)}.get(kind, (size,))
 
     @property
     def tokens(self) -> int:
@@ -124,14 +214,16 @@ def pack_mask(part: str, mask: Mask) -> dict[str, np.ndarray]:
 def masks(model: Model, work: Path, record: records.LayerRecord) -> dict[str, Mask]:
     """The masks of a layer's matrices, by part; none for a matrix that no step masked."""
     shapes = part_shapes(model.config, model.config.layer_shapes[record.index])
-    names = {part: record.files.get(f"mask.{part}") for part in MATRICES}
-    files = {name: workdir.load(work, name) for name in set(names.values()) if name}
     found = {}
-    for part, name in names.items():
-        if name:
-            packed = files[name][f"{part}.kept"]
-            kept = np.unpackbits(packed, axis=1, count=shapes[part][1]).astype(bool)
-            found[part] = Mask(kept, files[name].get(f"{part}.values"))
+    for part in MATRICES:
+        if name := record.files.get(f"mask.{part}"):
+            rows, columns = shapes[part]
+            packed = _array(work, name, f"{part}.kept", np.uint8, (rows, -(-columns // 8)))
+            kept = np.unpackbits(packed, axis=1, count=columns).astype(bool)
+            key, values = f"{part}.values", None
+            if key in workdir.TensorFile(work, name):
+                values = _array(work, name, key, np.float32, shapes[part])
+            found[part] = Mask(kept, values)
     return found
 
 

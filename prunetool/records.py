@@ -10,15 +10,24 @@ stops the pipe, with or without the shell's ``pipefail``.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import IO, Any
 
-from prunetool.errors import RecordError
+from prunetool.errors import RecordError, shown
 
 FORMAT = 1
 AGAIN = "run the step before again; its own message says what happened"
+
+# The only files that a record may name: what the steps call them. A stream is input from outside.
+MATRIX = "(q|k|v|o|gate|up|down)"
+HASH = 12 * "[0-9a-f]"
+FILES = {
+    "stats|held_out|attention": r"stats/layer-{layer:05d}\.{kind}\.safetensors",
+    rf"kept\.(heads|channels)|mask\.{MATRIX}": rf"score-{HASH}/layer-{{layer:05d}}\.safetensors",
+    "refit": rf"compensate-{HASH}/layer-{{layer:05d}}\.safetensors",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def write(sink: IO[str], header: Header, layers: Iterable[LayerRecord]) -> None:
     """Write header, layers and end, each the moment it is there."""
 
     def line(kind: str, fields: dict[str, Any]) -> None:
-        sink.write(json.dumps({"record": kind, **fields}, ensure_ascii=False) + "\n")
+        sink.write(json.dumps({"record": kind, **fields}) + "\n")
         sink.flush()
 
     line("header", {"format": FORMAT, **asdict(header)})
@@ -89,15 +98,19 @@ def read(source: IO[str]) -> tuple[Header, Iterator[LayerRecord]]:
         raise RecordError(where, "no header record", "pipe the records of a prunetool step in")
     if value.get("format") != FORMAT:
         raise RecordError(
-            where, f"format {value.get('format')!r}, and this prunetool reads {FORMAT}",
+            where, f"format {shown(value.get('format'))}, and this prunetool reads {FORMAT}",
             "run all steps with one version",
         )  # fmt: skip
     types: dict[str, type] = {
         "model": str, "source": str, "fingerprint": str, "work": str, "layers": int, "history": list
     }  # fmt: skip
     fields = _typed(where, value, types)
-    if not all(isinstance(step, dict) for step in fields["history"]):
-        raise RecordError(where, "history is not a list of steps", AGAIN)
+    for key in ("model", "work"):
+        if "\0" in fields[key]:
+            raise RecordError(where, f"{key} is not a path", AGAIN)
+    _check(where, "history", fields["history"], [STEP])
+    if not fields["history"]:
+        raise RecordError(where, "history is empty", AGAIN)
     header = Header(**fields)
     return header, _layers(source, lines, header.layers)
 
@@ -115,16 +128,100 @@ def _layers(
                 raise RecordError(where, "more follows the end record", "pipe one stream in")
             return
         if value.get("record") != "layer":
-            raise RecordError(where, f"record {value.get('record')!r} is unknown", AGAIN)
+            raise RecordError(where, f"record {shown(repr(value.get('record')))} is unknown", AGAIN)
         fields = _typed(where, value, {"index": int, "files": dict, "values": dict})
         if fields["index"] != seen or seen >= count:
             raise RecordError(where, f"layer {fields['index']} where {seen} was due", AGAIN)
-        for path in fields["files"].values():
-            if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
-                raise RecordError(where, f"file {path!r} is outside the work directory", AGAIN)
+        for kind, path in fields["files"].items():
+            if not _is_named_so(kind, path, seen):
+                what = f"file {shown(repr(path))} of {shown(kind)} is none that a step makes"
+                raise RecordError(where, what, AGAIN)
+        for key, shape in VALUES.items():
+            if key in fields["values"]:
+                _check(where, key, fields["values"][key], shape)
+        for kind in fields["files"]:
+            step, _, part = kind.partition(".")
+            said = fields["values"].get(BEHIND.get(step, ""), {})
+            if step in BEHIND and (not said or (step == "mask" and part not in said)):
+                raise RecordError(where, f"has a file of {kind} and says nothing of it", AGAIN)
         seen += 1
         yield LayerRecord(**fields)
     raise RecordError(_name(source), f"cut off after {seen} of {count} layers", AGAIN)
+
+
+def _is_named_so(kind: str, path: object, layer: int) -> bool:
+    for kinds, name in FILES.items():
+        if re.fullmatch(kinds, kind):
+            return isinstance(path, str) and bool(
+                re.fullmatch(name.format(layer=layer, kind=kind), path)
+            )
+    return False
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+    )
+
+
+def _known(value: object) -> bool:
+    return value is None or _number(value)
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _anything(_: object) -> bool:
+    return True
+
+
+# Shapes of values: a function that says yes, a list of one shape, a dict of keys that must be
+# there, or of one pattern of keys (``...``) and the shape behind each.
+Shape = Callable[[object], bool] | Mapping[Any, Any] | list[Any]
+BOTH = {"o_proj": _number, "down_proj": _number}
+REFIT = dict.fromkeys(
+    ("removed", "refitted", "held_out_removed", "held_out_refitted", "damping"), _known
+)
+MASK = {"method": _text, "pattern": _text, "damping": _number, "removed": _number, "loss": _known}
+BEHIND = {"kept": "energy", "mask": "masks", "refit": "refit"}  # value that goes with a file
+STEP: Shape = {"command": _text, "version": _text, "options": {...: (".*", _anything)}}
+VALUES: dict[str, Shape] = {
+    "kept": {"heads": _count, "kv_heads": _count, "channels": _count},
+    "loss": BOTH,
+    "energy": BOTH,
+    "masks": {...: (MATRIX, MASK)},
+    "attention": {...: (".*", _number)},
+    "refit": {...: (rf"{MATRIX}_proj(\.masked)?", REFIT)},
+    "seconds": {...: (".*", {...: (".*", _number)})},
+}
+
+
+def _check(where: str, key: str, value: object, shape: Shape) -> None:
+    """Refuse a value of another shape.
+
+    Raises:
+      RecordError: naming the key.
+    """
+    if not _has_shape(value, shape):
+        raise RecordError(where, f"{key} is {shown(repr(value))}, not of its form", AGAIN)
+
+
+def _has_shape(value: object, shape: Shape) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has_shape(item, shape[0]) for item in value)
+    if callable(shape):
+        return shape(value)
+    if not isinstance(value, dict):
+        return False
+    if ... in shape:
+        pattern, inner = shape[...]
+        return all(re.fullmatch(pattern, k) and _has_shape(v, inner) for k, v in value.items())
+    return shape.keys() <= value.keys() and all(_has_shape(value[k], v) for k, v in shape.items())
 
 
 def _lines(source: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -135,7 +232,7 @@ def _lines(source: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(value, dict):
                 raise ValueError("not an object")
             yield number, value
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         where = f"{_name(source)}: line {number or 1}"
         raise RecordError(where, f"not a record ({error})", AGAIN) from error
 
@@ -143,7 +240,7 @@ def _lines(source: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
 def _typed(where: str, value: dict[str, Any], types: dict[str, type]) -> dict[str, Any]:
     for key, kind in types.items():
         if not isinstance(value.get(key), kind) or isinstance(value.get(key), bool):
-            raise RecordError(where, f"{key} is missing or no {kind.__name__}", AGAIN)
+            raise RecordError(where, f"{key} is missing or not of type {kind.__name__}", AGAIN)
     return {key: value[key] for key in types}
 
 

@@ -6,17 +6,19 @@ where memory is free), and a killed run finds it there.
 """
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 
+from prunetool.checkpoint.checksum import CHUNK_BYTES
 from prunetool.checkpoint.writer import atomic
-from prunetool.errors import NumericalError
+from prunetool.errors import NumericalError, WorkError
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer, map_layer
 from prunetool.model import Model
@@ -24,13 +26,14 @@ from prunetool.model import Model
 # Sums over tokens are float64; everything else names its dtype.
 jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
 
+SUM_BYTES = 16  # of the checksum behind a stream's bytes: XXH3-128
 BATCH_TOKENS = 2048  # a batch is as many whole sequences as fit, and at least one
 
 
 class HiddenStates:
-    """The residual stream of all sequences before one layer: float32, (D, N) a sequence.
+    """The residual stream of all sequences before one layer: float32, (D, N) per sequence.
 
-    Whoever reads may batch the sequences otherwise than who wrote.
+    Readers need not use the writer's batch size. A checksum of all bytes ends the file.
 
     Args:
       path: the file.
@@ -51,7 +54,22 @@ class HiddenStates:
     @property
     def size_bytes(self) -> int:
         """Bytes of the file."""
-        return self.samples * self._sample_bytes
+        return self.samples * self._sample_bytes + SUM_BYTES
+
+    def is_whole(self) -> bool:
+        """Whether the file is there, of this size and as it was written."""
+        if self.path.is_symlink() or not self.path.is_file():
+            return False
+        left = self.path.stat().st_size - SUM_BYTES
+        if left + SUM_BYTES != self.size_bytes:
+            return False
+        total = xxhash.xxh3_128()
+        with self.path.open("rb") as file:
+            while left:
+                chunk = file.read(min(left, CHUNK_BYTES))
+                total.update(chunk)
+                left -= len(chunk)
+            return file.read() == total.digest()
 
     @property
     def _sample_bytes(self) -> int:
@@ -66,19 +84,25 @@ class HiddenStates:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise EOFError(f"{self.path} is shorter than its batches")
+                    raise WorkError(self.path, "is cut short", "run the same command again")
                 view = view[count:]
         return out.swapaxes(0, 1)
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[range, np.ndarray], None]]:
-        """Give a function that writes a batch; the file appears when all is written."""
-        with atomic(self.path) as partial, partial.open("wb") as file:
-            yield lambda batch, h: self._write(file, batch, h)
+        """Give a function that writes the next batch; the file appears when all is written."""
+        total = xxhash.xxh3_128()
 
-    def _write(self, file: BinaryIO, batch: range, h: np.ndarray) -> None:
-        file.seek(batch.start * self._sample_bytes)
-        file.write(np.ascontiguousarray(h.swapaxes(0, 1)).data.cast("B"))
+        def write(batch: range, h: np.ndarray) -> None:
+            if file.tell() != batch.start * self._sample_bytes:
+                raise AssertionError("batches are written in order")
+            data = np.ascontiguousarray(h.swapaxes(0, 1)).data.cast("B")
+            total.update(data)
+            file.write(data)
+
+        with atomic(self.path) as partial, partial.open("wb") as file:
+            yield write
+            file.write(total.digest())
 
 
 def path_before(work: Path, layer: int, suffix: str = "") -> Path:
@@ -88,17 +112,22 @@ def path_before(work: Path, layer: int, suffix: str = "") -> Path:
 
 def paths(work: Path, suffix: str = "") -> list[Path]:
     """The streams that a killed run left, in the order of their layers."""
-    return sorted(work.glob(f"hidden-?????{suffix}"))
+    name = re.compile(r"hidden-\d{5}" + re.escape(suffix))
+    found = (path for path in work.glob("hidden-*") if name.fullmatch(path.name))
+    return sorted(path for path in found if path.is_symlink() or path.is_file())
 
 
-def layers_done(work: Path, suffix: str = "") -> int:
-    """How many layers' streams a killed run has behind it."""
-    found = paths(work, suffix)
-    return int(found[-1].name[len("hidden-") :][:5]) if found else 0
+def layers_done(first: HiddenStates, layers: int, suffix: str = "") -> int:
+    """How many layers a killed run is behind: the last whole stream beside the first one."""
+    for path in reversed(paths(first.path.parent, suffix)):
+        done = int(path.name[len("hidden-") :][:5])
+        if done <= layers and first.at(path).is_whole():
+            return done
+    return 0
 
 
 def keep_only(path: Path, suffix: str = "") -> None:
-    """Remove the other streams beside one, which is gone on from."""
+    """Delete every other stream file of this process beside ``path``, the one to resume from."""
     for other in paths(path.parent, suffix):
         if other != path:
             other.unlink()

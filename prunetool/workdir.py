@@ -2,20 +2,26 @@
 
     work/
       run.json              what the run is of: checkpoint, tokens, options, version
+      weights.json          checksums of the checkpoint's tensors, as calibrate read them
       stats/                sums over calibration tokens, two files a layer (fit, held-out)
       hidden-00012          residual stream before layer 12, while calibrate is under way
-      calibrated            all layers are there (or were, see --discard)
+      calibrated            all layers are there (or were: discarded)
+      discarded             a later step deleted stats it was done with
       score-3f9a…/          scores and units kept, one file a layer
       compensate-77c1…/     refitted weights, one file a layer
 
 A step's directory carries a hash of all options so far, so several sparsities share one
 calibration, and a file that exists is whole (files are renamed into place): a step run again
-makes only what is missing.
+makes only what is missing, or damaged. Every array has its checksum in its file's header.
+
+A stream names its work directory, and is input from outside: only files that the steps name are
+read or deleted, below a directory whose run.json is of that stream, and never through links.
 """
 
 import hashlib
 import json
-import shutil
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,14 +32,27 @@ from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from prunetool import console
-from prunetool.checkpoint.index import read_json
-from prunetool.checkpoint.writer import is_empty, write_json, write_tensors
-from prunetool.errors import RecordError, WorkError
+from prunetool.checkpoint import checksum
+from prunetool.checkpoint import writer as files
+from prunetool.errors import CheckpointError, RecordError, WorkError, shown
 from prunetool.records import Header, LayerRecord
 
 RUN_NAME = "run.json"
+WEIGHTS_NAME = "weights.json"
+DISCARDED_NAME = "discarded"
 SILENT_SECONDS = 60.0  # of waiting for a lock before a word is said
+EMPTY_SECONDS = 2.0  # an empty lock file is being written for less than that
 STATS_KINDS = ("stats", "held_out", "attention")  # of the files that calibrate makes of a layer
+# Names of all that the steps make in a work directory; nothing else there is ever removed.
+DIRECTORIES = re.compile(r"stats|(scores|score|compensate)-[0-9a-f]{12}")
+FILES = re.compile(
+    r"hidden-\d{5}(\.\d+of\d+)?|calibrated(\.\d+of\d+)?|weights\.json|discarded"
+    r"|layer-\d{5}(\.\w+)?\.safetensors"
+)
+AGAIN = (
+    "run the step that made it again; if it was discarded, delete the work directory and "
+    "calibrate again"
+)
 
 
 @contextmanager
@@ -51,6 +70,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = SoftFileLock(path.with_name(f"{path.name}.lock"))
+    _remove_empty(Path(held.lock_file))
     holder = held.pid
     advice = (
         f"wait for it, or stop it (if it is of another machine and gone, delete {held.lock_file})"
@@ -72,6 +92,18 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         held.release()
 
 
+def _remove_empty(path: Path) -> None:
+    """Remove a lock file that stays empty: its process, or the machine, died as it was made."""
+    with suppress(FileNotFoundError):
+        before = path.lstat()
+        if before.st_size:
+            return
+        time.sleep(EMPTY_SECONDS)
+        if path.lstat() == before:
+            path.unlink()
+            console.log.warning("%s: was left empty by a crash; taken over", path)
+
+
 def _wait(held: SoftFileLock, path: Path, advice: str) -> None:
     try:
         held.acquire(timeout=SILENT_SECONDS, poll_interval=0.1)
@@ -80,59 +112,145 @@ def _wait(held: SoftFileLock, path: Path, advice: str) -> None:
         held.acquire(poll_interval=1)
 
 
+def identity(
+    command: str, checkpoint: Mapping[str, Any], tokens: str, version: str, how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that decides a run's result; a run goes on only with a run of the same.
+
+    Args:
+      command: the step.
+      checkpoint: `Model.identity`; the bytes of all tensors are checked as they are read
+        (`WEIGHTS_NAME`).
+      tokens: digest of the token ids, and so of the text, the windows and their BOS.
+      version: of prunetool.
+      how: the options that matter. Batch sizes, devices and processes do not: they change the
+        last digits, as documented.
+    """
+    return {"command": command, **checkpoint, "tokens": tokens, **how, "version": version}
+
+
 def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Make ``work`` the directory of this run, or go on with the same run in it.
 
     Args:
       work: the directory.
-      run: everything that decides the result: ``command`` first, then checkpoint, tokens,
-        options, version.
+      run: its `identity`.
       overwrite: drop the files of another run of the same command.
 
     Raises:
-      WorkError: where it holds another run; names what differs.
+      WorkError: if it holds another run; names what differs.
     """
     run_path = work / RUN_NAME
     if run_path.exists():
-        old = read_json(run_path)
-        differing = [key for key in {**old, **run} if old.get(key) != run.get(key)]
-        if not differing:
-            return
-        key = differing[0]
-        if key == "command":
-            raise WorkError(work, f"holds a run of {old.get(key)}", "give another --work")
-        if not overwrite:
-            raise WorkError(
-                work,
-                f"holds another run: {key} was {old.get(key)!r} and is {run.get(key)!r}",
-                "give --overwrite to drop it, or another --work",
-            )
-        for entry in work.iterdir():  # run.json last, by being replaced: it says whose this is
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry != run_path:
-                entry.unlink()
-    elif work.exists() and not (work.is_dir() and is_empty(work)):
+        try:
+            old = checksum.read_sealed(run_path)
+        except CheckpointError as error:
+            if not overwrite:
+                todo = "give --overwrite to start again, or another --work"
+                raise WorkError(run_path, error.what, todo) from error
+            old = {"command": run["command"]}
+        if key := differing(old, run):
+            if key[0] == "command":
+                raise WorkError(work, f"holds a run of {shown(key[1])}", "give another --work")
+            was, now = (shown(repr(value), 40) for value in key[1:])
+            if not overwrite:
+                raise WorkError(
+                    work, f"holds another run: {key[0]} was {was} and is {now}",
+                    "give --overwrite to drop it, or another --work",
+                )  # fmt: skip
+            drop(work)  # run.json last, by being replaced: it says whose this is
+    elif work.exists() and not (work.is_dir() and files.is_empty(work)):
         raise WorkError(work, "is not a work directory of prunetool", "give another --work")
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(run_path, run)
+    else:
+        work.mkdir(parents=True, exist_ok=True)
+        old = {}
+    for directory in (work, work / "stats"):
+        if directory.is_dir() and not directory.is_symlink():
+            files.sweep(directory)
+    if old != run:
+        files.write_json(run_path, checksum.sealed(run))
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key, as ``config.rope.theta``, at which two runs differ, and both values."""
+    for key in {**old, **new}:
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            if inner := differing(was, now):
+                return f"{key}.{inner[0]}", *inner[1:]
+        elif json.dumps(was) != json.dumps(now):
+            return key, was, now
+    return None
+
+
+def drop(work: Path) -> None:
+    """Remove what the steps made below ``work``, and nothing else there; run.json stays.
+
+    Raises:
+      WorkError: if a directory of theirs is a link.
+    """
+    for entry in sorted(work.iterdir()):
+        if DIRECTORIES.fullmatch(entry.name) and entry.is_dir():
+            _refuse_link(entry)
+            files.sweep(entry)
+            for path in entry.iterdir():
+                if FILES.fullmatch(path.name.removesuffix(".lock")):
+                    path.unlink()
+            with suppress(OSError):  # something of the user's
+                entry.rmdir()
+        elif FILES.fullmatch(entry.name.removesuffix(".lock")) and not entry.is_dir():
+            entry.unlink()
 
 
 def clear(work: Path) -> None:
-    """Remove what a run that keeps nothing but the residual stream left, and ``work`` if empty."""
-    for path in (*work.glob("hidden-*"), *work.glob(".hidden-*"), work / RUN_NAME):
-        path.unlink()
+    """Remove what a run that keeps nothing left, and ``work`` if empty."""
+    drop(work)
+    files.sweep(work)
+    (work / RUN_NAME).unlink()
     with suppress(OSError):  # the user's own files, or a place that cannot be removed
         work.rmdir()
 
 
+def run_of(header: Header) -> dict[str, Any]:
+    """The run that a stream speaks of, from its work directory.
+
+    Raises:
+      WorkError: if that is no work directory of the calibration that the stream begins with.
+    """
+    work, first = Path(header.work), header.history[0]
+    where = work / RUN_NAME
+    try:
+        run = checksum.read_sealed(where)
+    except CheckpointError as error:
+        raise WorkError(where, error.what, "run calibrate again, with --overwrite") from error
+    said = {"command": first["command"], "version": first["version"], **first["options"]}
+    if any(run.get(key) != value for key, value in said.items()):
+        raise WorkError(work, "is not the work directory of this stream", "calibrate again")
+    return run
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise WorkError(path, "is a link, and links are not followed", "remove it and run again")
+
+
+def below(work: Path, name: str) -> Path:
+    """The path of a file that the steps name, ``directory/file`` or ``file``, below ``work``.
+
+    Raises:
+      WorkError: if it or its directory is a link.
+    """
+    path = work / name
+    for part in (path.parent, path) if path.parent != work else (path,):
+        _refuse_link(part)
+    return path
+
+
 def size_bytes(work: Path, directory: str = "") -> int:
     """Bytes of the files of a step that are there already; of calibrate, without ``directory``."""
-    if directory:
-        files = list((work / directory).glob("*"))
-    else:
-        files = [*work.glob("stats/*.safetensors"), *work.glob("hidden-*")]
-    return sum(path.stat().st_size for path in files)
+    patterns = [f"{directory}/*"] if directory else ["stats/*.safetensors", "hidden-*"]
+    found = [path for pattern in patterns for path in work.glob(pattern) if path.is_file()]
+    return sum(path.stat().st_size for path in found)
 
 
 def digest(value: Any) -> str:
@@ -153,60 +271,94 @@ def layer_file(directory: str, layer: int, kind: str = "") -> str:
 def make_once(
     work: Path, name: str, make: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of a file below ``work``, making and writing it where it is not there."""
-    path = work / name
+    """Return the arrays of a file below ``work``, making and writing it if missing or damaged."""
+    path = below(work, name)
     if path.exists():
-        return load(work, name)
+        try:
+            return load(work, name)
+        except RecordError as error:
+            console.log.warning("%s: %s; made again", path, error.what)
     arrays = dict(make())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, arrays)
+    write(work, name, arrays)
     return arrays
 
 
+def write(work: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a file below ``work``, with their checksums."""
+    path = below(work, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sums = {key: checksum.of_array(array) for key, array in sorted(arrays.items())}
+    files.write_tensors(path, arrays, {SUMS: json.dumps(sums)})
+
+
 def discard_stats(work: Path, record: LayerRecord) -> None:
-    """Delete what calibrate kept of a layer, whose last reader is done with it."""
+    """Delete what calibrate kept of a layer, once its last reader is done with it."""
+    below(work, DISCARDED_NAME).touch()
     for kind in STATS_KINDS:
         if kind in record.files:
-            (work / record.files[kind]).unlink(missing_ok=True)
+            below(work, layer_file("stats", record.index, f".{kind}")).unlink(missing_ok=True)
+
+
+SUMS = "checksums"  # in the header of a file below a work directory: by array, as JSON
 
 
 class TensorFile:
-    """A file below ``work``, whose arrays are read one at a time.
+    """A file below ``work``, whose arrays are read one at a time, each checked as it is read.
 
     The file is read, not mapped: mapped pages would count in the peak memory.
 
     Raises:
-      RecordError: where it is gone or damaged.
+      RecordError: if it is gone, damaged, or lacks an array that is asked for.
     """
 
     def __init__(self, work: Path, name: str) -> None:
-        self._path = work / name
+        self._path = below(work, name)
         with self._opened() as file:
-            self._names = frozenset(file.keys())
+            self._sums = _sums_of(file.metadata())
+            if self._sums.keys() != set(file.keys()):
+                raise self._error("is damaged: its arrays are not those of its checksums")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self._sums
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self:
+            raise self._error(f"lacks {name}")
         with self._opened() as file:
             array: np.ndarray = file.get_tensor(name)
+        if checksum.of_array(array) != self._sums[name]:
+            raise self._error(f"is damaged: the checksum of {shown(name)} does not match")
         return array
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
+        return iter(sorted(self._sums))
+
+    def check(self) -> None:
+        """Read everything, to see whether it is whole."""
+        for name in self:
+            self[name]
+
+    def _error(self, what: str) -> RecordError:
+        return RecordError(self._path, what, AGAIN)
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
+        if self._path.exists() and not self._path.is_file():
+            raise self._error("is not a regular file")
         try:
             with safe_open(self._path, "numpy", backend="pread") as file:
                 yield file
-        except (OSError, SafetensorError) as error:
-            raise RecordError(
-                self._path,
-                f"cannot be read ({error})",
-                "run the step that made it again; if it was discarded, delete the work directory "
-                "and calibrate again",
-            ) from error
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            raise self._error(f"cannot be read ({error})") from error
+
+
+def _sums_of(metadata: Any) -> dict[str, str]:
+    """Checksums by array from a header's metadata; nothing if they cannot be read."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        sums = json.loads(metadata[SUMS])
+        if isinstance(sums, dict):
+            return sums
+    return {}
 
 
 def load(work: Path, name: str) -> dict[str, np.ndarray]:

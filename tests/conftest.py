@@ -15,11 +15,17 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from prunetool import cli
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_shapes
 
 # transformers copies a checkpoint's own code there; read when it is first imported.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="prunetool-tests-")
+# What one test compiled, the others and their processes load: it halves their time.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="prunetool-tests-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -67,11 +73,20 @@ def byte_tokenizer():
     return tokenizer
 
 
+# The rest of a config does not change the shapes, and may be what prunetool refuses.
+SHAPING = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings",
+    "per_layer_config",
+)  # fmt: skip
+
+
 def write_checkpoint(directory, config, *, dtype="float32", shards=1, seed=0):
     """A checkpoint of random weights whose activations are of ordinary size."""
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
-    parsed = parse_config(config, directory)
+    shaping = {key: config[key] for key in SHAPING if key in config}
+    parsed = parse_config({"model_type": "pruned_llama", **shaping}, directory)
     tensors = {}
     for name, shape in tensor_shapes(parsed).items():
         if name.endswith("norm.weight"):
@@ -133,6 +148,19 @@ def run(tmp_path):
         return done
 
     return call
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run ``prunetool`` in this process; gives what it wrote to stdout, and raises its errors."""
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        cli.group.main([str(word) for word in words], standalone_mode=False)
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 import ast
 import importlib
+import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import prunetool
-from prunetool import cli, errors
+from prunetool import cli, console, errors, options
 from tests.conftest import error_of
 
 PACKAGE = Path(prunetool.__file__).parent
@@ -30,8 +33,6 @@ def test_help_is_quick_and_does_not_load_jax(run):
             f"group(['{name}', '--help'], standalone_mode=False); "
             f"sys.exit(sorted({{'jax', 'numpy', 'scipy', 'torch'}} & set(sys.modules)) or 0)"
         )
-        import subprocess
-
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == 0, (name, done.stderr)
 
@@ -119,6 +120,23 @@ def test_every_command_has_help_and_an_example(command):
         (["score", "--sparsity", ".2", "--newton-iterations", "3", "--lambda", "inf"], "finite"),
         (["compensate", "--damping", "much"], "give a number"),
         (["compensate", "--damping", "-1"], "a damping is 0 or more"),
+        *(
+            (["score", "--sparsity", ".2", option, value], f"{value} is not a finite number")
+            for option, values in {
+                "--lambda": ["nan"],
+                "--damping": ["nan", "inf"],
+                "--learning-rate": ["nan", "inf", "1e999"],
+            }.items()
+            for value in values
+        ),
+        (["score", "--sparsity", "nan"], "nan is not a finite number"),
+        (["inspect", "m", "--sparsity", "NaN"], "NaN is not a finite number"),
+        (["score", "--sparsity", ".2", "--seed", "-1"], "-1 is not in the range x>=0"),
+        (["score", "--sparsity", ".2", "--lambda", "-inf"], "-inf is not in the range x>0"),
+        *(
+            (["compensate", "--damping", value], "a damping is 0 or more, and finite")
+            for value in ("nan", "inf", "0.1,nan")
+        ),
         (["prune"], "No such command 'prune'"),
     ],
 )
@@ -137,6 +155,57 @@ def test_a_terminal_on_stdin_is_a_usage_error_at_once(monkeypatch):
     assert options._no_terminal(None, None, "file") == "file"
 
 
+def test_lambda_may_be_infinite():
+    number = options.Finite(0, min_open=True, infinity=True)
+    assert number.convert("inf", None, None) == float("inf")
+    (lam,) = [p for p in cli.group.get_command(None, "score").params if p.name == "lam"]
+    assert lam.type.infinity
+
+
+ODD = "m[/x] [red]\x1b[31m\n模型\udcff"  # markup of rich's, a colour, a line, a byte of no text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+def test_any_name_in_any_encoding_is_shown_on_one_line_that_no_terminal_obeys(
+    checkpoint, text, run, tmp_path, encoding
+):
+    model = tmp_path / ODD
+    model.parent.mkdir()
+    checkpoint().rename(model)
+    words = {"PYTHONIOENCODING": encoding}
+    done = run("inspect", ODD, **words)
+    assert json.loads(done.stdout)["model"] == ODD
+    assert done.stdout.isascii()
+    assert done.stderr.startswith(r"m[/x] [red]\x1b[31m\n")
+    found = run("calibrate", model, "--text", text, "--samples", 2, "--sequence-length", 32,
+                "--work", tmp_path / f"{ODD}.w", **words)  # fmt: skip
+    assert r"[/x] [red]\x1b[31m\n" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+    for said in (done.stderr, found.stderr):
+        assert "\x1b" not in said
+
+
+def test_a_table_shows_foreign_cells_as_they_are_and_cut(capsys):
+    console.setup_logging(0)
+    console.table("t[/x]\x1b[2J", ["name"], [["[bold]b[/]\x07"], ["y" * 200]])
+    title, *_ = (lines := capsys.readouterr().err.splitlines())
+    assert title.strip() == r"t[/x]\x1b[2J"
+    assert any(r"[bold]b[/]\x07" in line for line in lines)
+    assert sum(line.count("y") for line in lines) == errors.SHOWN - 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a device that is always full")
+def test_a_full_disk_names_what_could_not_be_written(calibrated, run):
+    _, records = calibrated()
+    score = ["score", "--method", "wanda-sp", "--sparsity", ".2", "--multiple-of", 8, records]
+    line = error_of(run(*score, "-o", "/dev/full", ok=False))
+    assert line == "Error: /dev/full: No space left on device; fix it and run again"
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "prunetool", *map(str, score)]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert error_of(done) == "Error: stdout: No space left on device; fix it and run again"
+
+
 def test_an_empty_stream_exits_1_with_one_line(run):
     for words in (["score", "--sparsity", ".2"], ["compensate"], ["export", "out"]):
         done = run(*words, stdin="", ok=False)
@@ -150,7 +219,7 @@ def test_a_traceback_is_shown_on_request(run):
 
 def test_a_message_is_one_line():
     error = errors.CheckpointError("a", "b\nc", "d")
-    assert str(error) == "a: b c; d"
+    assert str(error) == r"a: b\nc; d"
     with (
         pytest.raises(errors.NumericalError, match="layer 1: A: is bad; do"),
         errors.naming("layer 1"),
@@ -159,23 +228,26 @@ def test_a_message_is_one_line():
 
 
 ALLOWED = {
-    "cli": {"commands", "console", "errors"},
+    "cli": {"commands", "console", "signals", "errors"},
     "commands": {"options", "records", "console", "corpus", "checkpoint", "model", "steps",
-                 "workdir", "plan", "devices", "profiling", "streaming", "errors"},
+                 "workdir", "plan", "devices", "profiling", "pruned", "streaming", "tokenizer",
+                 "errors"},
     "options": {"checkpoint", "errors"},
     "steps": {"records", "console", "checkpoint", "llama", "pruning", "model", "pruned",
               "streaming", "workdir", "card", "devices", "profiling", "errors", "loaders"},
     "plan": {"llama", "model", "pruning"},
     "devices": {"errors"},
     "profiling": set(),
-    "card": {"checkpoint", "llama", "model", "records"},
-    "pruned": {"records", "workdir", "llama", "model", "errors"},
+    "card": {"checkpoint", "errors", "llama", "model", "records"},
+    "pruned": {"records", "workdir", "checkpoint", "console", "llama", "model", "errors"},
     "streaming": {"checkpoint", "llama", "model", "errors"},
     "workdir": {"checkpoint", "records", "console", "errors"},
     "model": {"checkpoint", "llama", "errors"},
     "records": {"errors"},
-    "corpus": {"errors"},
-    "console": set(),
+    "corpus": {"tokenizer", "errors"},
+    "tokenizer": {"checkpoint", "errors"},
+    "console": {"errors"},
+    "signals": set(),
     "checkpoint": {"errors"},
     "llama": {"errors"},
     "pruning": {"errors"},
@@ -209,6 +281,8 @@ def test_it_starts_again_with_huge_pages_once(monkeypatch):
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "prunetool", "-h"])
+    for name in ("signal", "set_wakeup_fd"):  # this process's own stay
+        monkeypatch.setattr(signal, name, lambda *_, **__: None)
     for program in ("/bin/prunetool", "/x/__main__.py", "notebook"):
         monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
         monkeypatch.setattr(sys, "argv", [program, "-h"])

@@ -1,7 +1,13 @@
+import bz2
+import gzip
 import json
+import lzma
+import os
+import threading
 
 import numpy as np
 import pytest
+import zstandard
 from safetensors.numpy import save_file
 
 from prunetool import corpus
@@ -72,14 +78,6 @@ def test_a_text_file_that_is_not_there(tmp_path):
         corpus.read_text([tmp_path / "a.txt"], "text")
 
 
-def test_a_tokenizer_that_is_none(tmp_path):
-    with pytest.raises(CorpusError, match=r"tokenizer.json: no such file; give token ids"):
-        corpus.tokenize("text", tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CorpusError, match="is no tokenizer"):
-        corpus.tokenize("text", tmp_path)
-
-
 def test_token_files(tmp_path):
     ids = np.arange(6, dtype=np.uint16).reshape(2, 3)
     np.save(tmp_path / "a.npy", ids)
@@ -93,3 +91,220 @@ def test_token_files(tmp_path):
     for name in ("pickle", "floats", "text", "cut", "absent"):
         with pytest.raises(CorpusError):
             corpus.read_tokens(tmp_path / f"{name}.npy")
+
+
+JSON_LINES = '{"text": "one\u2028two\x85"}\n\n{"text": "drei"}\r\n'.encode()
+FROM_JSON_LINES = "one\u2028two\x85\n\ndrei"
+
+
+def read(path, content, field="text"):
+    path.write_bytes(content)
+    return corpus.read_text([path], field)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.jsonl", "a.NDJSON", "c4-train.00000-of-01024.json", "a.txt", "a"]
+)
+def test_json_lines_are_known_by_their_content_and_end_at_newlines_alone(tmp_path, name):
+    assert read(tmp_path / name, JSON_LINES) == FROM_JSON_LINES
+
+
+@pytest.mark.parametrize(
+    "compress",
+    [
+        gzip.compress, bz2.compress, lzma.compress, zstandard.compress,
+        lambda data: zstandard.compress(data[:9]) + zstandard.compress(data[9:]),
+        lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a.JSON.gz", "a.txt", "a.jsonl.zst"])
+def test_compression_is_known_by_its_content_and_a_cut_file_is_refused(tmp_path, compress, name):
+    data = compress(JSON_LINES)
+    assert read(tmp_path / name, data) == FROM_JSON_LINES
+    with pytest.raises(CorpusError, match=r"is damaged (gzip|bzip2|xz|Zstandard)"):
+        read(tmp_path / name, data[:-6])
+
+
+def test_a_byte_order_mark_is_not_text_in_any_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone ")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
+    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + JSON_LINES)
+    paths = [tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl")]
+    assert corpus.read_text(paths, "text") == "one two" + FROM_JSON_LINES
+
+
+def test_a_text_that_begins_with_a_brace_is_text(tmp_path):
+    assert read(tmp_path / "a.txt", b"{not json}\nline") == "{not json}\nline"
+    assert read(tmp_path / "a.txt", b"GGUF and PAR1") == "GGUF and PAR1"
+    assert read(tmp_path / "a.txt", b'{"a":\n1}') == '{"a":\n1}'
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(JSON_LINES,))
+    writer.start()
+    assert corpus.read_text([tmp_path / "pipe"], "text") == FROM_JSON_LINES
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            '{"body": "x", "url": "y"}',
+            r"has no text field 'text' \(its fields: body, url\); name it",
+        ),
+        ("{}", r"has no text field 'text' \(its fields: none\)"),
+        ('{"text": null}', "has no text in field 'text': null"),
+        ('{"text": "x"},', r"is not JSON \(Extra data.*; give JSON lines: one object a line"),
+        ('["x"]', r'is JSON but not an object \(\["x"\]\)'),
+        ("[" * 100_000, "is not JSON"),
+        (r'{"text": "x \ud83d"}', r"has half of a surrogate pair \(\\ud83d\)"),
+    ],
+)
+def test_a_line_that_gives_no_text_is_named_with_the_reason(tmp_path, line, says):
+    with pytest.raises(CorpusError, match=f"a.jsonl: line 2: {says}"):
+        read(tmp_path / "a.jsonl", f'{{"text": "x"}}\n{line}\n'.encode())
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    assert read(tmp_path / "a.jsonl", rb'{"text": "\ud83d\ude00"}') == "😀"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('[{"text": "a"},\n{"text": "b"}]\n', r"is one JSON array, .* jq -c '\.\[\]' FILE"),
+        ('["a", "b"]', "is one JSON array"),
+        ('{\n "text": "a"\n}\n', r"is JSON over several lines, .* jq -c \. FILE"),
+        ('{\n "text": "a"\n}\n{\n "text": "b"\n}\n', "is JSON over several lines"),
+    ],
+)
+def test_a_json_document_is_refused_with_the_command_that_makes_lines_of_it(
+    tmp_path, content, says
+):
+    for name in ("a.json", "a.JSON", "a.json.gz"):
+        with pytest.raises(CorpusError, match=f"{name}: {says}"):
+            read(tmp_path / name, content.encode())
+
+
+def test_objects_with_commas_between_them_are_not_a_document(tmp_path):
+    with pytest.raises(CorpusError, match=r"a.json: line 1: is not JSON"):
+        read(tmp_path / "a.json", b'{"text": "a"},\n{"text": "b"},\n')
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"PAR1\x15\x04\0\0PAR1", "is a Parquet file, .*JSON lines"),
+        (b"%PDF-1.7\n%\xe2\xe3", "is a PDF, .*pdftotext"),
+        ("text".encode("utf-16"), "UTF-16; convert it: iconv -f UTF-16"),
+        ("text".encode("utf-32"), "UTF-32; convert it: iconv -f UTF-32"),
+        ("text".encode("utf-16-le"), "has NUL bytes"),
+        (b"text\0text", "has NUL bytes"),
+        (b"PK\x03\x04\x14\0", "is a zip archive .*unpack it"),
+        (b"\x93NUMPY\x01\0", "is a NumPy array, .*--tokens"),
+        ((64).to_bytes(8, "little") + b'{"ids":{}}', "is a safetensors file, .*--tokens"),
+        (b"GGUF\x03\0\0\0", "is a GGUF model"),
+        (b"ARROW1\0\0", "is an Arrow file"),
+        (b"\xff\xff\xff\xff\x10\x01\0\0", "is an Arrow file"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        (b"SQLite format 3\0", "is an SQLite database"),
+        (b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive"),
+        (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar  \0", mtime=0), "is a tar archive"),
+        ("é".encode("latin-1"), "is not UTF-8"),
+    ],
+)
+def test_what_is_not_text_is_refused_by_what_it_is(tmp_path, content, says):
+    with pytest.raises(CorpusError, match=f"a.txt: .*{says}"):
+        read(tmp_path / "a.txt", content)
+
+
+def test_a_directory_is_not_text(tmp_path):
+    with pytest.raises(CorpusError, match=r"cannot be read .Is a directory"):
+        corpus.read_text([tmp_path], "text")
+
+
+def header(text):
+    return b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header("{'descr': '<i4', 'fortran_order': False, 'shape': (1099511627776,)}\n"),
+        header("{'descr': '<i4', 'fortran_order': False, 'shape': (4611686018427387904,)}\n"),
+        header(f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({'9' * 30},)}}\n"),
+        header("{'descr': '<i4', 'fortran_order': False, 'shape': (-1,)}\n"),
+        header("{'descr': 'zz', 'fortran_order': False, 'shape': (1,)}\n"),
+        header("(" * 5000), header("{'descr' '<i4'"), header("{'descr"), header(""),
+        b"\x93NUMPY\x03\0\x02\0\0\0\xff\xfe", b"\x93NUMPY\x09\0", b"\x93NUMPY",
+        b"PK\x03\x04", b"1 2 3", b"[1, 2, 3]", b"",
+    ],
+)  # fmt: skip
+def test_a_damaged_token_file_is_one_line_that_says_what_to_give(tmp_path, content):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(CorpusError, match=r"cannot be read as token ids .*numpy.save\('ids.npy'"):
+        corpus.read_tokens(tmp_path / "a.npy")
+
+
+def test_a_shape_beyond_the_file_takes_no_memory(tmp_path):
+    promised = header("{'descr': '<i4', 'fortran_order': False, 'shape': (100000000,)}\n")
+    (tmp_path / "a.npy").write_bytes(promised)
+    with pytest.raises(CorpusError, match="length is greater than file size"):
+        corpus.read_tokens(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (np.array(3), r"is int64 of shape \(\)"),
+        (np.zeros(0, int), r"is int64 of shape \(0,\)"),
+        (np.zeros((5, 0), int), r"is int64 of shape \(5, 0\)"),
+        (np.ones(3, bool), "is bool of shape"),
+        (np.array([2**64 - 1, 1], np.uint64), f"token ids up to {2**64 - 1} for a vocabulary"),
+        (np.array([100, -3, 2]), "has the token id -3 for a vocabulary of 100"),
+    ],
+)
+def test_ids_that_are_none_are_refused_by_what_they_are(tmp_path, ids, says):
+    np.save(tmp_path / "a.npy", ids)
+    with pytest.raises(CorpusError, match=f"a.npy: .*{says}"):
+        corpus.load(tmp_path, 100, [], "text", tmp_path / "a.npy", samples=1, length=2)
+
+
+def test_token_files_of_other_kinds(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.arange(3))
+    save_file({"a": np.arange(3), "b": np.arange(3)}, tmp_path / "two.SAFETENSORS")
+    for path, says in (
+        (tmp_path / "a.npz", "neither .npy nor .safetensors"),
+        (tmp_path / "two.SAFETENSORS", "2 tensors, and one is wanted"),
+        (tmp_path, "is not a regular file"),
+    ):
+        with pytest.raises(CorpusError, match=says):
+            corpus.read_tokens(path)
+
+
+def test_a_bos_begins_each_window_and_the_text_goes_on_without_gaps():
+    assert cut(range(10), 3, 3, bos=99).tolist() == [[99, 0, 1], [99, 2, 3], [99, 4, 5]]
+    assert cut(range(10), None, 3, bos=99).tolist()[-1] == [99, 8, 9]
+    assert cut(range(3), None, 2, bos=0).tolist() == [[0, 0], [0, 1], [0, 2]]
+    assert cut(range(10), 3, 3, bos=99).dtype == np.int32
+    with pytest.raises(CorpusError, match="gives 5 of 7 sequences of 3 tokens, 4 tokens short"):
+        cut(range(10), 7, 3, bos=99)
+
+
+def test_shuffled_windows_begin_anywhere_that_leaves_room():
+    for more in ({"length": 9}, {"length": 10, "bos": 99}):
+        starts = {cut(range(10), 1, shuffle=seed, **more)[0, -1] - 8 for seed in range(9)}
+        assert starts == {0, 1}
+
+
+def test_shuffled_windows_with_a_bos_are_those_of_one_token_fewer():
+    with_bos = cut(range(90), 6, 9, shuffle=1, bos=99)
+    assert (with_bos[:, 0] == 99).all()
+    assert (with_bos[:, 1:] == cut(range(90), 6, 8, shuffle=1)).all()
+
+
+def test_whole_sequences_take_no_bos():
+    with pytest.raises(CorpusError, match="holds whole sequences, which a BOS would lengthen"):
+        cut([[1, 2], [3, 4]], 1, 2, bos=99)

@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prunetool.devices import Team
+from prunetool.devices import Team, _numeric
 from prunetool.workdir import load
 from tests.conftest import error_of
 
@@ -60,7 +62,7 @@ class Processes:
     def __init__(self, words, cwd, slurm=False, more=((), ())):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            self.port = port = free.getsockname()[1]
         self.running = []
         for i in range(2):
             if slurm:  # what srun sets; the port comes from the job's number
@@ -113,6 +115,44 @@ def test_processes_find_each_other_as_slurm_says(checkpoint, text, tmp_path):
     assert [code for code, _, _ in found] == [0, 0], found
     assert found[0][1].endswith('{"record": "end"}\n')
     assert not found[1][1]
+
+
+def listening(pid):
+    """Addresses (hexadecimal, as the kernel has them) and ports that a process listens on."""
+    sockets = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed since
+            sockets.add(str(entry.readlink()))
+    lines = [
+        line.split() for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+    ]  # fmt: skip
+    found = [of[1].split(":") for of in lines if of[3] == "0A" and f"socket:[{of[9]}]" in sockets]
+    return {int(port, 16): address for address, port in found}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_process_0_listens_on_the_address_given_and_no_other(checkpoint, text, tmp_path):
+    pair = Processes(calibrate(checkpoint(num_hidden_layers=12), text, "two"), tmp_path)
+    assert pair.running[0].stdout.readline()
+    found = listening(pair.running[0].pid)
+    loopback = "0100007F"  # 127.0.0.1; in IPv6, ::ffff:127.0.0.1
+    assert found[pair.port] in (loopback, f"{'0' * 16}FFFF0000{loopback}")
+    assert [code for code, _, _ in pair.finish()] == [0, 0]
+
+
+@pytest.mark.parametrize("address", ["h", "h:", ":1", "h:x", "h:0", "h:65536"])
+def test_an_address_is_host_and_port(checkpoint, text, run, address):
+    for index in (0, 1):
+        done = run(*calibrate(checkpoint(), text, "w"), "--coordinator", address,
+                   "--processes", 2, "--process-id", index, ok=False)  # fmt: skip
+        assert f"'{address}' is not HOST:PORT); start all of them with the same" in error_of(done)
+
+
+def test_an_address_may_be_a_name_or_of_ipv6():
+    assert _numeric("127.0.0.1:80") == "127.0.0.1:80"
+    assert _numeric("[::1]:80") == "[::1]:80"
+    assert _numeric("localhost:80") in ("127.0.0.1:80", "[::1]:80")
 
 
 @pytest.mark.parametrize("lost", [0, 1])

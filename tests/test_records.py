@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from prunetool import records
 from prunetool.errors import RecordError
 
-HEADER = records.Header("/m", "m", "f" * 64, "/w", 2, [{"command": "calibrate"}])
+STEP = {"command": "calibrate", "version": "0.1.0", "options": {"samples": 8}}
+HEADER = records.Header("/m", "m", "f" * 64, "/w", 2, [STEP])
+STATS = "stats/layer-{:05d}.stats.safetensors"
 LAYERS = [
-    records.LayerRecord(0, {"stats": "stats/0"}, {"loss": 0.5}),
-    records.LayerRecord(1, {"stats": "stats/1"}, {"name": "Ωé\n"}),
+    records.LayerRecord(0, {"stats": STATS.format(0)}, {"attention": {"held_out": 0.5}}),
+    records.LayerRecord(1, {"stats": STATS.format(1)}, {"name": "Ωé\n"}),
 ]
 
 
@@ -75,6 +77,32 @@ def changed(which, **fields):
     return "".join(json.dumps(value) + "\n" for value in lines)
 
 
+MASK = {"method": "wanda", "pattern": "2:4", "damping": 0.01, "removed": 0.5, "loss": None}
+VALUES = {
+    "kept": {"heads": 4, "kv_heads": 2, "channels": 32},
+    "loss": {"o_proj": 0.1, "down_proj": 0},
+    "energy": {"o_proj": 1e300, "down_proj": 3},
+    "masks": {"q": MASK, "down": {**MASK, "loss": 0.1}},
+    "attention": {"calibration": 0.1},
+    "refit": {
+        "o_proj": dict.fromkeys(records.REFIT, 0.5), "q_proj.masked": dict.fromkeys(records.REFIT)
+    },
+    "seconds": {"score": {"mask": 0.5}},
+}  # fmt: skip
+
+
+def test_the_values_that_the_steps_write_are_read():
+    assert VALUES.keys() == records.VALUES.keys()
+    _, (first, _) = read_all(changed(1, values=VALUES))
+    assert first.values == VALUES
+
+
+def test_records_are_ascii_whatever_a_path_holds():
+    text = written(records.Header("/模型\udcff", "é", "f" * 64, "/w", 2, [STEP]))
+    assert text.isascii()
+    assert read_all(text)[0].model == "/模型\udcff"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -83,11 +111,35 @@ def changed(which, **fields):
         ("[1]\n", "line 1: not a record (not an object)"),
         (changed(0, record="layer"), "line 1: no header record"),
         (changed(0, format=2), "line 1: format 2, and this prunetool reads 1"),
-        (changed(0, layers="2"), "layers is missing or no int"),
-        (changed(0, history=[1]), "history is not a list of steps"),
+        (changed(0, layers="2"), "layers is missing or not of type int"),
+        (changed(0, work="/w\0"), "work is not a path"),
+        (changed(0, history=[1]), "history is [1], not of its form"),
+        (changed(0, history=[{"command": "calibrate"}]), "not of its form"),
+        (changed(0, history=[{**STEP, "options": None}]), "not of its form"),
+        (changed(0, history=[]), "history is empty"),
         (changed(1, index=1), "line 2: layer 1 where 0 was due"),
-        (changed(1, files={"a": "../../x"}), "file '../../x' is outside the work directory"),
-        (changed(1, files={"a": "/etc/x"}), "file '/etc/x' is outside the work directory"),
+        (changed(1, files={"stats": "../../x"}), "file '../../x' of stats is none that a step"),
+        (changed(1, files={"stats": "/etc/x"}), "file '/etc/x' of stats is none that a step"),
+        (changed(1, files={"stats": STATS.format(1)}), "file 'stats/layer-00001.stats.safetensors"),
+        (changed(1, files={"a": STATS.format(0)}), "of a is none that a step makes"),
+        (changed(1, files={"held_out": STATS.format(0)}), "of held_out is none that a step makes"),
+        (changed(1, files={"stats": STATS.format(0).replace(".", "/")}), "none that a step makes"),
+        (changed(1, files={"refit": "score-0123456789ab/layer-00000.safetensors"}), "none that a"),
+        (
+            changed(1, files={"refit": "compensate-0123456789ab/layer-00000.safetensors"}),
+            "has a file of refit and says nothing of it",
+        ),
+        (changed(1, values={"loss": [0.5]}), "loss is [0.5], not of its form"),
+        (changed(1, values={"loss": {"o_proj": 1}}), "loss is {'o_proj': 1}, not of its form"),
+        (changed(1, values={"energy": {"o_proj": 1, "down_proj": "1"}}), "energy is"),
+        (changed(1, values={"energy": {"o_proj": 1, "down_proj": 10**400}}), "energy is"),
+        (changed(1, values={"kept": {"heads": -1, "kv_heads": 1, "channels": 1}}), "kept is"),
+        (changed(1, values={"kept": {"heads": True, "kv_heads": 1, "channels": 1}}), "kept is"),
+        (changed(1, values={"masks": {"q": {}}}), "masks is {'q': {}}, not of its form"),
+        (changed(1, values={"masks": {"x": MASK}}), "masks is"),
+        (changed(1, values={"refit": {"o_proj": None}}), "refit is"),
+        (changed(1, values={"seconds": {"score": 1}}), "seconds is"),
+        (changed(1, values={"attention": {"held_out": None}}), "attention is"),
         (changed(2, record="end"), "line 3: ends after 1 of 2 layers"),
         (changed(2, record="what"), "line 3: record 'what' is unknown"),
         (changed(3, record="layer", index=2, files={}, values={}), "layer 2 where 2 was due"),

@@ -1,167 +1,358 @@
-"""A llama GGUF file -> the tensors and config.json of a Hugging Face checkpoint.
+"""A llama GGUF file, or all parts of a split one -> the tensors and config.json of a checkpoint.
 
 The gguf library reads and dequantises; what is ours is the way back: llama.cpp's converter
 interleaves the rows of q and k for its rotary embedding, and turns rope scaling into a tensor.
+Keys and their defaults are read as llama.cpp reads them (src/llama-model.cpp, load_hparams).
 """
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
+from prunetool.checkpoint import checksum
 from prunetool.errors import ConfigError
 
 GLOBAL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
 }
 LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # llama.cpp makes these frequencies itself
+BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 # What Llama 3.1 to 3.3 were published with; a GGUF keeps only the resulting factors.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 
+# What a damaged or forged count may make the reader hold; no model comes near.
+MOST_TENSORS, MOST_STRINGS = 1 << 17, 1 << 21
+FLOATS = (
+    gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
+)  # fmt: skip
+CHECKED_VALUES = 1 << 22  # of a tensor, at a time
+
+# Keys below "llama." that are read here, and those that change nothing that is computed.
+READ_KEYS = {
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
+    "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
+    "rope.scaling.attn_factor", "rope.scaling.original_context_length",
+    "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "rope.scaling.finetuned", "tensor_data_layout", "attention.layer_norm_epsilon",
+}  # fmt: skip
+# Others that llama.cpp knows, with the values that leave the model a plain Llama.
+PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.output_scale": (0.0, 1.0),
+    "attention.scale": (0.0,),
+    "attention.sliding_window": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "pooling_type": (0,),
+    "residual_scale": (0.0, 1.0),
+    "rope.scaling.alpha": (0.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "use_parallel_residual": (False,),
+}
+TYPES = {int: "integer", float: "float", str: "string", bool: "boolean"}  # as a GGUF names them
+# The special tokens of a SentencePiece vocabulary whose header does not name them.
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+
 
 class GGUFModel:
-    """A GGUF file of architecture llama.
+    """A llama model in a GGUF file, or in several that were split.
+
+    Args:
+      path: the file; of a split model any part, and the others are found beside it.
 
     Raises:
-      ConfigError: not GGUF, another architecture, or a variant that is no plain Llama.
+      ConfigError: not GGUF, damaged, a part missing, another architecture, or a variant that is
+        not a plain Llama.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except FileNotFoundError:
-            raise ConfigError(path, "no such file", "give a .gguf file") from None
-        except (ValueError, IndexError, OSError, KeyError, AssertionError) as error:
-            raise ConfigError(path, f"cannot be read as GGUF ({error})", "get it again") from error
-        architecture = self.value("general.architecture")
+        readers = _open_parts(path)
+        self.parts = list(readers)
+        self.path = self.parts[0]
+        self._reader = readers[self.path]
+        self._tensors: dict[str, gguf.ReaderTensor] = {}
+        self._files: dict[str, Path] = {}
+        for part, reader in readers.items():
+            for tensor in reader.tensors:
+                if tensor.name in self._tensors:
+                    other = self._files[tensor.name].name
+                    raise ConfigError(
+                        part, f"tensor {tensor.name} is in {other} too", "download all parts again"
+                    )
+                self._tensors[tensor.name], self._files[tensor.name] = tensor, part
+        architecture = self.required("general.architecture", str)
         if architecture != "llama":
-            raise ConfigError(path, f"architecture {architecture!r}", "only llama is converted")
-        if self.value("llama.expert_count", 0):
-            raise ConfigError(path, "is a mixture of experts", "only dense models are converted")
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        known = {*GLOBAL_NAMES, ROPE_FACTORS}
-        for name in self._tensors:
-            parts = name.split(".")
-            if name not in known and not (
-                len(parts) == 4 and parts[0] == "blk" and parts[2] in LAYER_NAMES
-            ):
-                raise ConfigError(path, f"tensor {name} is unknown", "only llama is converted")
+            raise ConfigError(
+                self.path, f"architecture {architecture!r}", "only llama is converted"
+            )
+        self._refuse_variants()
+        self.layers = self.required("llama.block_count", int)
+        blocks = {int(found[1]) for name in self._tensors if (found := BLOCK.match(name))}
+        if len(blocks) != self.layers:
+            raise ConfigError(
+                self.path,
+                f"llama.block_count = {self.layers}, but there are tensors of {len(blocks)} blocks",
+                "download it again",
+            )
+        self.heads = self._count("attention.head_count")
+        self.head_dim = self._head_dim()
 
-    def value(self, key: str, default: Any = None) -> Any:
-        """A metadata value, or ``default``."""
-        found = self._reader.get_field(key)
-        return default if found is None else found.contents()
+    def _refuse_variants(self) -> None:
+        for key in self._reader.fields:
+            name = key.removeprefix("llama.")
+            if name == key or name in READ_KEYS:
+                continue
+            value, plain = _contents(self.path, self._reader, key), PLAIN_VALUES.get(name, ())
+            if value not in plain:
+                todo = f"known: {' or '.join(map(str, plain))}" if plain else "not a key known here"
+                raise ConfigError(self.path, f"{key} = {value!r} is not computed here", todo)
 
-    def required(self, key: str) -> Any:
-        """A metadata value that must be there."""
-        found = self.value(key)
+    def has(self, key: str) -> bool:
+        """Whether the metadata has a value of this key."""
+        return key in self._reader.fields
+
+    def value(self, key: str, kind: type, default: Any = None) -> Any:
+        """A metadata value, or ``default``.
+
+        Raises:
+          ConfigError: if it is not of this kind.
+        """
+        return _value(self.path, self._reader, key, kind, default)
+
+    def values(self, key: str, *kinds: type) -> list[Any]:
+        """A metadata list that must be there, of one of these kinds.
+
+        Raises:
+          ConfigError: if it is missing, or not such a list.
+        """
+        found = _contents(self.path, self._reader, key)
         if found is None:
-            raise ConfigError(self.path, f"has no {key}", "get the file again")
+            raise ConfigError(self.path, f"has no {key}", "download it again")
+        if not isinstance(found, list) or any(type(item) not in kinds for item in found):
+            raise ConfigError(
+                self.path, f"{key} is not an array of type {TYPES[kinds[0]]}", "download it again"
+            )
         return found
 
-    @property
-    def layers(self) -> int:
-        """Number of decoder layers."""
-        return int(self.required("llama.block_count"))
+    def required(self, key: str, kind: type) -> Any:
+        """A metadata value that must be there.
+
+        Raises:
+          ConfigError: if it is missing, or not of this kind.
+        """
+        found = self.value(key, kind)
+        if found is None:
+            raise ConfigError(self.path, f"has no {key}", "download it again")
+        return found
+
+    def _count(self, key: str, default: int | None = None) -> int:
+        """A positive number below ``llama.``; a list with one for each layer if all are equal."""
+        key = f"llama.{key}"
+        found = _contents(self.path, self._reader, key)
+        if isinstance(found, list):
+            numbers = self.values(key, int)
+            if len(numbers) != self.layers or len(set(numbers)) != 1:
+                raise ConfigError(
+                    self.path, f"{key} is not the same number in every layer", "not converted"
+                )
+            number = numbers[0]
+        else:
+            number = self.required(key, int) if default is None else self.value(key, int, default)
+        if not 0 < number < 2**31:
+            raise ConfigError(self.path, f"{key} = {number}", "it must be positive")
+        return int(number)
+
+    def _number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A positive number below ``llama.``, as the config.json before said it; 0 if ``zero``."""
+        key = f"llama.{key}"
+        stated = self.required(key, float) if default is None else self.value(key, float, default)
+        number = float(str(np.float32(stated)))  # the header keeps float32: its shortest decimal
+        if not 0 <= number < math.inf or (number == 0 and not zero):
+            raise ConfigError(self.path, f"{key} = {number}", "it must be positive and finite")
+        return number
+
+    def _head_dim(self) -> int:
+        size = self._count("embedding_length") // self.heads or None
+        head_dim = self._count("attention.key_length", size)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            default = size if key.endswith("value_length") else head_dim
+            other = self._count(key, default)
+            if other != head_dim:
+                raise ConfigError(
+                    self.path,
+                    f"llama.{key} = {other} with heads of {head_dim}",
+                    "not computed here",
+                )
+        if head_dim % 2:
+            raise ConfigError(
+                self.path, f"heads of {head_dim}", "rotary embedding needs an even number"
+            )
+        return head_dim
 
     @property
-    def head_dim(self) -> int:
-        """Size of a head."""
-        default = self.required("llama.embedding_length") // self.required(
-            "llama.attention.head_count"
-        )
-        return int(self.value("llama.attention.key_length", default))
+    def vocab_size(self) -> int:
+        """Rows of the token embedding.
+
+        Raises:
+          ConfigError: if there is none, or ``llama.vocab_size`` says otherwise.
+        """
+        embedding = self._tensors.get("token_embd.weight")
+        if embedding is None:
+            raise ConfigError(self.path, "has no token_embd.weight", "download it again")
+        rows = math.prod(_shape(embedding)[:-1])
+        stated = self.value("llama.vocab_size", int, rows)
+        if stated != rows:
+            raise ConfigError(
+                self.path,
+                f"llama.vocab_size = {stated}, but token_embd.weight has {rows} rows",
+                "download it again",
+            )
+        return rows
+
+    def special_id(self, name: str) -> int | None:
+        """Id of the token ``bos``, ``eos``, ``unknown`` or ``padding``; None if there is none.
+
+        Raises:
+          ConfigError: if it is beyond the vocabulary.
+        """
+        key = f"tokenizer.ggml.{name}_token_id"
+        found = self.value(key, int)
+        if found is None:
+            sentencepiece = self.value("tokenizer.ggml.model", str) == "llama"
+            default = SENTENCEPIECE_IDS.get(name) if sentencepiece else None
+            return default if default is not None and default < self.vocab_size else None
+        if not 0 <= found < self.vocab_size:
+            raise ConfigError(
+                self.path, f"{key} = {found} of {self.vocab_size} tokens", "download it again"
+            )
+        return int(found)
 
     def config(self, dtype: str) -> dict[str, Any]:
         """The config.json of the model.
 
         Raises:
-          ConfigError: where a value is missing or the rotary scaling is not one we know.
+          ConfigError: if a value is missing, not possible, or changes the model in a way that is
+            not computed here.
         """
-        vocabulary = self._tensors.get("token_embd.weight")
-        if vocabulary is None:
-            raise ConfigError(self.path, "has no token_embd.weight", "get the file again")
-        heads = self.required("llama.attention.head_count")
-        rotated = self.value("llama.rope.dimension_count", self.head_dim)
-        if rotated != self.head_dim:
-            raise ConfigError(
-                self.path, f"rotates {rotated} of {self.head_dim} dimensions", "not computed here"
-            )
-        if not isinstance(heads, int):
-            raise ConfigError(self.path, "has layers of different head counts", "not converted")
-        theta = float(self.value("llama.rope.freq_base", 10000.0))
-        theta = int(theta) if theta.is_integer() else theta
-        scaling = self._rope_scaling(theta)
-        # The header stores float32; its shortest decimal is what config.json said.
-        eps = float(str(np.float32(self.required("llama.attention.layer_norm_rms_epsilon"))))
-        names = set(self._tensors)
+        theta = self._number("rope.freq_base", 10000.0)
+        biased = {name.split(".")[2] for name in self._tensors if name.endswith(".bias")}
         return {
             "architectures": ["LlamaForCausalLM"],
-            "attention_bias": "blk.0.attn_q.bias" in names,
-            "bos_token_id": self.value("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self.value("tokenizer.ggml.eos_token_id"),
+            "attention_bias": any(part.startswith("attn") for part in biased),
+            "bos_token_id": self.special_id("bos"),
+            "eos_token_id": self.special_id("eos"),
             "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "hidden_size": self.required("llama.embedding_length"),
-            "intermediate_size": self.required("llama.feed_forward_length"),
-            "max_position_embeddings": self.required("llama.context_length"),
-            "mlp_bias": "blk.0.ffn_gate.bias" in names,
+            "hidden_size": self._count("embedding_length"),
+            "intermediate_size": self._count("feed_forward_length"),
+            "max_position_embeddings": self._count("context_length"),
+            "mlp_bias": any(part.startswith("ffn") for part in biased),
             "model_type": "llama",
-            "num_attention_heads": heads,
+            "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.value("llama.attention.head_count_kv", heads),
-            "pad_token_id": self.value("tokenizer.ggml.padding_token_id"),
-            "rms_norm_eps": eps,
-            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
-            "rope_scaling": scaling,
-            "rope_theta": theta,
-            "tie_word_embeddings": "output.weight" not in names,
+            "num_key_value_heads": self._count("attention.head_count_kv", self.heads),
+            "pad_token_id": self.special_id("padding"),
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon", zero=True),
+            "rope_scaling": self._rope_scaling(theta),
+            "rope_theta": int(theta) if theta.is_integer() else theta,
+            "tie_word_embeddings": "output.weight" not in self._tensors,
             "torch_dtype": dtype,
             "transformers_version": "5.0.0",
-            "vocab_size": int(vocabulary.shape[1]),
+            "vocab_size": self.vocab_size,
         }
 
     def _rope_scaling(self, theta: float) -> dict[str, Any] | None:
-        kind = self.value("llama.rope.scaling.type", "none")
-        if ROPE_FACTORS in self._tensors:
-            return self._llama3_scaling(theta)
+        kind = self.value("llama.rope.scaling.type", str, "linear")
+        if kind not in ("none", "linear", "yarn"):
+            raise ConfigError(self.path, f"rope scaling {kind!r}", "known: linear, yarn, llama3")
+        # The older key counts only if the newer is not there; 0 is none.
+        older = self._number("rope.scale_linear", 0.0, zero=True)
+        factor = self._number("rope.scaling.factor", older, zero=True) or 1.0
         if kind == "none":
-            return None
-        factor = float(self.required("llama.rope.scaling.factor"))
-        if kind == "linear":
-            return {"rope_type": "linear", "factor": factor}
+            factor = 1.0
+        stretch = self._number("rope.scaling.attn_factor", 1.0)  # of cosine and sine
+        ext_factor = self.value("llama.rope.scaling.yarn_ext_factor", float, -1.0)  # -1: by type
+        if ext_factor not in (-1.0, 1.0 if kind == "yarn" else 0.0):
+            raise ConfigError(
+                self.path, f"llama.rope.scaling.yarn_ext_factor = {ext_factor}", "not computed here"
+            )
+        llama3 = self._llama3_scaling(theta) if ROPE_FACTORS in self._tensors else None
+        if (factor, stretch) == (1.0, 1.0):
+            return llama3
+        if llama3:
+            raise ConfigError(
+                self.path, f"has both {ROPE_FACTORS} and rope scaling {kind!r}", "not computed here"
+            )
         if kind == "yarn":
-            original = self.required("llama.rope.scaling.original_context_length")
-            return {
-                "rope_type": "yarn", "factor": factor,
-                "original_max_position_embeddings": original,
-            }  # fmt: skip
-        raise ConfigError(self.path, f"rope scaling {kind!r}", "known: linear, yarn, llama3")
+            return self._yarn(factor, stretch)
+        if stretch != 1.0:
+            raise ConfigError(
+                self.path,
+                f"llama.rope.scaling.attn_factor = {stretch} with rope scaling {kind!r}",
+                "it is computed with yarn only",
+            )
+        return {"rope_type": "linear", "factor": factor}
 
-    def _llama3_scaling(self, theta: float) -> dict[str, Any]:
-        """Llama 3's parameters from the divisors of the frequencies, checked by making them."""
-        divisors = self._read(ROPE_FACTORS).astype(np.float64)
-        factor = float(np.float32(divisors.max()))
+    def _yarn(self, factor: float, stretch: float) -> dict[str, Any]:
+        key = "rope.scaling.original_context_length"
+        context = self._count("context_length")
+        scaling: dict[str, Any] = {
+            "rope_type": "yarn", "factor": factor,
+            "original_max_position_embeddings": self.value(f"llama.{key}", int, context) or context,
+        }  # fmt: skip
+        if stretch != 1.0:  # times what both sides take by themselves
+            scaling["attention_factor"] = stretch * (0.1 * math.log(max(factor, 1.0)) + 1.0)
+        for beta in ("beta_fast", "beta_slow"):
+            if self.has(f"llama.rope.scaling.yarn_{beta}"):
+                scaling[beta] = self._number(f"rope.scaling.yarn_{beta}")
+        return scaling
+
+    def _llama3_scaling(self, theta: float) -> dict[str, Any] | None:
+        """Llama 3's parameters from the divisors of the frequencies, checked by making them.
+
+        Returns:
+          None if all divisors are 1.
+        """
+        divisors = self._read(ROPE_FACTORS, np.dtype(np.float32)).astype(np.float64)
+        if divisors.shape == (self.head_dim // 2,) and (divisors == 1).all():
+            return None
+        factor = float(np.float32(divisors.max(initial=1.0)))
         inverse = theta ** -(np.arange(0, self.head_dim, 2) / self.head_dim)
         turns = LLAMA3_ORIGINAL * inverse / (2 * np.pi)
         blend = np.clip((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0, 1)
-        if not np.allclose(1 / ((1 - blend) / factor + blend), divisors, rtol=1e-4):
+        made = 1 / ((1 - blend) / factor + blend)
+        if divisors.shape != made.shape or not np.allclose(made, divisors, rtol=1e-4):
             raise ConfigError(
                 self.path, f"{ROPE_FACTORS} is not Llama 3's scaling", "not converted"
             )
@@ -170,38 +361,218 @@ class GGUFModel:
             "high_freq_factor": LLAMA3_HIGH, "original_max_position_embeddings": LLAMA3_ORIGINAL,
         }  # fmt: skip
 
-    def shards(self) -> Iterator[dict[str, np.ndarray]]:
-        """The checkpoint's tensors, float32: one dict a layer, then one of all that is global."""
-        for layer in range(self.layers):
-            shard = {}
-            for ours, theirs in LAYER_NAMES.items():
-                for kind in ("weight", "bias"):
-                    name = f"blk.{layer}.{ours}.{kind}"
-                    if name in self._tensors:
-                        array = self._unpermuted(name, ours)
-                        shard[f"model.layers.{layer}.{theirs}.{kind}"] = array
-            yield shard
-        yield {
-            theirs: self._read(ours)
-            for ours, theirs in GLOBAL_NAMES.items()
-            if ours in self._tensors
-        }
+    def fingerprint(self) -> list[str]:
+        """Checksums of the bytes of all parts, in order."""
+        return [checksum.of_file(part) for part in self.parts]
 
-    def _unpermuted(self, name: str, part: str) -> np.ndarray:
+    def check(self, needed: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> None:
+        """Refuse a model that cannot be converted whole, before anything of it is written.
+
+        What a quantised tensor holds is seen only when it is dequantised.
+
+        Args:
+          needed: shape of every tensor of the checkpoint, by its name there.
+          dtype: what they will be written in.
+
+        Raises:
+          ConfigError: a tensor is missing, of another shape, or not of a kind that is read; one
+            is there that the checkpoint does not need; or a float tensor holds what ``dtype``
+            cannot hold.
+        """
+        known = {_name(theirs): shape for theirs, shape in needed.items()}
+        for name in self._tensors:
+            if name not in known and name != ROPE_FACTORS and not UNUSED.fullmatch(name):
+                raise ConfigError(
+                    self._files[name], f"tensor {name} is unknown", "only llama is converted"
+                )
+        for name, shape in known.items():
+            if name not in self._tensors:
+                raise ConfigError(self.path, f"has no tensor {name}", "download it again")
+            stored = _shape(self._tensors[name])
+            if stored != shape:
+                raise ConfigError(
+                    self._files[name],
+                    f"tensor {name} is of shape {stored}, and its header asks for {shape}",
+                    "download it again",
+                )
+        for name, shape in known.items():
+            if len(shape) == 1:
+                self._read(name, dtype)
+            elif self._tensors[name].tensor_type not in FLOATS:
+                self._read(name, dtype, slice(1))
+            else:
+                step = max(1, CHECKED_VALUES // shape[1])
+                for start in range(0, shape[0], step):
+                    self._read(name, dtype, slice(start, start + step))
+
+    def tensors(self, names: Iterable[str], dtype: np.dtype[Any]) -> dict[str, np.ndarray]:
+        """Tensors of the checkpoint, by their names there.
+
+        Raises:
+          ConfigError: if one holds what ``dtype`` cannot hold.
+        """
+        return {name: self._unpermuted(_name(name), dtype) for name in names}
+
+    def _unpermuted(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         """A tensor with the rows of q and k back in half-split order, as Hugging Face has it."""
-        array = self._read(name)
-        if part not in ("attn_q", "attn_k"):
+        array = self._read(name, dtype)
+        if name.split(".")[-2] not in ("attn_q", "attn_k"):
             return array
         pairs = array.reshape(-1, self.head_dim // 2, 2, *array.shape[1:])
         return pairs.swapaxes(1, 2).reshape(array.shape)
 
-    def _read(self, name: str) -> np.ndarray:
+    def _read(self, name: str, dtype: np.dtype[Any], rows: slice = slice(None)) -> np.ndarray:
         tensor = self._tensors[name]
-        try:
-            return np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        except NotImplementedError:
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            try:
+                array = gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
+            except NotImplementedError:
+                raise ConfigError(
+                    self._files[name],
+                    f"{name} is {tensor.tensor_type.name}",
+                    "convert from another quantisation",
+                ) from None
+            array = np.asarray(array, np.float32)
+            made = array.astype(dtype)
+        if not np.isfinite(made).all():
+            if np.isfinite(array).all():
+                what, todo = f"a value beyond {dtype.name}", "give another --dtype"
+            else:
+                what, todo = "NaN or infinity", "download it again"
+            raise ConfigError(self._files[name], f"tensor {name} holds {what}", todo)
+        return made
+
+
+class _Reader(gguf.GGUFReader):
+    """The library's reader, which takes every count at its word, held to what the file has."""
+
+    def _get(
+        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+    ) -> np.ndarray:
+        found: np.ndarray = super()._get(offset, dtype, count, override_order)
+        if len(found) != count:
+            raise ValueError("it is cut off, or damaged")
+        return found
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], Any, Any]:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            made: tuple[int, list[Any], Any, Any] = super()._get_field_parts(orig_offs, raw_type)
+            return made
+        kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        number = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
+        if number is None:
+            if kind[0] != gguf.GGUFValueType.STRING or length[0] > MOST_STRINGS:
+                raise ValueError(f"an array of {length[0]} {gguf.GGUFValueType(kind[0]).name}")
+            made = super()._get_field_parts(orig_offs, raw_type)
+            return made
+        numbers = self._get(orig_offs + 12, number, length[0])  # the library makes an array of each
+        types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+        return 12 + numbers.nbytes, [kind, length, numbers], [2], types
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[Any]]:
+        if count > MOST_TENSORS:
+            raise ValueError(f"{count} tensors")
+        made: tuple[int, list[Any]] = super()._build_tensor_info(offs, count)
+        return made
+
+
+def _open(path: Path, todo: str) -> _Reader:
+    """Read a GGUF header; tensors stay in the file.
+
+    Raises:
+      ConfigError: if it is not there, not a regular file, or not a whole GGUF.
+    """
+    try:
+        if not path.exists():
+            raise ConfigError(path, "no such file", todo)
+        if not path.is_file():
+            raise ConfigError(path, "is not a regular file", "give a .gguf file")
+        with np.errstate(over="raise"):
+            reader = _Reader(path)
+            end = reader.data_offset
+            for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+                if tensor.data_offset < end:
+                    raise ValueError(f"tensor {tensor.name} is not at a place of its own")
+                end = tensor.data_offset + tensor.n_bytes
+        if reader.endianess != gguf.GGUFEndian.LITTLE:
+            raise ValueError("it is big-endian")
+    except (
+        ValueError, IndexError, OSError, KeyError, TypeError, ArithmeticError, AssertionError
+    ) as error:  # fmt: skip
+        what = f"cannot be read as GGUF ({error})"
+        raise ConfigError(path, what, "download it again") from error
+    return reader
+
+
+def _open_parts(path: Path) -> dict[Path, _Reader]:
+    """The reader of every part, by file and in order, whichever part is given.
+
+    Raises:
+      ConfigError: names the part that is missing, damaged or of another model.
+    """
+    given = _open(path, "give a .gguf file")
+    count = _value(path, given, "split.count", int, 1)
+    if count <= 1:
+        return {path: given}
+    again = f"download all {count} parts into one directory"
+    named = PART_NAME.fullmatch(path.name)
+    if not named or int(named[3]) != count:
+        raise ConfigError(
+            path, f"is one of {count} parts, and its name does not say which",
+            f"name it as it was: NAME-00001-of-{count:05d}.gguf",
+        )  # fmt: skip
+    parts: dict[Path, _Reader] = {}
+    for number in range(count):
+        part = path.with_name(f"{named[1]}-{number + 1:05d}-of-{count:05d}.gguf")
+        reader = parts[part] = given if part == path else _open(part, again)
+        says = [_value(part, reader, f"split.{key}", int, -1) for key in ("no", "count")]
+        if says != [number, count]:
+            raise ConfigError(part, f"says that it is part {says[0] + 1} of {says[1]}", again)
+        first_path, first = next(iter(parts.items()))
+        for key in reader.fields:
+            if reader is first or key.startswith(("split.", "GGUF.")):
+                continue
+            if _contents(part, reader, key) != _contents(first_path, first, key):
+                raise ConfigError(
+                    part, f"is of another model: {key} is not that of {first_path.name}", again
+                )
+    total = sum(len(reader.tensors) for reader in parts.values())
+    for part, reader in parts.items():
+        stated = _value(part, reader, "split.tensors.count", int, total)
+        if stated != total:
             raise ConfigError(
-                self.path,
-                f"{name} is {tensor.tensor_type.name}",
-                "convert from another quantisation",
-            ) from None
+                part, f"says that the parts hold {stated} tensors, and they hold {total}", again
+            )
+    return parts
+
+
+def _contents(path: Path, reader: _Reader, key: str) -> Any:
+    """A metadata value of any kind; None if there is none. The library decodes it only now."""
+    field = reader.get_field(key)
+    try:
+        return None if field is None else field.contents()
+    except ValueError as error:
+        raise ConfigError(path, f"{key} cannot be read ({error})", "download it again") from error
+
+
+def _value(path: Path, reader: _Reader, key: str, kind: type, default: Any) -> Any:
+    found = _contents(path, reader, key)
+    if found is None:
+        return default
+    if type(found) is not kind:
+        raise ConfigError(path, f"{key} = {found!r}", f"it must be of type {TYPES[kind]}")
+    return found
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """Shape as NumPy has it; the header names the fastest dimension first."""
+    return tuple(int(extent) for extent in reversed(tensor.shape))
+
+
+def _name(theirs: str) -> str:
+    """The GGUF's name of a tensor of the checkpoint."""
+    if theirs in GLOBAL_NAMES:
+        return GLOBAL_NAMES[theirs]
+    _, _, layer, part = theirs.split(".", 3)
+    part, kind = part.rsplit(".", 1)
+    return f"blk.{layer}.{LAYER_NAMES[part]}.{kind}"

@@ -1,140 +1,233 @@
 """The tokenizer in a GGUF header -> tokenizer.json and its companions.
 
 A GGUF names its pre-tokenizer only by a word; the words known here are those whose splitting is
-known exactly. A tokenizer that splits otherwise would give other ids without an error.
+known exactly. A tokenizer that splits otherwise would give other ids without an error. Defaults
+are llama.cpp's (src/llama-vocab.cpp).
 """
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from prunetool.checkpoint.gguf import GGUFModel
 from prunetool.errors import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+LLAMA3 = ("llama-bpe", "llama-v3", "llama3")
+BYTE_LEVEL = ("gpt-2", "smollm", *LLAMA3)
 # Llama 3's published splitting.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPACE = "\u2581"  # SentencePiece writes a space so
+ENDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # a GGUF's word, ours
+
+
+class Vocabulary(NamedTuple):
+    """Texts by id, the type of each, and the ids by text."""
+
+    texts: list[str]
+    types: list[int]
+    ids: dict[str, int]
 
 
 def build_tokenizer(model: GGUFModel) -> Tokenizer:
     """The tokenizer of a GGUF file: byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``).
 
     Raises:
-      ConfigError: where its kind or its pre-tokenizer is not known.
+      ConfigError: if its kind or its pre-tokenizer is not known, or its parts do not fit together.
     """
-    kind = model.required("tokenizer.ggml.model")
+    kind = model.required("tokenizer.ggml.model", str)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise ConfigError(model.path, f"tokenizer {kind!r}", f"known: {', '.join(builders)}")
-    tokenizer = builders[kind](model)
-    texts, types = _vocabulary(model)
-    tokenizer.add_tokens(
-        [
-            AddedToken(text, special=type_ == CONTROL, normalized=False)
-            for text, type_ in zip(texts, types, strict=True)
-            if type_ in (CONTROL, USER_DEFINED)
-        ]
-    )
+    vocabulary = _vocabulary(model)
+    tokenizer = builders[kind](model, vocabulary)
+    added = [
+        AddedToken(text, special=type_ == CONTROL, normalized=False)
+        for text, type_ in zip(vocabulary.texts, vocabulary.types, strict=True)
+        if type_ in (CONTROL, USER_DEFINED)
+    ]
+    bos, eos = _ends_added(model)
+    first = [] if bos is None else [vocabulary.texts[bos]]
+    last = [] if eos is None else [vocabulary.texts[eos]]
+    with _refusals(model):
+        tokenizer.add_tokens(added)
+        if first or last:
+            pair = [*first, "$A:0", *last, *(f"{text}:1" for text in first), "$B:1"]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[*first, "$A:0", *last],
+                pair=[*pair, *(f"{text}:1" for text in last)],
+                special_tokens=[(text, vocabulary.ids[text]) for text in {*first, *last}],
+            )
     return tokenizer
 
 
 def tokenizer_config(model: GGUFModel) -> dict[str, Any]:
-    """tokenizer_config.json: the class, the special tokens, the chat template."""
-    texts, _ = _vocabulary(model)
+    """tokenizer_config.json: the class, the special tokens, the chat template.
 
-    def text_of(key: str) -> str | None:
-        number = model.value(f"tokenizer.ggml.{key}_token_id")
-        return None if number is None else texts[number]
-
+    Raises:
+      ConfigError: if one of these cannot be read.
+    """
+    texts = _vocabulary(model).texts
+    bos, eos = _ends_added(model)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": model.required("llama.context_length"),
+        "model_max_length": model.required("llama.context_length", int),
+        "add_bos_token": bos is not None,
+        "add_eos_token": eos is not None,
     }
-    for theirs, ours in (
-        ("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")
-    ):  # fmt: skip
-        if text_of(theirs) is not None:
-            config[f"{ours}_token"] = text_of(theirs)
-    template = model.value("tokenizer.chat_template")
+    for theirs, ours in ENDS.items():
+        number = model.special_id(theirs)
+        if number is not None:
+            config[f"{ours}_token"] = texts[number]
+    template = model.value("tokenizer.chat_template", str)
     return {**config, "chat_template": template} if template else config
 
 
-def _vocabulary(model: GGUFModel) -> tuple[list[str], list[int]]:
-    texts = model.required("tokenizer.ggml.tokens")
-    types = model.value("tokenizer.ggml.token_type", [NORMAL] * len(texts))
-    return texts, types
+def _ends_added(model: GGUFModel) -> tuple[int | None, int | None]:
+    """Ids of the BOS and the EOS token that every text gets; None for what it does not get.
 
-
-def _byte_level(model: GGUFModel) -> Tokenizer:
-    texts, _ = _vocabulary(model)
-    merges = [tuple(merge.split(" ", 1)) for merge in model.required("tokenizer.ggml.merges")]
-    word = model.value("tokenizer.ggml.pre", "default")
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    splitting = {
-        "gpt-2": lambda: plain,
-        "smollm": lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), plain]
-        ),
-        "llama-bpe": lambda: pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
-    }
-    splitting["llama3"] = splitting["llama-v3"] = splitting["llama-bpe"]
-    if word not in splitting:
-        raise ConfigError(
-            model.path, f"pre-tokenizer {word!r}", f"known: {', '.join(sorted(splitting))}"
-        )
-    vocabulary = _numbered(texts)
-    for merge in merges:  # the tokenizers library would panic
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+    Without a flag, BOS is added by SentencePiece vocabularies and by Llama 3's.
+    """
+    sentencepiece = model.value("tokenizer.ggml.model", str) == "llama"
+    by_default = sentencepiece or model.value("tokenizer.ggml.pre", str) in LLAMA3
+    ids: list[int | None] = []
+    for name, default in (("bos", by_default), ("eos", False)):
+        stated = model.value(f"tokenizer.ggml.add_{name}_token", bool)
+        number = model.special_id(name)
+        if stated and number is None:
             raise ConfigError(
-                model.path, f"merge {' '.join(merge)!r} is not of its vocabulary", "get it again"
+                model.path, f"adds {name.upper()}, and has no tokenizer.ggml.{name}_token_id",
+                "download it again",
+            )  # fmt: skip
+        ids.append(number if (default if stated is None else stated) else None)
+    return ids[0], ids[1]
+
+
+def _vocabulary(model: GGUFModel) -> Vocabulary:
+    key = "tokenizer.ggml.tokens"
+    # llama.cpp gives an empty token a name, too.
+    texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(model.values(key, str))]
+    if len(texts) != model.vocab_size:
+        raise ConfigError(
+            model.path, f"has {len(texts)} tokens and {model.vocab_size} rows of token_embd.weight",
+            "download it again",
+        )  # fmt: skip
+    ids: dict[str, int] = {}
+    for number, text in enumerate(texts):
+        if ids.setdefault(text, number) != number:
+            raise ConfigError(
+                model.path, f"token {text!r} has the ids {ids[text]} and {number}",
+                "download it again",
+            )  # fmt: skip
+    key = "tokenizer.ggml.token_type"
+    stated = model.has(key)
+    types = _of_each_token(model, key, len(texts), int) if stated else [NORMAL] * len(texts)
+    return Vocabulary(texts, types, ids)
+
+
+def _of_each_token(model: GGUFModel, key: str, count: int, *kinds: type) -> list[Any]:
+    found = model.values(key, *kinds)
+    if len(found) != count:
+        raise ConfigError(
+            model.path, f"{key} has {len(found)} values for {count} tokens", "download it again"
+        )
+    return found
+
+
+def _byte_level(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
+    word = model.value("tokenizer.ggml.pre", str, "default")
+    if word not in BYTE_LEVEL:
+        known = ", ".join(sorted(BYTE_LEVEL))
+        raise ConfigError(model.path, f"pre-tokenizer {word!r}", f"known: {known}")
+    merges = []
+    for text in dict.fromkeys(model.values("tokenizer.ggml.merges", str)):  # the first counts
+        cut = text.find(" ", 1)
+        merge = text[:cut], text[cut + 1 :]
+        if cut < 0 or not {*merge, "".join(merge)} <= vocabulary.ids.keys():
+            raise ConfigError(
+                model.path, f"merge {text!r} is not of its vocabulary", "download it again"
             )
-    # Llama 3 takes a word that is a token as it is, whatever the merges would give.
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=word.startswith("llama")))
-    tokenizer.pre_tokenizer = splitting[word]()  # type: ignore[no-untyped-call]
-    tokenizer.decoder = decoders.ByteLevel()
+        merges.append(merge)
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=word not in LLAMA3)
+    with _refusals(model):
+        # Llama 3 takes a word that is a token as it is, whatever the merges would give.
+        tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=word in LLAMA3))
+        if word in LLAMA3:
+            split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+        elif word == "smollm":
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, plain])
+        else:
+            tokenizer.pre_tokenizer = plain
+        tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(model: GGUFModel) -> Tokenizer:
-    texts, types = _vocabulary(model)
-    scores = model.required("tokenizer.ggml.scores")
-    vocabulary = _numbered(texts)
+def _sentencepiece(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
+    texts, types, ids = vocabulary
+    scores = _of_each_token(model, "tokenizer.ggml.scores", len(texts), float, int)
+    for text, score in zip(texts, scores, strict=True):
+        if not math.isfinite(score):
+            raise ConfigError(
+                model.path, f"token {text!r} has the score {score}", "download it again"
+            )
     normal = {t for t, type_ in zip(texts, types, strict=True) if type_ in (NORMAL, USER_DEFINED)}
     # SentencePiece merges the pair whose result scores best; every way to make a piece is a merge.
+    # Of equal scores it takes the leftmost in the text; a list of merges can only take the lower
+    # id, which is the same if a vocabulary's scores differ, as those of its trainer do.
     ranked = []
     for text in normal:
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
             if left in normal and right in normal:
-                number = vocabulary[text]
-                rank = (-scores[number], number, vocabulary[left], vocabulary[right])
+                rank = (-scores[ids[text]], ids[text], ids[left], ids[right])
                 ranked.append((rank, (left, right)))
     merges = [pair for _, pair in sorted(ranked)]
     unknown = next((t for t, type_ in zip(texts, types, strict=True) if type_ == UNKNOWN), None)
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    prefix = bool(model.value("tokenizer.ggml.add_space_prefix", True))
+    prefix = model.value("tokenizer.ggml.add_space_prefix", bool, True)
     replace = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
-    )
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(
-        [*steps, decoders.Strip(content=" ", left=1)] if prefix else steps
-    )
+    with _refusals(model):
+        tokenizer = Tokenizer(
+            models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        )
+        tokenizer.normalizer = (
+            normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [*steps, decoders.Strip(content=" ", left=1)] if prefix else steps
+        )
     return tokenizer
 
 
-def _numbered(texts: list[str]) -> dict[str, int]:
-    return {text: number for number, text in enumerate(texts)}
+@contextmanager
+def _refusals(model: GGUFModel) -> Iterator[None]:
+    """One line for what the tokenizers library refuses.
+
+    It raises bare exceptions, and its panics are not even derived from `Exception`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) not in (Exception, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(
+            model.path, f"its tokenizer cannot be built ({error})", "download it again"
+        ) from error

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ class TensorInfo(NamedTuple):
     """A tensor as its shard's header describes it; ``dtype`` is safetensors' code, as ``BF16``."""
 
     shard: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -49,6 +50,19 @@ class Index(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def of(self, names: Iterable[str]) -> "Index":
+        """The index of some of the tensors."""
+        return Index(self.directory, {name: self[name] for name in names})
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and times of every shard: all the same, nobody wrote to them since."""
+        shards = {tensor.shard for tensor in self.values()}
+        found = {shard.name: shard.stat() for shard in shards}
+        return {
+            name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+            for name, stat in sorted(found.items())
+        }
+
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes, shard sizes and first rows, in hexadecimal."""
 
@@ -69,16 +83,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of a checkpoint.
 
     Raises:
-      CheckpointError: where the file cannot be read or is not a JSON object.
+      CheckpointError: if the file cannot be read or is not a JSON object.
     """
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise CheckpointError(path, "is not a regular file", "download it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(path, "no such file", "give a checkpoint directory") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"cannot be read as JSON ({error})", "get it again") from error
+        raise CheckpointError(
+            path, f"cannot be read as JSON ({error})", "download it again"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(path, "is not a JSON object", "get it again")
+        raise CheckpointError(path, "is not a JSON object", "download it again")
     return value
 
 
@@ -120,16 +138,18 @@ def read_index(directory: Path) -> Index:
 
 
 def _read_header(shard: Path) -> dict[str, TensorInfo]:
+    if shard.exists() and not shard.is_file():
+        raise CheckpointError(shard, "is not a regular file", "get the shard again")
     try:
         with safe_open(shard, "numpy", backend="pread") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: TensorInfo(shard, part.get_dtype(), tuple(part.get_shape()))
+                name: TensorInfo(shard, name, part.get_dtype(), tuple(part.get_shape()))
                 for name, part in slices.items()
             }
     except FileNotFoundError:
         raise CheckpointError(shard, "no such shard", "get it again") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a name that is not text
         raise CheckpointError(
             shard, f"truncated or not safetensors ({error})", "get the shard again"
         ) from error

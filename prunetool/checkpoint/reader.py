@@ -6,6 +6,8 @@ from safetensors import SafetensorError, safe_open
 from prunetool.checkpoint.index import Index, TensorInfo
 from prunetool.errors import CheckpointError
 
+ROWS_BYTES = 1 << 24  # of two tensors compared, at a time
+
 
 def read_tensor(index: Index, name: str) -> np.ndarray:
     """Read one tensor in its stored dtype.
@@ -28,6 +30,35 @@ def read_tensor(index: Index, name: str) -> np.ndarray:
             info.shard, f"{name} holds NaN or infinity", "get the shard again or mend the model"
         )
     return array
+
+
+def same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors are equal, reading no further than the first rows that differ.
+
+    Raises:
+      CheckpointError: if one cannot be read.
+    """
+    for info in (one, other):
+        dtype_of(info)
+    if one.shape != other.shape:
+        return False
+    rows = one.shape[0] if one.shape else 1
+    step = max(1, ROWS_BYTES * rows // max(one.size_bytes, 1))
+    try:
+        with (
+            safe_open(one.shard, "numpy", backend="pread") as first,
+            safe_open(other.shard, "numpy", backend="pread") as second,
+        ):
+            parts = first.get_slice(one.name), second.get_slice(other.name)
+            for start in range(0, rows, step):
+                a, b = (part[start : min(start + step, rows)] for part in parts)
+                if not np.array_equal(a.astype(np.float64), b.astype(np.float64)):
+                    return False
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            one.shard, f"cannot be read ({error})", "get the shard again"
+        ) from error
+    return True
 
 
 def _all_finite(array: np.ndarray) -> bool:

@@ -19,6 +19,7 @@ ATTENTION_LENGTH = 512  # the cost of learning grows with its square
     "--samples", default=128, show_default=True, type=click.IntRange(1), help="Sequences to use."
 )
 @options.length_opt
+@options.bos_opt
 @click.option(
     "--shuffle", type=click.IntRange(0), metavar="SEED",
     help="Draw windows at random positions, instead of consecutive ones from the start.",
@@ -74,6 +75,7 @@ def calibrate(
     tokens_path: Path | None,
     samples: int,
     length: int,
+    bos: str,
     shuffle: int | None,
     held_out: int | None,
     stats: str,
@@ -120,7 +122,7 @@ def calibrate(
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
 
-    from prunetool import corpus, devices, plan, streaming, workdir
+    from prunetool import corpus, devices, plan, streaming, tokenizer, workdir
     from prunetool.checkpoint.writer import need_room
     from prunetool.model import open_model
     from prunetool.profiling import Profile
@@ -132,24 +134,23 @@ def calibrate(
     with console.summary("calibrate") as said:
         team = devices.start(device, coordinator, processes, process_id)
         opened = open_model(model, revision)
+        bos_id = tokenizer.bos_id(opened.directory, opened.config.vocab_size, bos, tokens_path)
         tokens = corpus.load(
             opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,
-            samples=samples, length=length, shuffle=shuffle,
+            samples=samples, length=length, shuffle=shuffle, bos=bos_id,
         )  # fmt: skip
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         precision = Precision(options.product_dtype(dtype, opened.dtype), stats_dtype)
         how = {
-            "samples": samples, "sequence_length": length, "shuffle": shuffle,
+            "samples": samples, "sequence_length": length, "shuffle": shuffle, "bos": bos_id,
             "held_out": held_out, "stats": stats, "attention": list(attention),
             **precision._asdict(),
         }  # fmt: skip
-        checkpoint = opened.index.fingerprint()
-        run = {
-            "command": "calibrate", "checkpoint": checkpoint, "tokens": corpus.fingerprint(tokens),
-            **how, "version": __version__,
-        }  # fmt: skip
+        run = workdir.identity(
+            "calibrate", opened.identity(), corpus.fingerprint(tokens), __version__, how
+        )
         header = records.Header(
-            str(opened.directory), model, checkpoint, str(work), opened.layers
+            str(opened.directory), model, opened.fingerprint(), str(work), opened.layers
         ).after(options.history_step("calibrate", __version__, **how, tokens=run["tokens"]))
         need = plan.stats_bytes(opened, stats, attention, stats_dtype)
         need += plan.hidden_bytes(opened, *tokens.shape)
@@ -157,6 +158,7 @@ def calibrate(
         job = Calibration(
             opened, tokens, held_out, stats, precision, work, attention,
             batch or streaming.batch_size(length) * devices.local_mesh().size, team, profiled,
+            overwrite,
         )  # fmt: skip
         if not team.same(int(workdir.digest(run), 16)):
             raise ConfigError(

@@ -36,15 +36,15 @@ def compensate(
     """
     from prunetool import plan, workdir
     from prunetool.checkpoint.writer import need_room
-    from prunetool.model import reopen
     from prunetool.profiling import Profile
+    from prunetool.pruned import reopen
     from prunetool.steps import compensate as step
 
     grid = dampings or step.DAMPING_GRID
     with console.summary("compensate") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
         header = header.after(options.history_step("compensate", __version__, damping=list(grid)))
-        model = reopen(header.model, header.fingerprint)
+        model = reopen(header)
         work, directory = Path(header.work), workdir.step_directory(header)
         rows: list[list[object]] = []
         profiled = Profile(profile)

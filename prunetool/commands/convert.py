@@ -19,7 +19,8 @@ def convert(gguf_path: Path, out: Path, dtype: str, overwrite: bool) -> None:
     """Turn a llama GGUF file into a checkpoint directory.
 
     Dequantises, puts the rows of q and k back in order, and rebuilds config.json and
-    tokenizer.json. One layer at a time.
+    tokenizer.json. One layer at a time. Of a split model, name any part. Killed, the same command
+    goes on after the last whole layer.
 
     \b
     Example:

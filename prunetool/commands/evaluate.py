@@ -21,6 +21,7 @@ from prunetool import __version__, console, options
     help="Windows to measure, from the start, not overlapping.",
 )  # fmt: skip
 @options.length_opt
+@options.bos_opt
 @options.dtype_opt
 @options.device_opt
 @options.revision_opt
@@ -40,6 +41,7 @@ def evaluate(
     tokens_path: Path | None,
     samples: int | None,
     length: int,
+    bos: str,
     dtype: str,
     device: str,
     revision: str | None,
@@ -49,8 +51,8 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of MODEL, dense or pruned, one layer at a time.
 
-    Windows do not overlap, and have no BOS; every token but a window's first is predicted. The
-    result is one JSON object on stdout.
+    Windows do not overlap; every token but a window's first is predicted, and with --bos the
+    first is the BOS token. The result is one JSON object on stdout.
 
     \b
     Example:
@@ -63,7 +65,7 @@ def evaluate(
         raise click.UsageError("--work is for one model, without --against")
     if overwrite and not work:
         raise click.UsageError("--overwrite is for --work")
-    from prunetool import corpus, devices, workdir
+    from prunetool import corpus, devices, tokenizer, workdir
     from prunetool.model import open_model
     from prunetool.steps.compare import compare
     from prunetool.steps.evaluate import mean_loss
@@ -71,22 +73,23 @@ def evaluate(
     with console.summary("evaluate") as said, ExitStack() as stack:
         devices.start(device)
         opened = open_model(model, revision)
+        bos_id = tokenizer.bos_id(opened.directory, opened.config.vocab_size, bos, tokens_path)
         tokens = corpus.load(
             opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,
-            samples=samples, length=length,
+            samples=samples, length=length, bos=bos_id,
         )  # fmt: skip
         dtype = options.product_dtype(dtype, opened.dtype)
         token_ids = corpus.fingerprint(tokens)
         if work:
             work = work.absolute()
             stack.enter_context(workdir.lock(work))
-            run = {
-                "command": "evaluate", "checkpoint": opened.index.fingerprint(),
-                "tokens": token_ids, "dtype": dtype, "version": __version__,
-            }  # fmt: skip
+            run = workdir.identity(
+                "evaluate", opened.identity(), token_ids, __version__,
+                {"bos": bos_id, "dtype": dtype},
+            )  # fmt: skip
             workdir.claim(work, run, overwrite=overwrite)
         if against is None:
-            loss, compared = mean_loss(opened, tokens, dtype, work), {}
+            loss, compared = mean_loss(opened, tokens, dtype, work, overwrite=overwrite), {}
         else:
             comparison = compare(opened, open_model(against), tokens, dtype)
             loss, compared = comparison.loss, {"against": _compared(against, comparison)}
@@ -97,6 +100,7 @@ def evaluate(
             "tokens": tokens.shape[0] * (length - 1),
             "samples": tokens.shape[0],
             "sequence_length": length,
+            "bos": bos_id,
             "dtype": dtype,
             "token_ids": token_ids,
             "parameters": opened.parameters(),

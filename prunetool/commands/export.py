@@ -28,22 +28,12 @@ def export(out: Path, source: str, form: str, overwrite: bool) -> None:
       prunetool export SmolLM2-pruned refitted.jsonl
     """
     from prunetool import workdir
-    from prunetool.checkpoint.writer import begun, finished, refuse_non_empty
-    from prunetool.steps.export import write_checkpoint
+    from prunetool.steps.export import Export
 
     with console.summary("export") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
         header = header.after(options.history_step("export", __version__, format=form))
-        run = workdir.digest([header.fingerprint, header.history])
+        inputs = [] if source == "-" else [Path(source)]
         with workdir.lock(out.absolute()):
-            there = finished(out, run)
-            if not there and not begun(out, run):
-                refuse_non_empty(out, overwrite=overwrite)
-            made = list(layers)
-            if there:
-                said += [f"{out} holds it already (delete it to write it again)"]
-            else:
-                said += write_checkpoint(
-                    header, made, out,
-                    run=run, dense=form == "dense", overwrite=overwrite,
-                )  # fmt: skip
+            job = Export(header, out, dense=form == "dense", overwrite=overwrite, inputs=inputs)
+            said += job.write(list(layers))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prunetool import console, options
+from prunetool.errors import shown
 
 if TYPE_CHECKING:
     from prunetool.model import Model
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 )
 @options.length_opt
 @click.option(
-    "--sparsity", default=0.2, show_default=True, type=click.FloatRange(0, 1, max_open=True),
+    "--sparsity", default=0.2, show_default=True, type=options.Finite(0, 1, max_open=True),
     help="Of that run.",
 )  # fmt: skip
 @options.dtype_opt
@@ -78,7 +79,7 @@ def inspect(
         ],
     }  # fmt: skip
     console.table(
-        f"{model}: {result['model_type']}, {everything:,} parameters ({sum(sizes):,} in the "
+        f"{shown(model)}: {result['model_type']}, {everything:,} parameters ({sum(sizes):,} in the "
         f"layers' matrices), {result['size_bytes'] / 1e6:,.1f} MB, {opened.dtype}",
         ["layer", "heads", "KV heads", "channels", "parameters", "MB"],
         (

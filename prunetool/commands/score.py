@@ -26,7 +26,7 @@ PATTERNS = ("unstructured", "per-output", "2:4")
 @click.command()
 @options.source_arg
 @click.option(
-    "--sparsity", required=True, type=click.FloatRange(0, 1, max_open=True),
+    "--sparsity", required=True, type=options.Finite(0, 1, max_open=True),
     help="Fraction to remove: of heads and channels, as parameters of all decoder layers' seven "
     "matrices; of weights, in each matrix (or row, see --pattern).",
 )  # fmt: skip
@@ -58,7 +58,7 @@ PATTERNS = ("unstructured", "per-output", "2:4")
     help="No layer keeps fewer channels.",
 )  # fmt: skip
 @click.option(
-    "--lambda", "lam", type=click.FloatRange(0, min_open=True),
+    "--lambda", "lam", type=options.Finite(0, min_open=True, infinity=True),
     show_default="1; attention-gd: a thousandth of its loss's largest curvature",
     help="λ of newton and its variants, against inputs of spectral norm 1 (inf makes the count a "
     "hard constraint); of attention-gd.",
@@ -68,7 +68,7 @@ PATTERNS = ("unstructured", "per-output", "2:4")
     help="Run the paper's Algorithm 1 for T steps instead of its closed form (same result).",
 )  # fmt: skip
 @click.option(
-    "--damping", default=None, show_default="1e-4; sparsegpt: 0.01", type=click.FloatRange(0),
+    "--damping", default=None, show_default="1e-4; sparsegpt: 0.01", type=options.Finite(0),
     help="Of newton's, obs's and sparsegpt's systems, as a fraction of their diagonal.",
 )  # fmt: skip
 @click.option(
@@ -82,7 +82,7 @@ PATTERNS = ("unstructured", "per-output", "2:4")
     help="Most steps of attention-gd; it stops where the held-out loss rises.",
 )  # fmt: skip
 @click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), metavar="η",
+    "--learning-rate", type=options.Finite(0, min_open=True), metavar="η",
     show_default="1/(λ + largest curvature)", help="Step of attention-gd.",
 )  # fmt: skip
 @click.option(
@@ -92,7 +92,9 @@ PATTERNS = ("unstructured", "per-output", "2:4")
     "--refine", default=0, show_default=True, type=click.IntRange(0), metavar="STEPS",
     help="Of q,k by any method: go on descending on the kept weights' values.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Of the method random.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the method random."
+)
 @options.discard_opt
 @options.device_opt
 @options.profile_opt
@@ -125,8 +127,8 @@ def score(
 
     from prunetool import devices, plan, workdir
     from prunetool.checkpoint.writer import need_room
-    from prunetool.model import reopen
     from prunetool.profiling import Profile
+    from prunetool.pruned import reopen
     from prunetool.steps.mask import Masking
     from prunetool.steps.score import Scoring
 
@@ -141,7 +143,7 @@ def score(
         header = header.after(
             options.history_step("score", __version__, target=",".join(targets), **how)
         )
-        model, work = reopen(header.model, header.fingerprint), Path(header.work)
+        model, work = reopen(header), Path(header.work)
         directory = workdir.step_directory(header)
         profiled = Profile(profile)
         job = (Scoring if units else Masking)(model, work, targets, how, profiled, discard)

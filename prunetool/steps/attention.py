@@ -65,6 +65,10 @@ class AttentionLayer:
                 "run calibrate with --attention-samples",
             )  # fmt: skip
         samples = workdir.load(work, record.files["attention"])
+        if any(part not in samples or samples[part].ndim != 3 for part in ("fit", "held_out")):
+            raise RecordError(
+                work / record.files["attention"], "lacks the attention inputs", workdir.AGAIN
+            )
         self.turn = turns(samples["fit"].shape[2])
         self.w: Pair = tuple(jnp.asarray(W, jnp.float32) for W in w)  # type: ignore[assignment]
         b_q, b_k = (None if b is None else jnp.asarray(b, jnp.float32) for b in biases)

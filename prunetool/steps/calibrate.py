@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from prunetool import records, streaming, workdir
-from prunetool.checkpoint.writer import write_tensors
+from prunetool import console, records, streaming, workdir
 from prunetool.devices import Team, local_mesh, own_terms, spec
+from prunetool.errors import RecordError
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
 from prunetool.profiling import Profile
+from prunetool.pruned import recall_weights
 from prunetool.pruning import gram
 
 
@@ -44,6 +45,7 @@ class Calibration:
 
     Attributes:
       batch: sequences at a time.
+      overwrite: start again if the checkpoint has changed since a run was killed.
     """
 
     model: Model
@@ -56,21 +58,42 @@ class Calibration:
     batch: int
     team: Team
     profile: Profile
+    overwrite: bool = False
 
     def layers(self) -> Iterator[records.LayerRecord]:
         """Give each layer's record once its files are whole, going on where a run stopped."""
         done = self.team.least(self._done())
+        there = done in (0, self.model.layers) or self._stream(self._hidden(done)).is_whole()
+        done = self.team.least(done if there else 0)
         if done < self.model.layers:
             self._whole.unlink(missing_ok=True)
         streaming.keep_only(self._hidden(done), self.team.suffix)
         yield from map(self._record, range(done))
         if done < self.model.layers:
             yield from self._compute(done)
+            if self.team.index == 0:
+                self.model.final_norm(), self.model.head()  # not used here, and part of the run
+                self._remember()
         self._whole.touch()
         self.team.wait("all layers")
         # Those of a run of another number of processes too.
-        for leftover in streaming.paths(self.work, self.team.suffix if self.team.index else "*"):
-            leftover.unlink(missing_ok=True)
+        suffix = self.team.suffix if self.team.index else ""
+        for leftover in self.work.glob(f"hidden-?????{suffix}*"):
+            if workdir.FILES.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
+
+    def _stream(self, path: Path) -> streaming.HiddenStates:
+        """This process's part of the residual stream in a file."""
+        mine = sum(stop - start for start, stop in self._shares().values())
+        size = self.model.config.hidden_size
+        return streaming.HiddenStates(path, size, mine, self.tokens.shape[1])
+
+    def _shares(self) -> dict[str, tuple[int, int]]:
+        """First and last sequence of this process's share of each part of the samples."""
+        return {kind: self.team.share(*part) for kind, part in self._parts().items()}
+
+    def _remember(self) -> None:
+        self.model.remember(self.work / workdir.WEIGHTS_NAME)
 
     @property
     def whole(self) -> bool:
@@ -79,11 +102,9 @@ class Calibration:
 
     def _compute(self, done: int) -> Iterator[records.LayerRecord]:
         (self.work / "stats").mkdir(exist_ok=True)
-        parts = {kind: self.team.share(*part) for kind, part in self._parts().items()}
+        parts = self._shares()
         mine = [n for start, stop in parts.values() for n in range(start, stop)]
-        stream = streaming.HiddenStates(
-            self._hidden(done), self.model.config.hidden_size, len(mine), self.tokens.shape[1]
-        )
+        stream = self._stream(self._hidden(done))
         if done == 0:
             streaming.embed(self.model, self.tokens[mine], stream)
         step = Step(self.model, self.attention.length)
@@ -117,6 +138,8 @@ class Calibration:
                         self._write_sums(number, kind, sums)
                     del sums
                 self._write_samples(number, samples)
+                if self.team.index == 0:
+                    self._remember()
                 self.team.wait(f"stats of layer {number}")
             self.team.wait(f"stream behind layer {number}")
             stream.path.unlink()
@@ -151,7 +174,7 @@ class Calibration:
         tokens = (last - first) * self.tokens.shape[1]
         with self.profile.phase("write"):
             arrays = self._arrays(sums, tokens, layer)
-            write_tensors(self.work / self._file(layer, kind), arrays)
+            workdir.write(self.work, self._file(layer, kind), arrays)
 
     def _write_samples(self, layer: int, samples: np.ndarray) -> None:
         """Write the kept attention inputs: ``fit`` and ``held_out``, (D, A, N) each."""
@@ -162,7 +185,7 @@ class Calibration:
             samples = self.team.total(own_terms(samples))
         if self.team.index == 0:
             parts = {"fit": samples[:, :half], "held_out": samples[:, half:]}
-            write_tensors(self.work / self._file(layer, "attention"), parts)
+            workdir.write(self.work, self._file(layer, "attention"), parts)
 
     def _kinds(self) -> list[str]:
         """Kinds of a layer's files."""
@@ -180,10 +203,29 @@ class Calibration:
         return workdir.layer_file("stats", layer, f".{kind}")
 
     def _done(self) -> int:
-        """Layers that this process has done."""
-        if self.whole:
-            return self.model.layers
-        return streaming.layers_done(self.work, self.team.suffix)
+        """Layers that this process has done, and whose files are whole."""
+        done = self.model.layers
+        if not self.whole:
+            first = self._stream(self._hidden(0))
+            done = streaming.layers_done(first, self.model.layers, self.team.suffix)
+        if done and self.team.index == 0:
+            known = recall_weights(self.model, self.work, overwrite=self.overwrite)
+            return done if known and self._are_whole(done) else 0
+        return done
+
+    def _are_whole(self, layers: int) -> bool:
+        """Whether the files of the first layers are as they were written, if not discarded."""
+        discarded = (self.work / workdir.DISCARDED_NAME).exists()
+        for layer in range(layers):
+            for kind in self._kinds():
+                name = self._file(layer, kind)
+                try:
+                    if not discarded or (self.work / name).exists():
+                        workdir.TensorFile(self.work, name).check()
+                except RecordError as error:
+                    console.log.warning("%s: %s; starting again", error.where, error.what)
+                    return False
+        return True
 
     def _record(self, layer: int) -> records.LayerRecord:
         return records.LayerRecord(layer, {kind: self._file(layer, kind) for kind in self._kinds()})

@@ -59,6 +59,8 @@ def refit_layers(
             for name, array in sorted(arrays.items())  # as when they are read from the file
             if name.endswith(".report")
         }
+        if not report.keys() >= {"o_proj", "down_proj"}:
+            raise RecordError(work / name, "lacks the report of a refit", workdir.AGAIN)
         updated = [part for part in report if part.endswith(".masked")]
         means = [np.mean([report[part][key] for part in updated]) for key in _REPORT[:2] if updated]
         rows.append(
@@ -96,7 +98,7 @@ def _refit(
     """
     shape = model.config.layer_shapes[record.index]
     kept = extents(kept_units(work, record, shape), shape, model.config)
-    stats = Stats(work, record)
+    stats = Stats(work, record, model.config)
     biased = {"o": model.config.attention_bias, "down": model.config.mlp_bias}
     out: dict[str, np.ndarray] = {}
     for matrix in ("o", "down"):
@@ -107,7 +109,10 @@ def _refit(
         with naming(f"{matrix}_proj"):
             with profile.phase("read"):
                 W = used_weight(model, record.index, matrix)
-                sums = [_Sums.of(Stats(work, record, (p,)), matrix, rows) for p in stats.parts]
+                sums = [
+                    _Sums.of(Stats(work, record, model.config, (p,)), matrix, rows)
+                    for p in stats.parts
+                ]
             bias = (
                 model.part(record.index, f"{matrix}_bias").astype(np.float64)
                 if biased[matrix]

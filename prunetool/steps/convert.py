@@ -1,51 +1,79 @@
 """A GGUF file made a checkpoint directory."""
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from prunetool import console
+from prunetool import __version__, console, workdir
 from prunetool.checkpoint.gguf import GGUFModel
 from prunetool.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_config
-from prunetool.checkpoint.writer import CheckpointWriter, need_room, write_json, write_text
+from prunetool.checkpoint.writer import (
+    CheckpointWriter,
+    json_bytes,
+    need_room,
+    prepare,
+    shard_names,
+)
 from prunetool.llama.config import parse_config
-from prunetool.llama.weights import tensor_shapes
+from prunetool.llama.weights import part_shapes, tensor_name, tensor_shapes
 
 
 def convert_gguf(path: Path, out: Path, dtype: str, *, overwrite: bool) -> list[str]:
-    """Write the checkpoint of a GGUF file, its index last.
+    """Write the checkpoint of a GGUF file, its index last; killed, go on with it.
 
     Args:
-      path: the GGUF file.
+      path: the GGUF file, or one part of a split one.
       out: the directory.
       dtype: of the tensors, NumPy's name.
-      overwrite: replace a checkpoint that lies there.
+      overwrite: replace a checkpoint that is there.
 
     Returns:
       What to say of it.
+
+    Raises:
+      ConfigError: if the file cannot be converted exactly.
+      WorkError: if the disk is short, or ``out`` is taken or being written.
     """
     model = GGUFModel(path)
     config = model.config(dtype)
-    shapes = tensor_shapes(parse_config(config, path))
-    tokenizer = build_tokenizer(model)
-    target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    need_room(out, sum(int(np.prod(shape)) for shape in shapes.values()) * target.itemsize)
-
-    writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite)
-    for shard in console.progress(model.shards(), "convert", model.layers + 1):
-        writer.write(
-            lambda shard=shard: {  # type: ignore[misc]
-                name: array.astype(target) for name, array in shard.items()
-            }
-        )
-    write_json(out / "config.json", config)
+    parsed = parse_config(config, model.path)
+    shapes = tensor_shapes(parsed)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation = {key: number for key, number in ids.items() if number is not None}
-    write_json(out / "generation_config.json", generation)
-    document = json.loads(tokenizer.to_str())
-    write_text(out / "tokenizer.json", json.dumps(document, ensure_ascii=False) + "\n")
-    write_json(out / "tokenizer_config.json", tokenizer_config(model))
-    writer.close()
+    tokenizer = json.loads(build_tokenizer(model).to_str())
+    files = {
+        "config.json": json_bytes(config),
+        "generation_config.json": json_bytes({k: v for k, v in ids.items() if v is not None}),
+        "tokenizer.json": (json.dumps(tokenizer, ensure_ascii=False) + "\n").encode(),
+        "tokenizer_config.json": json_bytes(tokenizer_config(model)),
+    }
+    target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    shards = [
+        [tensor_name(layer, part) for part in part_shapes(parsed, shape)]
+        for layer, shape in enumerate(parsed.layer_shapes)
+    ]
+    shards.append([name for name in shapes if not name.startswith("model.layers.")])
+
+    run = workdir.digest([model.fingerprint(), dtype, __version__])
+    with workdir.lock(out.absolute()):
+        names = [*shard_names(len(shards)), *files]
+        state = prepare(out, run, names, overwrite=overwrite, inputs=model.parts)
+        if state == "whole":
+            return [f"{out} holds it already (delete it to write it again)"]
+        model.check(shapes, target)
+        there = out.glob("*.safetensors") if state == "begun" else ()
+        needed_bytes = sum(math.prod(shape) for shape in shapes.values()) * target.itemsize
+        need_room(out, needed_bytes - sum(file.stat().st_size for file in there))
+
+        writer = CheckpointWriter(
+            out, len(shards), overwrite=overwrite, run=run, files=list(files), inputs=model.parts
+        )
+        for tensors in console.progress(shards, "convert", len(shards)):
+            writer.write(partial(model.tensors, tensors, target))
+        for name, data in files.items():
+            writer.put(name, data)
+        writer.close()
     return [f"{writer.parameters:,} parameters", f"{writer.size_bytes / 1e6:,.1f} MB in {out}"]

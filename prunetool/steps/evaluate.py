@@ -15,11 +15,19 @@ from prunetool.checkpoint.writer import need_room
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
+from prunetool.pruned import recall_weights
 
 LOGIT_TOKENS = 256  # tokens whose logits, (V, 256) float32, exist at a time
 
 
-def mean_loss(model: Model, tokens: np.ndarray, dtype: str, work: Path | None = None) -> float:
+def mean_loss(
+    model: Model,
+    tokens: np.ndarray,
+    dtype: str,
+    work: Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> float:
     """Mean of -log p over every predicted token, in nats.
 
     Args:
@@ -28,18 +36,21 @@ def mean_loss(model: Model, tokens: np.ndarray, dtype: str, work: Path | None = 
       dtype: of the products.
       work: an empty directory, or that of the same run before it was killed; None for one that is
         made and deleted.
+      overwrite: start again if the checkpoint has changed since that run.
     """
     if work is None:
         with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
             return mean_loss(model, tokens, dtype, Path(directory))
     samples, length = tokens.shape
-    done = streaming.layers_done(work)
-    if done < model.layers:
-        need = 2 * tokens.size * model.config.hidden_size * 4
-        need_room(work, need - workdir.size_bytes(work))
-    stream = streaming.HiddenStates(
-        streaming.path_before(work, done), model.config.hidden_size, samples, length
+    first = streaming.HiddenStates(
+        streaming.path_before(work, 0), model.config.hidden_size, samples, length
     )
+    done = streaming.layers_done(first, model.layers)
+    if done and not recall_weights(model, work, overwrite=overwrite):
+        done = 0
+    if done < model.layers:
+        need_room(work, 2 * first.size_bytes - workdir.size_bytes(work))
+    stream = first.at(streaming.path_before(work, done))
     streaming.keep_only(stream.path)
     if done == 0:
         streaming.embed(model, tokens, stream)
@@ -54,6 +65,7 @@ def mean_loss(model: Model, tokens: np.ndarray, dtype: str, work: Path | None = 
                 h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope)[0])
                 streaming.check_finite(h, number)
                 write(batch, h)
+            model.remember(work / workdir.WEIGHTS_NAME)
         stream.path.unlink()
         stream = behind
     return _mean_loss(model, stream, tokens, dtype)

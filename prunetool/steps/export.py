@@ -1,6 +1,5 @@
 """The pruned checkpoint, from the records of all layers."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -10,9 +9,19 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.card import model_card
+from prunetool.checkpoint import checksum
+from prunetool.checkpoint.index import read_json
 from prunetool.checkpoint.reader import dtype_of
-from prunetool.checkpoint.writer import CheckpointWriter, begun, need_room, write_json, write_text
-from prunetool.errors import WorkError
+from prunetool.checkpoint.writer import (
+    LICENSE_FILES,
+    TOKENIZER_FILES,
+    CheckpointWriter,
+    json_bytes,
+    need_room,
+    prepare,
+    shard_names,
+)
+from prunetool.errors import RecordError, WorkError
 from prunetool.llama import forms
 from prunetool.llama.config import LayerShape
 from prunetool.llama.weights import (
@@ -27,111 +36,173 @@ from prunetool.llama.weights import (
     tensor_name,
     tensor_shapes,
 )
-from prunetool.model import Model, reopen
-from prunetool.pruned import CHANNELS, HEADS, kept_units, masks
+from prunetool.model import Model
+from prunetool.pruned import CHANNELS, HEADS, kept_units, masks, reopen
 
 # Copied as they are; re-saving a tokenizer writes classes that older readers refuse.
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template*", "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*",
-)  # fmt: skip
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES, *LICENSE_FILES)
+# In a companion these name code of its repository, which a program would run.
+CODE_KEYS = ("auto_map", "custom_generate")
+LARGE_FILES = ("tokenizer.json", "vocab.json")  # of vocabulary alone
 
 
-def write_checkpoint(
-    header: records.Header,
-    made: Sequence[records.LayerRecord],
-    out: Path,
-    *,
-    run: str,
-    dense: bool,
-    overwrite: bool,
-) -> list[str]:
-    """Write the checkpoint, its index last.
+class Export:
+    """One export: checks the directory and the files that go along before anything is written.
 
     Args:
-      header, made: the whole stream.
+      header: of the stream, with this step in its history.
       out: the directory.
-      run: what decides the bytes written (`CheckpointWriter`).
       dense: keep the original shapes, with zeros.
-      overwrite: replace a checkpoint that lies there.
-
-    Returns:
-      What to say of it.
+      overwrite: replace a checkpoint that is there.
+      inputs: files that are read, which stay.
 
     Raises:
-      WorkError: where the disk is short or ``out`` is taken.
+      WorkError: if ``out`` is taken (`prepare`), or the stream's work directory is not its own.
+      CheckpointError: if the checkpoint has changed, or a companion cannot be read.
     """
-    model, work = reopen(header.model, header.fingerprint), Path(header.work)
-    if out.exists() and out.resolve() == model.directory:
-        raise WorkError(out, "is the model itself", "name another directory")
-    kept = [
-        kept_units(work, record, shape)
-        for record, shape in zip(made, model.config.layer_shapes, strict=True)
-    ]
-    shapes = tuple(
-        _kept_shape(shape, units)
-        for shape, units in zip(model.config.layer_shapes, kept, strict=True)
-    )
-    target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
-    kind = forms.choose_form(target)
-    if kind == "pruned_llama":
-        target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
-    itemsize = np.dtype(model.dtype).itemsize
-    count = sum(int(np.prod(shape)) for shape in tensor_shapes(target).values())
-    there = out.glob("*.safetensors") if begun(out, run) else ()
-    need_room(out, count * itemsize - sum(path.stat().st_size for path in there))
 
-    writer = CheckpointWriter(out, model.layers + 1, overwrite=overwrite, run=run)
-    masked = any(name.startswith("mask.") for record in made for name in record.files)
-    densities = []
-    for record, units in zip(console.progress(made, "export", model.layers), kept, strict=True):
-        number = record.index
-        if dense:
-            places = [np.flatnonzero(units[unit]) for unit in (HEADS, CHANNELS)]
-        else:
-            places = [np.arange(shapes[number].kv_heads), np.arange(shapes[number].channels)]
+    def __init__(
+        self,
+        header: records.Header,
+        out: Path,
+        *,
+        dense: bool,
+        overwrite: bool,
+        inputs: Sequence[Path] = (),
+    ) -> None:
+        self.header, self.out, self.dense, self.overwrite = header, out, dense, overwrite
+        self.model, self.work = reopen(header), Path(header.work)
+        if out.exists() and out.resolve() == self.model.directory:
+            raise WorkError(out, "is the model itself", "name another directory")
+        self.companions = companions(self.model.directory)
+        along = {name: checksum.of_bytes(data) for name, data in self.companions.items()}
+        self.run = workdir.digest(
+            [header.fingerprint, header.history, dict(self.model.config.raw), along]
+        )
+        self.files = ["config.json", *self.companions, *forms.LOADER_FILES, "README.md"]
+        self.inputs = inputs
+        names = [*shard_names(self.model.layers + 1), *self.files]
+        self.state = prepare(out, self.run, names, overwrite=overwrite, inputs=inputs)
 
-        def shard(
-            record: records.LayerRecord = record,
-            units: dict[str, np.ndarray] = units,
-            places: list[np.ndarray] = places,
-        ) -> dict[str, np.ndarray]:
-            layer = _pruned_layer(model, work, record, units)
-            shape, target_shape = shapes[record.index], target.layer_shapes[record.index]
-            layer = scatter(layer, shape, target_shape, *places)
-            return {
-                tensor_name(record.index, part): array
-                for part, array in layer._asdict().items()
-                if array is not None
-            }
+    def write(self, made: Sequence[records.LayerRecord]) -> list[str]:
+        """Write the checkpoint of a whole stream, its index last.
 
-        tensors = writer.write(shard)
+        Returns:
+          What to say of it.
+        """
+        if self.state == "whole":
+            return [f"{self.out} holds it already (delete it to write it again)"]
+        model, out, dense = self.model, self.out, self.dense
+        kept = [
+            kept_units(self.work, record, shape)
+            for record, shape in zip(made, model.config.layer_shapes, strict=True)
+        ]
+        shapes = tuple(
+            _kept_shape(shape, units)
+            for shape, units in zip(model.config.layer_shapes, kept, strict=True)
+        )
+        target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
+        kind = forms.choose_form(target)
+        if kind == "pruned_llama":
+            target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
+        itemsize = np.dtype(model.dtype).itemsize
+        count = sum(int(np.prod(shape)) for shape in tensor_shapes(target).values())
+        there = out.glob("*.safetensors") if self.state == "begun" else ()
+        need_room(out, count * itemsize - sum(path.stat().st_size for path in there))
+
+        writer = CheckpointWriter(
+            out, model.layers + 1, overwrite=self.overwrite, run=self.run, files=self.files,
+            inputs=self.inputs,
+        )  # fmt: skip
+        masked = any(name.startswith("mask.") for record in made for name in record.files)
+        densities = []
+        for record, units in zip(console.progress(made, "export", model.layers), kept, strict=True):
+            number = record.index
+            if dense:
+                places = [np.flatnonzero(units[unit]) for unit in (HEADS, CHANNELS)]
+            else:
+                places = [np.arange(shapes[number].kv_heads), np.arange(shapes[number].channels)]
+
+            def shard(
+                record: records.LayerRecord = record,
+                units: dict[str, np.ndarray] = units,
+                places: list[np.ndarray] = places,
+            ) -> dict[str, np.ndarray]:
+                layer = _pruned_layer(model, self.work, record, units)
+                shape, target_shape = shapes[record.index], target.layer_shapes[record.index]
+                layer = scatter(layer, shape, target_shape, *places)
+                return {
+                    tensor_name(record.index, part): array
+                    for part, array in layer._asdict().items()
+                    if array is not None
+                }
+
+            tensors = writer.write(shard)
+            if masked:
+                sizes = part_shapes(model.config, shapes[number])
+                densities.append(_densities(tensors, number, sizes))
+        ends = {EMBEDDING: model.embedding, FINAL_NORM: model.final_norm}
+        if not model.config.tied:
+            ends[HEAD] = model.head
+        writer.write(lambda: {name: read() for name, read in ends.items()})
+
+        writer.put("config.json", json_bytes(forms.config_json(target, kind)))
+        if kind == "pruned_llama":
+            for name in forms.LOADER_FILES:
+                writer.put(name, resources.files("prunetool.loaders").joinpath(name).read_bytes())
+        for name, data in self.companions.items():
+            writer.put(name, data)
+        label = "dense" if dense else kind
+        card = model_card(
+            self.header, model, label, shapes, writer.parameters, densities if masked else ()
+        )
+        writer.put("README.md", card.encode())
+        writer.close()
+        now, before = writer.parameters, model.parameters()
+        said = [f"{kind}, {now:,} of {before:,} parameters ({1 - now / before:.2%} fewer)"]
         if masked:
-            sizes = part_shapes(model.config, shapes[number])
-            densities.append(_densities(tensors, number, sizes))
-    ends = {EMBEDDING: model.embedding, FINAL_NORM: model.final_norm}
-    if not model.config.tied:
-        ends[HEAD] = model.head
-    writer.write(lambda: {name: read() for name, read in ends.items()})
+            filled, size = np.sum([list(layer.values()) for layer in densities], axis=(0, 1))
+            said.append(f"{filled:,} of {size:,} layer weights not zero ({filled / size:.2%})")
+        return [*said, f"{writer.size_bytes / 1e6:,.1f} MB in {out}"]
 
-    write_json(out / "config.json", forms.config_json(target, kind))
-    if kind == "pruned_llama":
-        for name in forms.LOADER_FILES:
-            text = resources.files("prunetool.loaders").joinpath(name).read_text("utf-8")
-            write_text(out / name, text)
-    for pattern in COMPANIONS:
-        for file in sorted(model.directory.glob(pattern)):
-            shutil.copyfile(file, out / file.name)
-    label = "dense" if dense else kind
-    card = model_card(header, model, label, shapes, writer.parameters, densities if masked else ())
-    write_text(out / "README.md", card)
-    writer.close()
-    now, before = writer.parameters, model.parameters()
-    said = [f"{kind}, {now:,} of {before:,} parameters ({1 - now / before:.2%} fewer)"]
-    if masked:
-        filled, size = np.sum([list(layer.values()) for layer in densities], axis=(0, 1))
-        said.append(f"{filled:,} of {size:,} layer weights not zero ({filled / size:.2%})")
-    return [*said, f"{writer.size_bytes / 1e6:,.1f} MB in {out}"]
+
+def companions(directory: Path) -> dict[str, bytes]:
+    """The data files of a checkpoint that go along with it, by name, without what names code.
+
+    Only regular files of the checkpoint, or links into the Hub cache that it is in: a link could
+    put a private file into what is published.
+
+    Raises:
+      CheckpointError: if one of them is not what its name says.
+    """
+    found = {}
+    for name in COMPANIONS:
+        path = directory / name
+        if not path.exists():
+            continue
+        if not _belongs(path):
+            console.log.warning(
+                "%s: a link out of the checkpoint, or not a file; it does not go along", path
+            )
+            continue
+        found[name] = path.read_bytes()
+        if name.endswith(".json") and name not in LARGE_FILES:
+            value = read_json(path)
+            if code := [key for key in CODE_KEYS if key in value]:
+                console.log.warning("%s: names code (%s), which is left out", path, ", ".join(code))
+                found[name] = json_bytes({k: v for k, v in value.items() if k not in code})
+    return found
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file is the checkpoint's own: regular, or a Hub cache's link to its blobs."""
+    if not path.is_symlink():
+        return path.is_file()
+    revision = path.parent  # .../models--owner--name/snapshots/REVISION
+    blobs = revision.parent.parent / "blobs"
+    target = path.resolve()
+    cached = revision.parent.name == "snapshots" and target.parent == blobs.resolve()
+    return cached and target.is_file()
 
 
 def _densities(
@@ -169,6 +240,12 @@ def _pruned_layer(
             (f"{matrix}_bias", f"{matrix}_proj.bias"),
         ):
             if name in refit:
+                old, new = getattr(layer, part), refit[name]
+                if old is None or new.shape != old.shape or new.dtype != np.float32:
+                    raise RecordError(
+                        work / record.files["refit"], f"{name} is {new.dtype} {new.shape}, which "
+                        "does not fit what is kept", workdir.AGAIN,
+                    )  # fmt: skip
                 dtype = dtype_of(model.index[tensor_name(record.index, part)])
-                layer = layer._replace(**{part: refit[name].astype(np.dtype(dtype))})
+                layer = layer._replace(**{part: new.astype(np.dtype(dtype))})
     return layer

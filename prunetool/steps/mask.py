@@ -114,7 +114,7 @@ class Masking:
         """
         shape = self.model.config.layer_shapes[record.index]
         kept = extents(kept_units(self.work, record, shape), shape, self.model.config)
-        stats = Stats(self.work, record)
+        stats = Stats(self.work, record, self.model.config)
         attention = self._attention(record, kept)
         learned, said = self._learn(attention)
         out: dict[str, np.ndarray] = {}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prunetool import console, records
-from prunetool.errors import RecordError
-from prunetool.model import Model, reopen
-from prunetool.pruned import CHANNELS, HEADS, extents, kept_units, masks
+from prunetool.errors import RecordError, shown
+from prunetool.model import Model
+from prunetool.pruned import CHANNELS, HEADS, extents, kept_units, masks, reopen
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em }
@@ -43,7 +43,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """Read what ``prunetool evaluate`` printed.
 
     Raises:
-      RecordError: where it is something else.
+      RecordError: if it is something else.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -55,22 +55,35 @@ def read_evaluation(path: Path) -> Evaluation:
             for name, label in MAPS.items():
                 found = dense["attention_error"][name]
                 said = "no head to compare" if found["mean"] is None else SUMMARY.format_map(found)
-                rows = [[float("nan" if e is None else e) for e in row] for row in found["by_head"]]
+                rows = [list(map(_known, row)) for row in found["by_head"]]
                 maps.append((f"Attention error by layer and head on {label}: {said}", rows))
-        lines += [("model", value["model"]), ("tokens", f"{value['tokens']:,}")]
+        lines += [("model", shown(value["model"])), ("tokens", f"{value['tokens']:,}")]
     except OSError as error:
         raise RecordError(path, error.strerror or "cannot be read", "check the name") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"is not an evaluation ({type(error).__name__}: {error})"
         raise RecordError(path, what, "name a file that prunetool evaluate printed") from error
-    return str(path), lines, maps
+    return shown(path), lines, maps
+
+
+def _known(error: object) -> float:
+    """An error of an evaluation; NaN for null.
+
+    Raises:
+      TypeError: if it is not a number.
+    """
+    if error is None:
+        return math.nan
+    if not isinstance(error, int | float):
+        raise TypeError(f"an error of type {type(error).__name__}")
+    return float(error)
 
 
 def make_page(
     header: records.Header, made: Sequence[records.LayerRecord], evaluations: Sequence[Evaluation]
 ) -> tuple[str, str]:
     """The page of a whole stream and of evaluations, as HTML; and what to say of it."""
-    model, work = reopen(header.model, header.fingerprint), Path(header.work)
+    model, work = reopen(header), Path(header.work)
     sizes = [_sizes(model, work, r) for r in console.progress(made, "report", header.layers)]
     kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
     counts: list[Row] = [["before", f"{dense:,}"]]
@@ -78,15 +91,18 @@ def make_page(
     if kept < stored:
         counts.append(["of these, not masked", f"{kept:,}", _share(kept, dense)])
     asked = [
-        [step["command"], ", ".join(f"{name} {value}" for name, value in step["options"].items())]
+        [
+            shown(step["command"]),
+            ", ".join(f"{shown(name)} {shown(value)}" for name, value in step["options"].items()),
+        ]
         for step in header.history
     ]
-    title = _text(f"{Path(header.source).name}, pruned")
+    title = _text(f"{shown(Path(header.source).name)}, pruned")
     errors = [_errors(record.values) for record in made]
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n',
         f"<title>{title}</title>\n<style>{STYLE}</style>\n",
-        f"<h1>{title}</h1>\n<p>{_text(header.source)}</p>\n",
+        f"<h1>{title}</h1>\n<p>{_text(shown(header.source))}</p>\n",
         _table("What was asked", asked, "words"),
         _table("Weights of the decoder layers' seven matrices", counts),
         _by_layer("Units kept", [of[0] for of in sizes]),
@@ -196,5 +212,5 @@ def _error(*errors: float | None) -> Cell:
 
 
 def _text(value: object) -> str:
-    # JSON can hold half a surrogate pair, which UTF-8 cannot.
-    return html.escape(str(value)).encode("utf-8", "xmlcharrefreplace").decode()
+    # ASCII, since standard output may have any encoding.
+    return html.escape(str(value)).encode("ascii", "xmlcharrefreplace").decode()

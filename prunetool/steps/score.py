@@ -169,7 +169,7 @@ class Scoring:
 
     def _scores(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
         """Scores of a layer's units of both targets, as a file keeps them."""
-        stats = Stats(self.work, record)
+        stats = Stats(self.work, record, self.model.config)
         shape = self.model.config.layer_shapes[record.index]
         group_costs, channel_cost, _ = self._costs()
         out = {}
@@ -280,7 +280,7 @@ class Scoring:
         self, record: records.LayerRecord, kept: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Squared output error of both matrices when the units not kept are removed."""
-        stats = Stats(self.work, record)
+        stats = Stats(self.work, record, self.model.config)
         shape = self.model.config.layer_shapes[record.index]
         extent = extents(kept, shape, self.model.config)
         lost = {}

@@ -6,7 +6,7 @@ from safetensors.numpy import load_file, save_file
 
 from prunetool.checkpoint import writer
 from prunetool.errors import CheckpointError, PrunetoolError, WorkError
-from prunetool.model import open_model, reopen
+from prunetool.model import open_model
 from tests.conftest import tiny_config
 
 
@@ -133,15 +133,6 @@ def test_a_weight_that_is_not_finite(checkpoint, dtype, value):
     model.layer(1)
     with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
         model.layer(2)
-
-
-def test_a_checkpoint_that_changed_since(checkpoint):
-    model = open_model(str(checkpoint()))
-    reopen(str(model.directory), model.index.fingerprint())
-    with pytest.raises(CheckpointError, match="is not the checkpoint that was calibrated"):
-        reopen(str(checkpoint("other", shards=2)), model.index.fingerprint())
-    with pytest.raises(CheckpointError, match="is not the checkpoint that was calibrated"):
-        reopen(str(checkpoint("trained on", seed=1)), model.index.fingerprint())
 
 
 def test_no_directory_and_no_hub_id(tmp_path):

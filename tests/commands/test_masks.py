@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from prunetool import workdir
 from prunetool.llama.weights import tensor_name
 from prunetool.pruning import gram
 from tests import references
@@ -305,10 +306,10 @@ def test_what_cannot_be_learned_is_one_line(calibrated, run, tmp_path):
     assert error_of(done) == (
         "Error: layer 0: q_proj: 62 inputs: are no multiple of 4; take another --pattern"
     )
-    path = tmp_path / "kept.work" / "stats" / "layer-00001.attention.safetensors"
-    samples = load_file(path)
+    name = "stats/layer-00001.attention.safetensors"
+    samples = workdir.load(tmp_path / "kept.work", name)
     samples["fit"][0, 0, 0] = np.nan
-    save_file(samples, path)
+    workdir.write(tmp_path / "kept.work", name, samples)
     done = run("score", records, *words, "--method", "attention-gd", ok=False)
     assert "layer 1: attention: the largest curvature of its loss is nan; check the model" in (
         error_of(done)

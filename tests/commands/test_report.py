@@ -212,7 +212,49 @@ def test_a_cut_stream_makes_no_page(calibrated, run, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, run, tmp_path):
+    _, records = calibrated()
+    header, *rest = records.read_text().splitlines()
+    header = json.loads(header)
+    header["source"] = "模" * 500
+    step = {"command": "score", "version": "1", "options": {"shuffle": "z\x1b" * 500}}
+    header["history"].append(step)
+    stream = "\n".join([json.dumps(header), *rest, ""])
+    (tmp_path / "e.json").write_text(json.dumps({"model": "y" * 500, "perplexity": 2, "tokens": 3}))
+    done = run("report", "-o", "-", "--evaluation", "e.json", stdin=stream,
+               PYTHONIOENCODING="cp1252")  # fmt: skip
+    assert done.stdout.isascii()
+    page = Page(done.stdout)
+    assert page.tables["Evaluation e.json"][2][1][0] == f"{'y' * 66}…{'y' * 33}"
+    asked = page.tables["What was asked"][-1][1][0]
+    assert r"shuffle z\x1bz\x1b" in asked
+    assert asked.count("z") < 50
+    assert done.stdout.count("&#27169;") == 3 * 99  # title, heading and line below
+
+
+def test_an_evaluation_of_nan_and_infinity_is_shown(calibrated, run, tmp_path):
+    _, records = calibrated()
+    rows = {"mean": float("nan"), "worst": float("inf"), "worst_layer": 0, "worst_head": 1,
+            "by_head": [[None, float("inf")], [float("nan"), -1]]}  # fmt: skip
+    against = AGAINST | {"attention_error": {"own": rows, "same_input": rows}}
+    value = {"model": "m", "perplexity": float("nan"), "tokens": 10**40, "against": against}
+    (tmp_path / "e.json").write_text(json.dumps(value))
+    page = page_of(run, tmp_path, records.read_text(), "--evaluation", "e.json")
+    assert page.tables["Evaluation e.json"][1][1][0] == "nan"
+    _, found = page.table("Attention error by layer and head on each")
+    assert [row["1"][0] for row in found] == ["inf", "-1"]
+    assert [row["0"][0] for row in found] == ["–", "–"]
+
+
 AGAINST = {"model": "m", "perplexity": 1, "kl": 0}
+
+
+def against(by_head, **more):
+    """An evaluation with these errors of heads."""
+    rows = {"mean": 0, "worst": 0, "worst_layer": 0, "worst_head": 0, "by_head": by_head, **more}
+    errors = {"own": rows, "same_input": rows}
+    value = {"model": "m", "perplexity": 1, "tokens": 1}
+    return json.dumps(value | {"against": AGAINST | {"attention_error": errors}})
 
 
 @pytest.mark.parametrize(
@@ -226,8 +268,17 @@ AGAINST = {"model": "m", "perplexity": 1, "kl": 0}
                               "prunetool evaluate printed"),
         ('{"perplexity": "low"}', "is not an evaluation (ValueError: "),
         (json.dumps({"perplexity": 1, "against": AGAINST}), "(KeyError: 'attention_error')"),
+        (json.dumps({"perplexity": 10**400}), "is not an evaluation (OverflowError: "),
+        ('{"perplexity": 1, "tokens": "9", "model": ""}', "is not an evaluation (ValueError: "),
+        (against(["12"]), "(TypeError: an error of type str)"),
+        (against([[10**400]]), "is not an evaluation (OverflowError: "),
+        (against([[[]]]), "(TypeError: an error of type list)"),
+        (against([0]), "is not an evaluation (TypeError: "),
+        (against([[0]], worst=[]), "is not an evaluation (TypeError: "),
+        (against([[0]], mean="1"), "is not an evaluation (ValueError: "),
     ],
-    ids=["gone", "no JSON", "deep", "list", "records", "text", "half"],
+    ids=["gone", "no JSON", "deep", "list", "records", "text", "half", "huge", "tokens",
+         "letters", "huge error", "lists", "flat", "worst", "mean"],
 )  # fmt: skip
 def test_what_is_no_evaluation_is_said(run, tmp_path, value, says):
     if value is not None:

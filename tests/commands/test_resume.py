@@ -126,7 +126,7 @@ def test_an_evaluation_that_failed_goes_on(checkpoint, text, run, tmp_path, monk
     assert [path.name for path in (tmp_path / "w").glob("hidden-*")] == ["hidden-00003"]
     refused = {
         "tokens was": [*words[:-1], 32],
-        "checkpoint was": [words[0], checkpoint("other", num_hidden_layers=6, seed=1), *words[2:]],
+        "tensors was": [words[0], checkpoint("other", num_hidden_layers=6, seed=1), *words[2:]],
     }
     for what, others in refused.items():
         assert f"holds another run: {what}" in error_of(run(*others, "--work", "w", ok=False))
@@ -304,10 +304,64 @@ def test_each_step_refuses_at_once_when_the_disk_is_short(checkpoint, text, run,
         assert contents(tmp_path / "w") == there
 
 
-def test_only_the_stream_that_is_gone_on_from_is_kept(tmp_path):
+def stream(path, samples=3):
+    return streaming.HiddenStates(path, 2, samples, 4)
+
+
+def written_stream(path, samples=3):
+    made = stream(path, samples)
+    with made.writing() as write:
+        write(range(samples), np.arange(2.0 * samples * 4, dtype=np.float32).reshape(2, samples, 4))
+    return made
+
+
+def test_a_restart_leaves_neither_an_old_stream_nor_the_mark_of_a_whole_run(
+    checkpoint, text, call, tmp_path, monkeypatch
+):
+    words = commands(checkpoint(num_hidden_layers=4), text)[0]
+
+    def failing_at(number):
+        def check(h, layer):
+            if layer == number:
+                raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "check_finite", check)
+            with pytest.raises(MemoryError):
+                call(*words)
+        return sorted(path.name for path in (tmp_path / "w").iterdir())
+
+    files = ["hidden-00001", "run.json", "stats", "weights.json"]
+    assert failing_at(1) == files
+    shutil.copy(tmp_path / "w/hidden-00001", tmp_path / "w/hidden-00000")
+    assert failing_at(1) == files, "the stream before the one to resume from is of no use"
+    call(*words)
+    assert (tmp_path / "w/calibrated").exists()
+    (tmp_path / "w/stats/layer-00003.stats.safetensors").write_bytes(b"damaged")
+    assert failing_at(1) == files, "half a run must not pass for a whole one"
+
+
+def test_only_the_stream_to_resume_from_is_kept(tmp_path):
     for name in ("hidden-00001", "hidden-00002", "hidden-00002.0of2", "hidden-00003"):
-        (tmp_path / name).touch()
-    assert streaming.layers_done(tmp_path) == 3
+        written_stream(tmp_path / name)
+    first = stream(streaming.path_before(tmp_path, 0))
+    assert streaming.layers_done(first, 5) == 3
+    assert streaming.layers_done(first, 2) == 2, "a stray one beyond the last layer does not count"
     streaming.keep_only(streaming.path_before(tmp_path, 2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hidden-00002", "hidden-00002.0of2"]
-    assert streaming.layers_done(tmp_path, ".0of2") == 2
+    assert streaming.layers_done(first, 5, ".0of2") == 2
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "flipped", "of fewer samples", "a link"])
+def test_a_stream_that_is_not_as_it_was_written_is_not_resumed_from(tmp_path, damage):
+    written_stream(tmp_path / "hidden-00001")
+    path = tmp_path / "hidden-00002"
+    written_stream(path, 2 if damage == "of fewer samples" else 3)
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[17] ^= 1
+    path.write_bytes({"short": data[:-1], "long": data + b"x"}.get(damage, data))
+    if damage == "a link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    assert streaming.layers_done(stream(tmp_path / "hidden-00000"), 5) == 1

@@ -1,0 +1,84 @@
+"""SIGINT, SIGTERM and SIGHUP as an exception, so that what was begun is cleaned up."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# timeout(1) and others signal a process and then its group: two signals, and one wish.
+SAME_SECONDS = 0.5
+
+
+class Interrupted(BaseException):
+    """A signal asks the process to end. Not an `Exception`: the work does not handle it.
+
+    Attributes:
+      number: of the signal.
+      during: what was going on, as the caller of `raised` sees it.
+    """
+
+    def __init__(self, number: int, during: Any) -> None:
+        super().__init__(number)
+        self.number, self.during = number, during
+
+
+@contextmanager
+def raised(during: Callable[[], Any]) -> Iterator[None]:
+    """Raise `Interrupted` in the main thread at the first signal; end at once at a second.
+
+    A signal that is ignored, as nohup does, stays so. After a signal this lasts until the process
+    ends; else the system's own handling follows, since nothing is left to clean up.
+
+    Args:
+      during: called when the signal arrives.
+    """
+    first: list[Interrupted] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if not first:
+            first.append(Interrupted(number, during()))
+            raise first[0]
+
+    def not_raised(lost: Any) -> None:
+        # Python drops what is raised in a destructor or a weak reference's callback: once more,
+        # when it is over.
+        if lost.exc_value not in first:
+            sys.__unraisablehook__(lost)
+            return
+        number = first.pop().number
+        threading.Timer(SAME_SECONDS / 5, os.kill, (os.getpid(), number)).start()
+
+    handled = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    threading.Thread(target=_end_at_second, args=(read_end,), daemon=True).start()
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    sys.unraisablehook = not_raised
+    for number in handled:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        if not first:
+            for number in handled:
+                signal.signal(number, signal.SIG_DFL)
+            sys.unraisablehook = sys.__unraisablehook__
+            signal.set_wakeup_fd(-1)
+            os.close(write_end)
+
+
+def _end_at_second(signals: int) -> None:
+    """End the process at the second signal, even while the main thread is in a long call of C."""
+    seen = 0.0
+    while number := os.read(signals, 1):
+        now = time.monotonic()
+        if seen and now - seen > SAME_SECONDS:
+            os._exit(128 + number[0])
+        seen = seen or now
+    os.close(signals)

@@ -1,0 +1,239 @@
+"""The tokenizer of a checkpoint: text -> token ids, and the token that a text begins with.
+
+tokenizer.json comes from outside: its rules are weighed before they run, and whatever the library
+fails by is one line.
+"""
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, models
+
+from prunetool.checkpoint.index import read_json
+from prunetool.errors import CorpusError
+
+TOKENIZER_BYTES = 128 << 20  # the largest in use have about 35 MB
+MOST_GROWTH = 100  # T5's and ALBERT's rules, counted as `_growth` does, come to 72
+
+# The most characters that Unicode's own rules make of one: properties of Unicode 15.
+FORMS = {"NFC": 3.0, "NFD": 4.0, "NFKC": 18.0, "NFKD": 18.0, "Lowercase": 2.0}
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's tokenizer.json, as it is at inference.
+
+    What a training run left in the file is switched off: truncation, padding, and BPE's dropout,
+    which is random. Its rules may multiply a text's length by `MOST_GROWTH` at most.
+
+    Raises:
+      CorpusError: if there is no tokenizer.json, it is damaged, or it would take up all memory.
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise CorpusError(path, "no such file", "give token ids by --tokens instead of --text")
+    if not path.is_file():  # a named pipe would be waited for
+        raise CorpusError(path, "is not a regular file", "get it again")
+    if path.stat().st_size > TOKENIZER_BYTES:
+        raise CorpusError(
+            path, f"is {path.stat().st_size >> 20:,} MiB, and {TOKENIZER_BYTES >> 20} are read",
+            "get it again",
+        )  # fmt: skip
+    try:
+        document = json.loads(path.read_bytes())
+        growth = max(
+            _growth(_rules([document.get("normalizer"), document.get("pre_tokenizer")])),
+            _growth(_rules([document.get("decoder")])),
+        )
+    except OSError as error:
+        raise CorpusError(path, f"cannot be read ({error.strerror})", "check it") from error
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise CorpusError(path, f"is not a tokenizer ({error})", "get it again") from error
+    if growth > MOST_GROWTH:
+        raise CorpusError(
+            path, f"has rules that make {growth:,.4g} characters of one; {MOST_GROWTH} are allowed",
+            "get it again, or give token ids by --tokens",
+        )  # fmt: skip
+    document |= {"truncation": None, "padding": None}
+    with _library(path, "is not a tokenizer"):
+        document["model"].pop("dropout", None)
+        return Tokenizer.from_str(json.dumps(document))
+
+
+def tokenize(text: str, directory: Path) -> np.ndarray:
+    """Token ids of ``text`` by the checkpoint's tokenizer.json, (n,), int32, without a BOS.
+
+    Raises:
+      CorpusError: see `load_tokenizer`; or the tokenizer fails on this text.
+    """
+    tokenizer = load_tokenizer(directory)
+    with _library(directory / "tokenizer.json", "cannot tokenise the text"):
+        return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+
+@contextmanager
+def _library(path: Path, what: str) -> Iterator[None]:
+    """Raise CorpusError for whatever the tokenizers library fails by, a Rust panic too.
+
+    A panic is a BaseException, and prints a backtrace to the file descriptor of stderr.
+    """
+    try:
+        with _no_stderr():
+            yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CorpusError(path, f"{what} ({error})", "get it again") from error
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    try:
+        kept = os.dup(2)
+    except OSError:  # the program was started without one
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _rules(parts: list[Any]) -> list[dict[str, Any]]:
+    """The rules in parts of a tokenizer.json, in the order of their use, without their nesting."""
+    rules: list[dict[str, Any]] = []
+    todo: list[Any] = [parts]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, list):
+            todo += reversed(part)
+        elif isinstance(part, dict):
+            rules.append(part)
+            todo += [value for value in part.values() if isinstance(value, list)]
+    return rules
+
+
+def _growth(rules: list[dict[str, Any]]) -> float:
+    """How many characters these rules can make of one, at most.
+
+    From the last rule to the first, a character's weight is what it ends up as. Replacing p by c
+    needs Σ weight(pᵢ) ≥ weight(c), which holds if each pᵢ gets at least weight(c) / |p|. A
+    pattern may match nothing, and then c comes beside every character. Unicode's forms that
+    follow one another count once, as they leave alone what is already normal.
+
+    Raises:
+      ValueError: a table of replacements that contradicts itself.
+    """
+    weights: dict[str, float] = {}  # above `beside`; characters that are not there have `rest`
+    beside, rest, peak, form = 0.0, 1.0, 1.0, 1.0
+
+    def weight(text: str) -> float:
+        return sum(weights.get(letter, rest) for letter in text) + beside * len(text)
+
+    for rule in reversed(rules):
+        kind, times, more = rule.get("type"), 1.0, 0.0
+        if kind in FORMS:
+            times, form = max(1.0, FORMS[kind] / form), max(form, FORMS[kind])
+        elif "precompiled_charsmap" in rule:
+            times = form = _longest_replacement(rule["precompiled_charsmap"])
+        elif kind == "ByteLevel":
+            times, form = 4.0, 1.0  # bytes of a character in UTF-8
+        elif "prepend" in rule or "replacement" in rule:  # Prepend, Metaspace
+            more, form = weight(rule.get("prepend", "") + rule.get("replacement", "")), 1.0
+        elif kind == "BertNormalizer":
+            more, form = 2 * weight(" "), 1.0
+        elif "pattern" in rule and "content" in rule:
+            form, content = 1.0, weight(rule["content"])
+            if pattern := rule["pattern"].get("String"):
+                for letter in set(pattern):
+                    heavier = max(weight(letter), content / len(pattern))
+                    weights[letter], peak = heavier - beside, max(peak, heavier)
+            else:
+                more = content
+        if times > 1:
+            weights, beside, rest, peak = {}, 0.0, peak * times, peak * times
+        beside, peak = beside + more, peak + more
+        if peak > 1e12:  # enough to refuse; beyond, differences would drown in rounding
+            break
+    return peak
+
+
+def _longest_replacement(table: str) -> float:
+    """Characters of the longest replacement in SentencePiece's table (base64).
+
+    The table: bytes of its trie (uint32, little-endian), the trie, replacements that end in NUL.
+    """
+    data = base64.b64decode(table)
+    trie_bytes = int.from_bytes(data[:4], "little")
+    if not 4 <= trie_bytes <= len(data) - 4:
+        raise ValueError("its precompiled_charsmap is cut or damaged")
+    return max(1.0, *(len(part.decode()) for part in data[4 + trie_bytes :].split(b"\0")))
+
+
+def bos_id(
+    directory: Path, vocab_size: int, how: str, tokens_path: Path | None = None
+) -> int | None:
+    """The token that windows are to begin with, or None.
+
+    Args:
+      directory: the checkpoint's.
+      vocab_size: of the checkpoint.
+      how: ``never``; ``auto``: as the template in tokenizer.json does, which alone counts to
+        transformers (it ignores add_bos_token where there is a tokenizer.json); ``always``: also
+        if the template adds none, by bos_token of tokenizer_config.json or bos_token_id of
+        config.json.
+      tokens_path: a token file given instead of text, to which ``auto`` adds nothing.
+
+    Raises:
+      CorpusError: if there is no BOS to be found, or it is outside the vocabulary.
+    """
+    if how == "never" or (how == "auto" and tokens_path):
+        return None
+    path = directory / "tokenizer.json"
+    tokenizer = load_tokenizer(directory) if how == "auto" or path.exists() else None
+    with _library(path, "has a template that does not work"):
+        start = _template_start(tokenizer) if tokenizer else []
+    if how == "auto" and len(start) > 1:
+        raise CorpusError(
+            path, f"puts {len(start)} tokens before a text", "choose by --bos always or never"
+        )
+    found = start[0] if len(start) == 1 else None
+    if how == "always" and found is None:
+        found = _named_bos(directory, tokenizer)
+        if found is None:
+            raise CorpusError(
+                directory, "names no BOS token in its tokenizer or config.json", "give --bos never"
+            )
+    if found is not None and not 0 <= found < vocab_size:
+        raise CorpusError(
+            directory, f"has token {found} as its BOS, of a vocabulary of {vocab_size}",
+            "give --bos never, or the model's own tokenizer",
+        )  # fmt: skip
+    return found
+
+
+def _template_start(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that the tokenizer's template puts before a text."""
+    text = Tokenizer(models.WordLevel({"text": 0}, unk_token="text")).encode("text")
+    whole = tokenizer.post_process(text)
+    return list(whole.ids[: whole.special_tokens_mask.index(0)])
+
+
+def _named_bos(directory: Path, tokenizer: Tokenizer | None) -> int | None:
+    path = directory / "tokenizer_config.json"
+    token = read_json(path).get("bos_token") if path.exists() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    found = tokenizer.token_to_id(token) if tokenizer and isinstance(token, str) else None
+    if found is None:
+        found = read_json(directory / "config.json").get("bos_token_id")
+    return found if isinstance(found, int) and not isinstance(found, bool) else None

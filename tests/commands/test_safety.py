@@ -1,0 +1,562 @@
+"""Files of the user, damaged files of its own, and streams and checkpoints not to trust."""
+
+import json
+import os
+import shutil
+import stat
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from prunetool import records, workdir
+from prunetool.card import model_card, plain
+from prunetool.checkpoint import checksum, writer
+from prunetool.errors import CheckpointError, RecordError, WorkError
+from prunetool.model import open_model
+from prunetool.steps.export import companions
+from tests.commands.test_pipe import contents
+
+FLIPS = 24
+
+
+def calibration(model, text, *more):
+    return ["calibrate", model, "--text", text, "--samples", 4, "--sequence-length", 16,
+            "--held-out", 1, "--work", "w", "-o", "a.jsonl", *more]  # fmt: skip
+
+
+@pytest.fixture
+def pruned(checkpoint, text, call):
+    """A calibration in ``w``, and the records up to ``c.jsonl``, which is ready to export."""
+    model = checkpoint()
+    call(*calibration(model, text))
+    call("score", "--sparsity", ".3", "--multiple-of", 8, "a.jsonl", "-o", "b.jsonl")
+    call("compensate", "b.jsonl", "-o", "c.jsonl")
+    return model
+
+
+def changed(path, to, **fields):
+    """Write a stream again with other fields in its header."""
+    header, *rest = path.read_text().splitlines(keepends=True)
+    to.write_text(json.dumps({**json.loads(header), **fields}) + "\n" + "".join(rest))
+    return to
+
+
+class TestDamage:
+    def test_every_flipped_byte_of_a_stats_file_is_found_or_harmless(self, pruned, call, tmp_path):
+        path = tmp_path / "w/stats/layer-00001.stats.safetensors"
+        whole = path.read_bytes()
+        expected = load_file(path)
+        random = np.random.default_rng(0)
+        places = [*random.integers(0, len(whole), FLIPS), *random.integers(0, 900, FLIPS)]
+        said = []
+        for place in map(int, places):
+            data = bytearray(whole)
+            data[place] ^= 1 << int(random.integers(8))
+            path.write_bytes(data)
+            try:
+                arrays = workdir.load(tmp_path / "w", "stats/layer-00001.stats.safetensors")
+            except RecordError as error:
+                said.append(str(error))
+                continue
+            assert arrays.keys() == expected.keys()
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(array, expected[name])
+                assert array.dtype == expected[name].dtype
+        assert len(said) >= len(places) - 2, "a flip in the header's padding changes nothing"
+        assert all("layer-00001.stats.safetensors: " in line for line in said)
+        assert all("run the step that made it again" in line for line in said)
+
+    @pytest.mark.parametrize("kind", ["stats", "held_out"])
+    def test_damaged_stats_are_made_again_by_the_same_calibrate(
+        self, pruned, checkpoint, text, call, tmp_path, kind, caplog
+    ):
+        before = contents(tmp_path / "w")
+        path = tmp_path / f"w/stats/layer-00001.{kind}.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(RecordError, match=r"is damaged: the checksum of .* does not match"):
+            call("score", "--sparsity", ".2", "--method", "wanda-sp", "a.jsonl")
+        call(*calibration(pruned, text))
+        after = contents(tmp_path / "w")
+        assert {name: after[name] for name in before} == before
+        path.unlink()  # and one that is gone, which nobody discarded
+        call(*calibration(pruned, text))
+        assert contents(tmp_path / "w")[f"stats/{path.name}"] == before[f"stats/{path.name}"]
+
+    @pytest.mark.parametrize("step", ["scores", "score", "compensate"])
+    def test_a_damaged_file_of_a_step_is_made_again_by_it(self, pruned, call, tmp_path, step):
+        (path,) = tmp_path.glob(f"w/{step}-*/layer-00001.safetensors")
+        whole = path.read_bytes()
+        for damaged in (whole[:-3], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+            path.write_bytes(damaged)
+            if step == "score":
+                with pytest.raises(RecordError, match="run the step that made it again"):
+                    call("compensate", "--damping", "0.5", "b.jsonl")
+            call("score", "--sparsity", ".3", "--multiple-of", 8, "a.jsonl")
+            call("compensate", "b.jsonl")
+            assert path.read_bytes() == whole
+
+    def test_a_file_without_an_array_that_is_needed_is_named(self, pruned, call, tmp_path):
+        name = "stats/layer-00001.stats.safetensors"
+        arrays = workdir.load(tmp_path / "w", name)
+        total = arrays.pop("down.total")
+        workdir.write(tmp_path / "w", name, arrays)
+        with pytest.raises(RecordError, match=r"lacks down.total; run the step that made it again"):
+            call("score", "--sparsity", ".2", "a.jsonl")
+        for wrong in (total.astype(bool), total[:-1]):
+            workdir.write(tmp_path / "w", name, {**arrays, "down.total": wrong})
+            with pytest.raises(RecordError, match="not of shape"):
+                call("score", "--sparsity", ".2", "a.jsonl")
+
+    def test_units_and_weights_of_another_shape_are_refused(self, pruned, call, tmp_path):
+        (kept,) = tmp_path.glob("w/score-*/layer-00001.safetensors")
+        (refit,) = tmp_path.glob("w/compensate-*/layer-00001.safetensors")
+        for path, name in ((kept, "channels"), (refit, "down_proj.weight")):
+            whole = path.read_bytes()
+            below = str(path.relative_to(tmp_path / "w"))
+            arrays = workdir.load(tmp_path / "w", below)
+            for wrong in (arrays[name][..., :-1], arrays[name].astype(np.float64)):
+                workdir.write(tmp_path / "w", below, {**arrays, name: wrong})
+                with pytest.raises(RecordError, match=f"{name} is "):
+                    call("export", "out", "c.jsonl", "--overwrite")
+            path.write_bytes(whole)
+        call("export", "whole", "c.jsonl")
+
+    def test_a_damaged_run_json_says_what_helps_and_it_helps(self, pruned, text, call, tmp_path):
+        expected = contents(tmp_path / "w")
+        run = tmp_path / "w/run.json"
+        for damaged in (b"{", b"", run.read_bytes().replace(b"16", b"17")):
+            run.write_bytes(damaged)
+            with pytest.raises(WorkError, match=r"run.json: .*; give --overwrite to start again"):
+                call(*calibration(pruned, text))
+            with pytest.raises(WorkError, match=r"run.json: .*; run calibrate again, with --over"):
+                call("score", "--sparsity", ".2", "a.jsonl")
+            call(*calibration(pruned, text, "--overwrite"))
+            left = contents(tmp_path / "w")
+            assert {name: expected[name] for name in left} == left
+
+    @pytest.mark.parametrize("damaged", [b"{}", b"", None])
+    def test_damaged_checksums_of_weights_are_made_again(
+        self, pruned, text, call, tmp_path, damaged
+    ):
+        path = tmp_path / "w/weights.json"
+        expected = path.read_bytes()
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"weights\.json"):
+            call("score", "--sparsity", ".2", "a.jsonl")
+        call(*calibration(pruned, text))
+        assert path.read_bytes() == expected
+        call("score", "--sparsity", ".2", "a.jsonl")
+
+    @pytest.mark.parametrize("name", ["hidden-00001", "hidden-00099", "hidden-00003"])
+    def test_a_stray_stream_is_not_resumed_from(self, checkpoint, text, call, tmp_path, name):
+        model = checkpoint()
+        call(*calibration(model, text))
+        expected = contents(tmp_path / "w")
+        shutil.rmtree(tmp_path / "w/stats")
+        (tmp_path / "w/calibrated").unlink()
+        (tmp_path / "w" / name).write_bytes(b"short")
+        call(*calibration(model, text))
+        assert contents(tmp_path / "w") == expected
+
+    @pytest.mark.parametrize("kind", ["cut", "flipped", "gone"])
+    def test_a_damaged_export_is_found_and_made_again(self, pruned, call, tmp_path, kind, caplog):
+        call("export", "out", "c.jsonl")
+        expected = contents(tmp_path / "out")
+        for name in ("model-00002-of-00004.safetensors", "tokenizer.json", "README.md"):
+            path = tmp_path / "out" / name
+            data = path.read_bytes()
+            if kind == "gone":
+                path.unlink()
+            else:
+                flipped = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
+                path.write_bytes(data[:-1] if kind == "cut" else flipped)
+            with pytest.raises(WorkError, match=f"{name}: is damaged or gone; give --overwrite"):
+                call("export", "out", "c.jsonl")
+            call("export", "out", "c.jsonl", "--overwrite")
+            assert contents(tmp_path / "out") == expected
+        made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+        call("export", "out", "c.jsonl")
+        call("export", "out", "c.jsonl", "--overwrite")
+        assert {path: path.stat().st_mtime_ns for path in made} == made, "it was whole"
+
+    def test_a_shard_damaged_between_two_runs_is_made_again(self, tmp_path):
+        first = writer.CheckpointWriter(tmp_path / "out", 2, run="one")
+        first.write(lambda: {"a": np.zeros((2, 3), np.float32)})
+        path = tmp_path / "out/model-00001-of-00002.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+        again = writer.CheckpointWriter(tmp_path / "out", 2, run="one")
+        again.write(lambda: {"a": np.ones((2, 3), np.float32)})
+        assert load_file(path)["a"].all()
+
+
+class TestForeignStreams:
+    """A stream is input from outside: nothing beside the work directory's own files is touched."""
+
+    def test_discard_deletes_nothing_outside(self, pruned, call, tmp_path):
+        private = tmp_path / "private/stats/layer-00000.stats.safetensors"
+        private.parent.mkdir(parents=True)
+        private.write_bytes(b"mine")
+        for work in (tmp_path / "private", "/", "relative"):
+            stream = changed(tmp_path / "b.jsonl", tmp_path / "x.jsonl", work=str(work))
+            for words in (["score", "--discard", "--sparsity", ".2"], ["compensate", "--discard"]):
+                with pytest.raises(WorkError, match=r"run.json: no such file"):
+                    call(*words, stream)
+        assert private.read_bytes() == b"mine"
+        assert [path.name for path in (tmp_path / "private").iterdir()] == ["stats"]
+
+    def test_the_work_directory_of_another_run_is_not_touched(
+        self, pruned, checkpoint, text, call, tmp_path
+    ):
+        other = checkpoint("other", seed=1)
+        call(*calibration(other, text, "--samples", 5, "--work", "w2", "-o", "other.jsonl"))
+        stream = changed(tmp_path / "b.jsonl", tmp_path / "x.jsonl", work=str(tmp_path / "w2"))
+        before = contents(tmp_path / "w2")
+        with pytest.raises(WorkError, match="w2: is not the work directory of this stream"):
+            call("compensate", "--discard", stream)
+        call(*calibration(other, text, "--work", "w3", "-o", "other.jsonl"))
+        stream = changed(tmp_path / "b.jsonl", tmp_path / "x.jsonl", work=str(tmp_path / "w3"))
+        with pytest.raises(CheckpointError, match="its tensors has changed since it was calibrat"):
+            call("compensate", "--discard", stream)
+        assert contents(tmp_path / "w2") == before
+
+    def test_links_in_a_work_directory_are_not_followed(self, pruned, text, call, tmp_path):
+        stats = tmp_path / "w/stats"
+        stats.rename(tmp_path / "elsewhere")
+        stats.symlink_to(tmp_path / "elsewhere")
+        before = contents(tmp_path / "elsewhere")
+        for words in (["score", "--discard", "--sparsity", ".2", "a.jsonl"],
+                      ["compensate", "--discard", "b.jsonl"],
+                      calibration(pruned, text),
+                      calibration(pruned, text, "--samples", 5, "--overwrite")):  # fmt: skip
+            with pytest.raises(WorkError, match="stats: is a link, and links are not followed"):
+                call(*words)
+        assert contents(tmp_path / "elsewhere") == before
+        stats.unlink()
+        (tmp_path / "elsewhere").rename(stats)
+        path = stats / "layer-00001.stats.safetensors"
+        path.rename(tmp_path / "file")
+        path.symlink_to(tmp_path / "file")
+        with pytest.raises(WorkError, match="is a link"):
+            call("score", "--sparsity", ".2", "--discard", "a.jsonl")
+        assert (tmp_path / "file").exists()
+
+    def test_a_path_with_a_nul_is_refused(self, pruned, call, tmp_path):
+        for key in ("work", "model"):
+            stream = changed(tmp_path / "b.jsonl", tmp_path / "x.jsonl", **{key: "/a\0b"})
+            with pytest.raises(RecordError, match=f"{key} is not a path"):
+                call("compensate", stream)
+
+
+class TestOverwrite:
+    """Only what the index or the run names is removed."""
+
+    def test_calibrate_keeps_what_is_not_its_own(self, pruned, text, call, tmp_path):
+        work = tmp_path / "w"
+        mine = ["notes.md", "stats/notes.md", "data/x", "stats/layer-1.safetensors", "hidden-1"]
+        (work / "data").mkdir()
+        for name in mine:
+            (work / name).write_text("mine")
+        call(*calibration(pruned, text, "--samples", 5, "--overwrite"))
+        assert all((work / name).read_text() == "mine" for name in mine)
+        assert not list(work.glob("score*"))
+        assert not list(work.glob("compensate*"))
+
+    def test_a_directory_that_is_not_a_work_directory_is_refused(
+        self, checkpoint, text, call, tmp_path
+    ):
+        model = checkpoint()
+        (tmp_path / "w").mkdir()
+        (tmp_path / "w/notes.md").write_text("mine")
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(WorkError, match="w: is not a work directory of prunetool"):
+                call(*calibration(model, text, *more))
+        (tmp_path / "w/notes.md").rename(tmp_path / "w/run.json")
+        with pytest.raises(WorkError, match=r"run\.json: cannot be read as JSON"):
+            call(*calibration(model, text))
+        call(*calibration(model, text, "--overwrite"))
+
+    def test_export_keeps_what_no_checkpoint_names(self, pruned, call, tmp_path):
+        call("export", "out", "b.jsonl")
+        out = tmp_path / "out"
+        for name in ("notes.md", "model.gguf", ".gitattributes", "other.safetensors"):
+            (out / name).write_text("mine")
+        shutil.copy(tmp_path / "c.jsonl", out / "c.jsonl")
+        call("export", "out", "out/c.jsonl", "--overwrite")
+        call("export", "clean", "c.jsonl")
+        for name in ("notes.md", "model.gguf", ".gitattributes", "other.safetensors"):
+            assert (out / name).read_text() == "mine"
+            (out / name).unlink()
+        (out / "c.jsonl").unlink()
+        assert contents(out) == contents(tmp_path / "clean")
+
+    def test_files_of_the_user_that_would_be_replaced_are_refused_by_name(
+        self, pruned, checkpoint, call, tmp_path
+    ):
+        foreign = checkpoint("foreign", shards=2)
+        (foreign / "README.md").write_text("mine")
+        before = contents(foreign)
+        with pytest.raises(WorkError, match=r"foreign/README\.md: would be replaced"):
+            call("export", "foreign", "c.jsonl", "--overwrite")
+        assert contents(foreign) == before
+        (foreign / "README.md").unlink()
+        call("export", "foreign", "c.jsonl", "--overwrite")
+        call("export", "clean", "c.jsonl")
+        assert contents(foreign) == contents(tmp_path / "clean"), "the other checkpoint is gone"
+
+    def test_the_stream_that_is_read_is_never_replaced(self, pruned, call, tmp_path):
+        call("export", "out", "b.jsonl")
+        shutil.copy(tmp_path / "c.jsonl", tmp_path / "out/README.md")
+        with pytest.raises(WorkError, match=r"README\.md: would be replaced"):
+            call("export", "out", "out/README.md", "--overwrite")
+        assert (tmp_path / "out/README.md").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
+
+    def test_a_directory_with_no_checkpoint_is_refused(self, pruned, call, tmp_path):
+        with pytest.raises(WorkError, match="is not empty and holds no checkpoint"):
+            call("export", ".", "c.jsonl", "--overwrite")
+        assert (tmp_path / "c.jsonl").exists()
+        with pytest.raises(WorkError, match="is not empty and holds no checkpoint"):
+            call("export", "w", "c.jsonl", "--overwrite")
+
+    @pytest.mark.parametrize("names", [["notes.md"], ["../private.safetensors"], ["config.json"]])
+    def test_an_index_cannot_name_files_away(self, tmp_path, names):
+        out = tmp_path / "out"
+        out.mkdir()
+        (tmp_path / "private.safetensors").write_text("mine")
+        for name in ("notes.md", "x.py"):
+            (out / name).write_text("mine")
+        index = {"weight_map": dict(zip("ab", names, strict=False)),
+                 "metadata": {"files": dict.fromkeys([*names, "x.py"], "0")}}  # fmt: skip
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+        made = writer.CheckpointWriter(out, 1, overwrite=True)
+        made.write(lambda: {"a": np.zeros(1, np.float32)})
+        made.close()
+        for path in (tmp_path / "private.safetensors", out / "notes.md", out / "x.py"):
+            assert path.read_text() == "mine"
+
+    def test_the_old_index_goes_first(self, tmp_path, monkeypatch):
+        out = tmp_path / "out"
+        old = writer.CheckpointWriter(out, 1)
+        old.write(lambda: {"a": np.zeros(1, np.float32)})
+        old.close()
+
+        def killed(path, missing_ok=False):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            if path.suffix == ".safetensors":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(writer.Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.CheckpointWriter(out, 2, overwrite=True)
+        monkeypatch.undo()
+        assert not (out / "model.safetensors.index.json").exists(), "half a checkpoint looks whole"
+        new = writer.CheckpointWriter(out, 2, overwrite=True)
+        new.write(lambda: {"a": np.zeros(1, np.float32)})
+
+
+class TestFiles:
+    def test_a_planted_link_is_not_written_through(self, tmp_path):
+        (tmp_path / "private").write_text("mine")
+        for name in (".x.json.partial", "x.json"):
+            (tmp_path / name).symlink_to(tmp_path / "private")
+        writer.write_json(tmp_path / "x.json", {"a": 1})
+        assert (tmp_path / "private").read_text() == "mine"
+        assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+        assert not (tmp_path / "x.json").is_symlink()
+
+    def test_files_are_made_under_names_that_nobody_can_guess(self, tmp_path):
+        seen = []
+        for _ in range(2):
+            with writer.atomic(tmp_path / "x") as partial:
+                partial.write_text("a")
+                seen.append(partial.parent.name)
+                assert stat.S_IMODE(partial.parent.stat().st_mode) == 0o700
+        assert seen[0] != seen[1]
+
+    @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+    def test_every_file_follows_the_umask(self, pruned, call, tmp_path, umask):
+        before = os.umask(umask)
+        try:
+            call("compensate", "b.jsonl", "--damping", "0.5", "-o", "d.jsonl")
+            call("export", "out", "d.jsonl")
+        finally:
+            os.umask(before)
+        (made,) = {p.parent for p in tmp_path.glob("w/compensate-*/*")} - {
+            (tmp_path / "w" / json.loads(line)["files"]["refit"]).parent
+            for line in (tmp_path / "c.jsonl").read_text().splitlines()[1:2]
+        }
+        for path in (*made.iterdir(), *(tmp_path / "out").iterdir(), tmp_path / "d.jsonl"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path.name
+
+    def test_what_a_killed_writer_left_is_swept(self, pruned, text, call, tmp_path):
+        call("export", "out", "b.jsonl")
+
+        def litter(directory):
+            (directory / ".model-00001.x1.partial").mkdir()
+            (directory / ".model-00001.x1.partial/file").write_text("")
+            (directory / ".tmpAb12Cd").write_text("")
+            (directory / ".config.json.partial").write_text("")
+
+        for directory in ("out", "w", "w/stats"):
+            litter(tmp_path / directory)
+        call("export", "out", "c.jsonl", "--overwrite")
+        call(*calibration(pruned, text))
+        for directory in ("out", "w", "w/stats"):
+            assert not list((tmp_path / directory).glob(".*")), directory
+
+    def test_a_full_disk_names_the_file(self, tmp_path, monkeypatch):
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        with (
+            pytest.raises(WorkError, match=r"x\.json: cannot be written \(No space left"),
+            writer.atomic(tmp_path / "x.json"),
+        ):
+            full(None)
+        assert not list(tmp_path.iterdir())
+        with (
+            pytest.raises(WorkError, match="absent: no such directory; make it"),
+            writer.atomic(tmp_path / "absent/x"),
+        ):
+            pass
+
+    def test_an_empty_lock_file_is_taken_over(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr(workdir, "EMPTY_SECONDS", 0.1)
+        (tmp_path / "w.lock").touch()
+        with workdir.lock(tmp_path / "w"):
+            assert (tmp_path / "w.lock").read_text()
+        assert not list(tmp_path.iterdir())
+
+    def test_checksums_know_dtype_shape_and_bytes(self):
+        a = np.arange(6, dtype=np.float32)
+        sums = {
+            checksum.of_array(b)
+            for b in (a, a.reshape(2, 3), a.reshape(3, 2), a.view(np.int32), a + 1, a[:5])
+        }
+        assert len(sums) == 6
+        assert checksum.of_array(a.reshape(2, 3).T) == checksum.of_array(
+            np.ascontiguousarray(a.reshape(2, 3).T)
+        )
+
+
+class TestCompanions:
+    def test_links_out_of_the_checkpoint_do_not_go_along(self, pruned, call, tmp_path):
+        (tmp_path / "private").write_text("a key")
+        (pruned / "LICENSE").symlink_to(tmp_path / "private")
+        (pruned / "merges.txt").mkdir()
+        call("export", "out", "c.jsonl")
+        assert not (tmp_path / "out/LICENSE").exists()
+        assert not (tmp_path / "out/merges.txt").exists()
+
+    def test_links_of_a_hub_cache_go_along(self, checkpoint, tmp_path):
+        snapshot = tmp_path / "models--a--b/snapshots/123"
+        blobs = tmp_path / "models--a--b/blobs"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        (blobs / "1").write_text("free")
+        (tmp_path / "private").write_text("a key")
+        (snapshot / "LICENSE").symlink_to("../../blobs/1")
+        (snapshot / "NOTICE").symlink_to("../../../private")
+        assert companions(snapshot) == {"LICENSE": b"free"}
+
+    def test_no_code_goes_along(self, pruned, call, tmp_path):
+        for name in ("tokenizer_evil.py", "modeling_evil.py", "tokenizer.py", "chat_template.py"):
+            (pruned / name).write_text("raise SystemExit")
+        original = {"tokenizer_class": "PreTrainedTokenizerFast",
+                    "auto_map": {"AutoTokenizer": ["tokenizer_evil.Evil", None]}}  # fmt: skip
+        (pruned / "tokenizer_config.json").write_text(json.dumps(original))
+        config = json.loads((pruned / "config.json").read_text())
+        evil = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+        assert open_model(str(pruned)).fingerprint()
+        (pruned / "config.json").write_text(json.dumps({**config, **evil}))
+        call("export", "out", "c.jsonl")
+        out = tmp_path / "out"
+        assert {path.name for path in out.glob("*.py")} <= {
+            "modeling_pruned_llama.py", "mlx_pruned_llama.py"
+        }  # fmt: skip
+        said = json.loads((out / "tokenizer_config.json").read_text())
+        assert said == {"tokenizer_class": "PreTrainedTokenizerFast"}
+        assert "evil" not in (out / "config.json").read_text()
+
+    def test_a_damaged_companion_is_said_before_anything_is_written(self, pruned, call, tmp_path):
+        (pruned / "generation_config.json").write_text("{")
+        with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read"):
+            call("export", "out", "c.jsonl")
+        assert not (tmp_path / "out").exists()
+
+
+class TestCard:
+    def test_a_source_cannot_write_markup_into_the_card(self, checkpoint):
+        model = open_model(str(checkpoint()))
+        source = "/a\n# Heading <img src=x onerror=alert(1)> [link](http://x) `code` " + "x" * 300
+        step = {"command": "calibrate", "version": "0", "options": {"tokens": "```\n# H"}}
+        header = records.Header("/m", source, "f", "/w", 3, [step])
+        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        assert "\n# Heading" not in card
+        assert "<img" not in card.replace("\\<img", "")
+        assert max(map(len, card.splitlines())) < 400
+        assert "[link](" not in card
+        assert "\n# H" not in card
+
+    def test_an_ordinary_name_stays_readable(self):
+        assert plain("SmolLM2-135M") == "SmolLM2-135M"
+        assert plain("a_b") == r"a\_b"
+
+
+class TestTiedWithItsOwnHead:
+    def model(self, checkpoint, same):
+        model = checkpoint(tie_word_embeddings=False)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+        if same:
+            tensors = load_file(model / "model.safetensors")
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+            save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        return model
+
+    def test_a_head_of_its_own_is_used_counted_and_exported(self, checkpoint, text, call, tmp_path):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = self.model(checkpoint, same=False)
+        stored = load_file(model / "model.safetensors")
+        said = json.loads(call("inspect", model))
+        assert said["parameters"] == sum(array.size for array in stored.values())
+        assert said["tied"] is False
+        tokens = np.random.default_rng(0).integers(0, 256, (2, 32))
+        np.save(tmp_path / "ids.npy", tokens)
+        call(*calibration(model, text))
+        call("score", "--sparsity", "0", "a.jsonl", "-o", "b.jsonl")
+        call("export", "out", "b.jsonl")
+        for directory in (model, tmp_path / "out"):
+            theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            with torch.no_grad():
+                expected = theirs(torch.tensor(tokens), labels=torch.tensor(tokens)).loss.item()
+            ours = json.loads(
+                call("evaluate", directory, "--tokens", "ids.npy", "--sequence-length", 32)
+            )
+            assert ours["loss"] == pytest.approx(expected, abs=2e-5)
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config["tie_word_embeddings"] is False
+        exported = load_file(tmp_path / "out/model-00004-of-00004.safetensors")
+        np.testing.assert_array_equal(exported["lm_head.weight"], stored["lm_head.weight"])
+
+    def test_a_copy_of_the_embedding_is_not_a_head_of_its_own(self, checkpoint, call):
+        model = self.model(checkpoint, same=True)
+        stored = load_file(model / "model.safetensors")
+        said = json.loads(call("inspect", model))
+        assert said["tied"] is True
+        head = stored["lm_head.weight"]
+        assert said["parameters"] == sum(array.size for array in stored.values()) - head.size
+        assert said["size_bytes"] == 4 * said["parameters"]
+
+    def test_a_head_that_differs_in_its_last_value_is_its_own(self, checkpoint):
+        model = self.model(checkpoint, same=True)
+        tensors = load_file(model / "model.safetensors")
+        tensors["lm_head.weight"][-1, -1] += 1
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        assert open_model(str(model)).config.tied is False
