@@ -37,9 +37,12 @@ def model_card(
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
     after = [dense.layer_parameters(shape) for shape in shapes]
-    name, source = plain(Path(header.source).name), plain(header.source)
-    hub = bool(HUB_ID.fullmatch(header.source)) and not Path(header.source).exists()
-    front = ["---", *([f"base_model: {header.source}"] if hub else [])]
+    hub = hub_id(Path(header.model))
+    source = hub or header.source
+    if Path(source).name in ("", ".."):  # a path that names nothing, such as .
+        source = Path(header.model).name
+    name, source = plain(Path(source).name), plain(source)
+    front = ["---", *([f"base_model: {hub}"] if hub else [])]
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- pruned"]
     lines = [
         *front, "---", "",
@@ -73,6 +76,17 @@ def model_card(
     lines += ["", "## History", "", "```json"]
     lines += [shown(json.dumps(step), HISTORY_SHOWN) for step in header.history]
     return "\n".join([*lines, "```", ""])
+
+
+def hub_id(directory: Path) -> str | None:
+    """The id of the Hub repository that a directory is a download of, if it is one.
+
+    It lies in the Hub's cache as ``…/models--OWNER--NAME/snapshots/COMMIT``.
+    """
+    repository, snapshots = directory.parent.parent.name, directory.parent.name
+    name = repository.removeprefix("models--").replace("--", "/")
+    cached = repository.startswith("models--") and snapshots == "snapshots"
+    return name if cached and HUB_ID.fullmatch(name) else None
 
 
 def plain(text: str) -> str:

@@ -21,6 +21,7 @@ COMMANDS = (
     "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report"
 )  # fmt: skip
 RESUMED = ("convert", "calibrate", "score", "compensate", "export")  # evaluate with --work
+WRITES_FILES = ("convert", "export")  # and nothing to stdout
 WAIT_SECONDS = 5  # for the step before to clean up, at most
 
 
@@ -54,6 +55,8 @@ def group(verbose: int, quiet: bool) -> None:
         | prunetool export OUT
     """
     setup_logging(-1 if quiet else verbose)
+    if sys.stdout is None and click.get_current_context().invoked_subcommand not in WRITES_FILES:
+        raise PrunetoolError("stdout", "is closed", "redirect it to a file, or to /dev/null")
 
 
 def main() -> None:
@@ -66,14 +69,16 @@ def main() -> None:
     # solves 10 to 20 times slower beside another step of the pipe on two cores.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     _restart_with_huge_pages()
+    _fill_streams()
     code, said = _run()
     if not code:
         sys.exit()
     gc.collect()  # closes generators that the failure left suspended: they remove their files
     with suppress(OSError):
         click.echo(said, nl=bool(said), err=True)
-    with suppress(OSError):
-        sys.stdout.flush()
+    if sys.stdout:
+        with suppress(OSError):
+            sys.stdout.flush()
     # JAX may still be computing, which is a segmentation fault while the interpreter shuts down.
     os._exit(code)
 
@@ -112,8 +117,23 @@ def _notice(number: int, context: click.Context | None) -> str:
         if number != SIGTERM or before.poll(WAIT_SECONDS * 1000):
             return ""
     if context.info_name in RESUMED or context.params.get("work"):
-        return "Interrupted; run the same command again to go on"
+        return signals.GO_ON
     return "Interrupted; nothing is kept"
+
+
+def _fill_streams() -> None:
+    """Open the null device for every standard stream that is closed.
+
+    Otherwise a file opened later would get the stream's number, and what is written to the stream.
+    ``sys.stdout`` stays None, so that a command can tell.
+    """
+    # What is opened gets the lowest free number: the stream's own.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        os.open(os.devnull, os.O_WRONLY)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
 
 
 def _restart_with_huge_pages() -> None:

@@ -6,7 +6,6 @@ each window is the BOS and one token of text fewer: the text is still used witho
 """
 
 import bz2
-import gzip
 import hashlib
 import json
 import lzma
@@ -15,6 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -24,6 +24,8 @@ from prunetool.errors import CorpusError, shown
 from prunetool.tokenizer import tokenize
 
 JSON_NAME = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|gzip|zst|zstd|bz2|xz))?$", re.IGNORECASE)
+ARRAY_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
+AS_OBJECTS = 'give JSON lines: {"text": "…"} in each line'
 TO_LINES = "make lines of it: jq -c {} FILE > FILE.jsonl"
 
 
@@ -59,8 +61,8 @@ def read_text(paths: Sequence[Path], field: str) -> str:
     a pipe. A byte-order mark is not text.
 
     Raises:
-      CorpusError: a file that cannot be read, is not UTF-8 text, or lacks the field in a line; no
-        text at all.
+      CorpusError: a file that cannot be read, is not UTF-8 text, is one JSON array of objects, or
+        lacks the field in a line; no text at all.
     """
     joined = "".join(_text_of(path, field) for path in paths)
     if not joined.strip():
@@ -80,6 +82,10 @@ def _text_of(path: Path, field: str) -> str:
     try:
         text = data.decode("utf-8-sig")  # as it lies there: no newline translation
     except UnicodeDecodeError as error:
+        if path.suffix.lower() == ".br":  # nothing in Brotli's data says what they are
+            raise CorpusError(
+                path, "is compressed by Brotli", "decompress it first: brotli -dc FILE > FILE.txt"
+            ) from error
         raise CorpusError(path, f"is not UTF-8 ({error})", "convert it first") from error
     if "\0" in text:
         raise CorpusError(
@@ -88,38 +94,53 @@ def _text_of(path: Path, field: str) -> str:
         )  # fmt: skip
     if JSON_NAME.search(path.name) or _is_object(text.lstrip(" \t\r\n").partition("\n")[0]):
         return _json_lines(path, text, field)
+    if ARRAY_OF_OBJECTS.match(text):
+        _refuse_document(path, text)
     return text
 
 
-def _unzstd(data: bytes) -> bytes:
-    parts = []
-    while data:  # frame by frame: only a frame's own decompressor says if it is whole
-        frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        parts.append(frame.decompress(data))
-        if not frame.eof:
-            raise EOFError("it ends inside a frame")
-        data = frame.unused_data
-    return b"".join(parts)
-
-
-COMPRESSED: list[tuple[re.Pattern[bytes], str, Callable[[bytes], bytes]]] = [
-    (re.compile(rb"\x1f\x8b\x08"), "gzip", gzip.decompress),
-    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "Zstandard", _unzstd),
-    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2", bz2.decompress),
-    (re.compile(rb"\xfd7zXZ\0"), "xz", lzma.decompress),
-]
+# How it begins, its name, what may pad it, and what decompresses one of the streams in it.
+COMPRESSED: list[tuple[re.Pattern[bytes], str, bytes, Callable[[], Any]]] = [
+    (re.compile(rb"\x1f\x8b\x08"), "gzip", b"\0", lambda: zlib.decompressobj(wbits=31)),
+    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "Zstandard", b"",
+     lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()),
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2", b"", bz2.BZ2Decompressor),
+    (re.compile(rb"\xfd7zXZ\0"), "xz", b"\0", lzma.LZMADecompressor),
+]  # fmt: skip
 
 
 def _decompressed(path: Path, data: bytes) -> bytes:
-    for beginning, name, decompress in COMPRESSED:
+    for beginning, name, padding, new in COMPRESSED:
         if beginning.match(data):
             try:
-                return decompress(data)
+                return _streams(data, beginning, padding, new)
             except (
                 OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
             ) as error:  # fmt: skip
                 raise CorpusError(path, f"is damaged {name} ({error})", "get it again") from error
     return data
+
+
+def _streams(
+    data: bytes, beginning: re.Pattern[bytes], padding: bytes, new: Callable[[], Any]
+) -> bytes:
+    """Decompress streams that lie one after the other, all of them whole and nothing else there."""
+    parts, view, start = [], memoryview(data), 0
+    while start < len(data):
+        if not beginning.match(data, start):
+            raise ValueError(f"other data follows at byte {start:,}")
+        # A decompressor copies what it is given beyond its stream. Slices that double are never
+        # much longer than what was used of them, so that many short streams take linear time.
+        stream, step = new(), 1 << 10
+        while not stream.eof:
+            if start >= len(data):
+                raise EOFError("it ends too early")
+            parts.append(stream.decompress(view[start : start + step]))
+            start, step = min(start + step, len(data)), 2 * step
+        start -= len(stream.unused_data)
+        while padding and data.startswith(padding, start):
+            start += len(padding)
+    return b"".join(parts)
 
 
 def _foreign(beginning: bytes, what: str, todo: str) -> tuple[re.Pattern[bytes], str, str]:
@@ -149,9 +170,21 @@ FOREIGN = [
     _foreign(rb".{257}ustar[\0 ]", "is a tar archive, not text", UNPACK),
     _foreign(rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "is a 7z or RAR archive, not text", UNPACK),
     _foreign(rb"\x04\x22\x4d\x18", "is compressed by LZ4", "decompress it first: lz4 -d FILE"),
+    _foreign(rb"\x1f\x9d", "is compressed by compress (.Z)",
+             "decompress it first: gzip -dc FILE > FILE.txt"),
     _foreign(rb"\x93NUMPY", "is a NumPy array, not text", AS_TOKENS),
     _foreign(rb".{7}\0\{", "is a safetensors file, not text", AS_TOKENS),
+    _foreign(rb"\x5d\0\0", "is compressed by LZMA (.lzma)",
+             "decompress it first: xz --format=lzma -dc FILE > FILE.txt"),
     _foreign(rb"GGUF" + NOT_TEXT, "is a GGUF model, not text", "give a file of text"),
+    _foreign(rb"Obj\x01", "is an Avro file, not text", "write its text column as JSON lines first"),
+    _foreign(rb"\{\\rtf", "is rich text (RTF), not plain text", "save it as plain text first"),
+    _foreign(rb"%!PS", "is PostScript, not text",
+             "extract its text first: ps2ascii FILE FILE.txt"),
+    _foreign(rb"WARC/1\.", "is a web archive (WARC), not text",
+             "write the text of its records to a file first"),
+    _foreign(rb"version https://git-lfs", "is a Git LFS pointer, not the file itself",
+             "fetch the file: git lfs pull"),
 ]  # fmt: skip
 
 
@@ -180,10 +213,7 @@ def _json_lines(path: Path, text: str, field: str) -> str:
         if not isinstance(fields, dict):
             if not values:
                 _refuse_document(path, text)
-            raise CorpusError(
-                where, f"is JSON but not an object ({shown(line, 40)})",
-                'give JSON lines: {"text": "…"} in each line',
-            )  # fmt: skip
+            raise CorpusError(where, f"is JSON but not an object ({shown(line, 40)})", AS_OBJECTS)
         if field not in fields:
             names = shown(", ".join(map(str, fields)), 80) or "none"
             raise CorpusError(
@@ -213,7 +243,11 @@ def _refuse_document(path: Path, text: str) -> None:
     except (ValueError, RecursionError):
         return
     if isinstance(value, list) and end == len(text):
-        raise CorpusError(path, "is one JSON array, not JSON lines", TO_LINES.format("'.[]'"))
+        todo = AS_OBJECTS
+        for kind, program in ((dict, "'.[]'"), (str, "'.[] | {text: .}'")):
+            if value and all(isinstance(element, kind) for element in value):
+                todo = TO_LINES.format(program)
+        raise CorpusError(path, "is one JSON array, not JSON lines", todo)
     if isinstance(value, dict) and "\n" in text[:end]:
         raise CorpusError(
             path, "is JSON over several lines, not one object a line", TO_LINES.format(".")

@@ -6,6 +6,7 @@ the layer is done; then the sums of all devices of all processes are added by JA
 
 import atexit
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from prunetool import signals
 from prunetool.errors import ConfigError, WorkError
 
 JOIN_SECONDS = 300
@@ -132,7 +134,7 @@ def start(
       index: of this one.
 
     Raises:
-      ConfigError: where JAX has no GPU, or the processes do not come together.
+      ConfigError: if JAX has no GPU, the address is in use, or the processes do not come together.
     """
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
@@ -167,12 +169,17 @@ def _join(coordinator: str, processes: int | None, index: int | None) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
     try:
         if coordinator == "auto":
-            jax.distributed.initialize()
+            with signals.at_once(signals.GO_ON):
+                jax.distributed.initialize()
         else:
-            jax.distributed.initialize(
-                coordinator, processes, index, initialization_timeout=JOIN_SECONDS,
-                coordinator_bind_address=_numeric(coordinator),
-            )  # fmt: skip
+            address = _numeric(coordinator)
+            if index == 0:
+                _need_free(coordinator, address)
+            with signals.at_once(signals.GO_ON):
+                jax.distributed.initialize(
+                    coordinator, processes, index, initialization_timeout=JOIN_SECONDS,
+                    coordinator_bind_address=address,
+                )  # fmt: skip
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             "--coordinator", f"the processes did not come together ({error})",
@@ -192,6 +199,32 @@ def _numeric(address: str) -> str:
         raise ValueError(f"{address!r} is not HOST:PORT")
     (*_, (number, *_)), *_ = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     return f"[{number}]:{port}" if ":" in str(number) else f"{number}:{port}"
+
+
+def _need_free(coordinator: str, address: str) -> None:
+    """Refuse an address that cannot be listened on: JAX would crash without a message.
+
+    Args:
+      coordinator: as it was given.
+      address: the same from `_numeric`.
+
+    Raises:
+      ConfigError: if it is in use, or not of this machine.
+    """
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+            probe.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                what, todo = f"{coordinator} is in use", "give another port"
+            else:
+                what = f"process 0 cannot listen on {coordinator} ({error.strerror})"
+                todo = "give an address of its machine, and a port above 1023"
+            raise ConfigError("--coordinator", what, todo) from error
 
 
 @contextmanager

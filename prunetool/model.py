@@ -1,6 +1,6 @@
 """A checkpoint opened as a Llama model: checked from its headers, read one layer at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,7 +66,7 @@ class Model:
         array = read_tensor(self.index, name)
         found = checksum.of_array(array)
         if self.recorded is not None and name not in self.checksums:
-            self.checksums.update(checksum.read_sealed(self.recorded)["tensors"])
+            self.checksums.update(read_weights(self.recorded)["tensors"])
         if self.checksums.setdefault(name, found) != found:
             raise CheckpointError(
                 self.index[name].shard, f"{shown(name)} has changed since the run began",
@@ -79,16 +79,15 @@ class Model:
         value = {"shards": self.index.stamps(), "tensors": dict(sorted(self.checksums.items()))}
         write_json(path, checksum.sealed(value))
 
-    def recall(self, path: Path) -> None:
-        """Take the checksums of an earlier run as known; of shards touched since, check them all.
+    def recall(self, value: Mapping[str, Any]) -> None:
+        """Take the checksums that `remember` wrote as known; if a shard was touched, check all.
 
         Raises:
-          CheckpointError: if the file is missing or damaged, or a tensor has changed.
+          CheckpointError: if a tensor has changed.
         """
-        value = checksum.read_sealed(path)
         self.checksums.update(value["tensors"])
         if value["shards"] != self.index.stamps():
-            for name in value["tensors"]:
+            for name in value["tensors"].keys() & self.index.keys():
                 self.read(name)
 
     @property
@@ -149,6 +148,21 @@ class Model:
     def parameters(self) -> int:
         """All parameters stored."""
         return sum(int(np.prod(self.index[name].shape)) for name in self.index)
+
+
+def read_weights(path: Path) -> dict[str, dict[str, Any]]:
+    """Read what `Model.remember` wrote: stamps of shards, and checksums of tensors.
+
+    Raises:
+      CheckpointError: if it is missing or damaged.
+    """
+    try:
+        value = checksum.read_sealed(path)
+        if not all(isinstance(value.get(key), dict) for key in ("shards", "tensors")):
+            raise CheckpointError(path, "lacks checksums of weights", "")
+    except CheckpointError as error:
+        raise CheckpointError(path, error.what, "run calibrate again") from error
+    return value
 
 
 def open_model(name: str, revision: str | None = None) -> Model:

@@ -1,16 +1,20 @@
 """The options and arguments that several commands share, one name each."""
 
 import math
+import os
+import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
-from prunetool.errors import RecordError
+from prunetool.errors import RecordError, shown
 
+# Where files that a process has open go by other names; macOS has no /proc.
+OPEN_FILES = "/proc" if sys.platform == "linux" else "/dev/fd"
 Parameter = click.Parameter
 
 
@@ -51,7 +55,17 @@ def _dampings(_: click.Context, __: Parameter, value: str) -> tuple[float, ...] 
     return numbers
 
 
+def named(_: click.Context, __: Parameter, path: Path | None) -> Path | None:
+    """A directory to write that has a name, and so room for its lock beside it: not the root."""
+    if path and path.name == "..":
+        path = path.resolve()
+    if path and not path.absolute().name:
+        raise click.BadParameter("cannot be the root directory: name a directory in it")
+    return path
+
+
 model_arg = click.argument("model")
+out_arg = click.argument("out", type=click.Path(path_type=Path), callback=named)
 source_arg = click.argument(
     "source", metavar="[FILE]", default="-", callback=_no_terminal, required=False
 )
@@ -129,21 +143,80 @@ def open_source(path: str) -> Iterator[IO[str]]:
 
 @contextmanager
 def open_sink(path: str) -> Iterator[IO[str]]:
-    """Open where the records go, ``-`` being stdout. A file appears when the stream is whole."""
+    """Open where the records go, ``-`` being stdout. A file appears when the stream is whole.
+
+    If it is a link, its target is written. Devices, pipes and files already open (/dev/stdout) are
+    appended to, never replaced.
+    """
     from prunetool.checkpoint.writer import atomic
 
     try:
         if path == "-":
             yield sys.stdout
-        elif Path(path).exists() and not Path(path).is_file():  # a named pipe, a device
-            with Path(path).open("w", encoding="utf-8") as file:
+            return
+        place = _place(Path(path))
+        if place.is_relative_to(OPEN_FILES) or (place.exists() and not place.is_file()):
+            with place.open("a", encoding="utf-8") as file:
                 yield file
         else:
-            with atomic(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
+            with atomic(place) as partial, partial.open("w", encoding="utf-8") as file:
                 yield file
     except OSError as error:  # only those of opening a file name it
         error.filename = error.filename or ("stdout" if path == "-" else path)
         raise
+
+
+def _place(path: Path) -> Path:
+    """Where a chain of links ends, or comes to an open file: /dev/stdout leads to /proc/self/fd/1.
+
+    Raises:
+      OSError: if it never ends.
+    """
+    with suppress(FileNotFoundError):
+        path.stat()
+    while True:
+        path = Path(os.path.realpath(path.parent), path.name)
+        if path.is_relative_to(OPEN_FILES) or not path.is_symlink():
+            return path
+        path = path.parent / path.readlink()
+
+
+def keep_inputs(outputs: Iterable[Path | str | None], inputs: Iterable[Path | str | None]) -> None:
+    """Refuse a command line that would write onto what the command reads.
+
+    Args:
+      outputs: files to write, ``-`` being stdout.
+      inputs: files to read, ``-`` being stdin; of a directory, the files of the checkpoint in it.
+
+    Raises:
+      click.UsageError: if an output is one of the inputs.
+    """
+    from prunetool.checkpoint.source import NEEDED_FILES
+
+    read = set()
+    for given in inputs:
+        files = [given]
+        if given and given != "-" and os.path.isdir(given):
+            files = [file for name in NEEDED_FILES for file in Path(given).glob(name)]
+        read |= {_regular_file(file, 0) for file in files}
+    for output in outputs:
+        if _regular_file(output, 1) in read - {None}:
+            name = "stdout" if output == "-" else shown(output)
+            raise click.UsageError(f"{name} is an input of this command: write to another file")
+
+
+def _regular_file(path: Path | str | None, number: int) -> tuple[int, int] | None:
+    """What tells a file from all others, whatever its name; None for a device, a pipe or nothing.
+
+    Args:
+      path: its name, or ``-`` for a standard stream.
+      number: of that stream.
+    """
+    try:
+        found = os.fstat(number) if path == "-" else os.stat(path or "")
+    except (OSError, ValueError):  # ValueError: a null in the name
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def history_step(command: str, version: str, **options: Any) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prunetool import console, records, workdir
-from prunetool.checkpoint import checksum
 from prunetool.errors import CheckpointError, RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.weights import MATRICES, part_shapes
-from prunetool.model import Model, open_model
+from prunetool.model import Model, open_model, read_weights
 
 HEADS, CHANNELS = TARGETS = ("heads", "channels")
 
@@ -29,6 +28,8 @@ def reopen(header: records.Header) -> Model:
         first rows, reading one raises it (`Model.read`).
     """
     run = workdir.run_of(header)
+    if not Path(header.model).is_dir():  # a stream must not make anybody ask the Hub
+        raise CheckpointError(header.model, "no such directory", "calibrate again")
     model = open_model(header.model)
     now = model.identity()
     if changed := workdir.differing({key: run.get(key) for key in now}, now):
@@ -53,19 +54,19 @@ def recall_weights(model: Model, work: Path, *, overwrite: bool) -> bool:
     """
     path = work / workdir.WEIGHTS_NAME
     try:
-        checksum.read_sealed(path)
+        known = read_weights(path)
     except CheckpointError as error:
         console.log.warning("%s: %s; starting again", path, error.what)
-        return False
-    try:
-        model.recall(path)
-    except CheckpointError:
-        if not overwrite:
-            raise
-        workdir.drop(work)
-        model.checksums.clear()
-        return False
-    return True
+    else:
+        try:
+            model.recall(known)
+            return True
+        except CheckpointError:
+            if not overwrite:
+                raise
+    workdir.drop(work)  # what later steps made of other weights too
+    model.checksums.clear()
+    return False
 
 
 def _array(work: Path, name: str, key: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

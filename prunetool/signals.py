@@ -13,6 +13,9 @@ from typing import Any
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # timeout(1) and others signal a process and then its group: two signals, and one wish.
 SAME_SECONDS = 0.5
+GO_ON = "Interrupted; run the same command again to go on"
+
+_last_words: list[str] = []  # while there are any, a signal ends the process at once
 
 
 class Interrupted(BaseException):
@@ -41,7 +44,7 @@ def raised(during: Callable[[], Any]) -> Iterator[None]:
     first: list[Interrupted] = []
 
     def handle(number: int, _: FrameType | None) -> None:
-        if not first:
+        if not first and not _last_words:
             first.append(Interrupted(number, during()))
             raise first[0]
 
@@ -57,7 +60,7 @@ def raised(during: Callable[[], Any]) -> Iterator[None]:
     handled = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    threading.Thread(target=_end_at_second, args=(read_end,), daemon=True).start()
+    threading.Thread(target=_watch, args=(read_end,), daemon=True).start()
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     sys.unraisablehook = not_raised
     for number in handled:
@@ -73,11 +76,28 @@ def raised(during: Callable[[], Any]) -> Iterator[None]:
             os.close(write_end)
 
 
-def _end_at_second(signals: int) -> None:
+@contextmanager
+def at_once(line: str) -> Iterator[None]:
+    """End the process at the first signal, during a long call of C before anything is begun.
+
+    Args:
+      line: what is said then.
+    """
+    _last_words.append(line)
+    try:
+        yield
+    finally:
+        _last_words.clear()
+
+
+def _watch(signals: int) -> None:
     """End the process at the second signal, even while the main thread is in a long call of C."""
     seen = 0.0
     while number := os.read(signals, 1):
         now = time.monotonic()
+        if _last_words:
+            os.write(2, f"{_last_words[0]}\n".encode())
+            os._exit(128 + number[0])
         if seen and now - seen > SAME_SECONDS:
             os._exit(128 + number[0])
         seen = seen or now

@@ -41,14 +41,12 @@ RUN_NAME = "run.json"
 WEIGHTS_NAME = "weights.json"
 DISCARDED_NAME = "discarded"
 SILENT_SECONDS = 60.0  # of waiting for a lock before a word is said
-EMPTY_SECONDS = 2.0  # an empty lock file is being written for less than that
+BROKEN_SECONDS = 2.0  # a lock file is being written for less than that
 STATS_KINDS = ("stats", "held_out", "attention")  # of the files that calibrate makes of a layer
 # Names of all that the steps make in a work directory; nothing else there is ever removed.
 DIRECTORIES = re.compile(r"stats|(scores|score|compensate)-[0-9a-f]{12}")
-FILES = re.compile(
-    r"hidden-\d{5}(\.\d+of\d+)?|calibrated(\.\d+of\d+)?|weights\.json|discarded"
-    r"|layer-\d{5}(\.\w+)?\.safetensors"
-)
+FILES = re.compile(r"(hidden-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded")
+LAYER_FILES = re.compile(r"layer-\d{5}(\.\w+)?\.safetensors")
 AGAIN = (
     "run the step that made it again; if it was discarded, delete the work directory and "
     "calibrate again"
@@ -70,7 +68,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = SoftFileLock(path.with_name(f"{path.name}.lock"))
-    _remove_empty(Path(held.lock_file))
+    _remove_broken(held)
     holder = held.pid
     advice = (
         f"wait for it, or stop it (if it is of another machine and gone, delete {held.lock_file})"
@@ -81,27 +79,34 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         if not wait:
             raise WorkError(path, f"is being written by process {holder}", advice) from error
         _wait(held, path, advice)
+    except OSError as error:
+        raise WorkError(
+            held.lock_file, f"cannot be written ({error.strerror})",
+            "make room, or check the permissions",
+        ) from error  # fmt: skip
     else:
         if holder is not None:
             console.log.warning(
                 "%s: process %d, which wrote it, is gone; this one goes on", path, holder
             )
     try:
+        files.sweep(path)
         yield
     finally:
         held.release()
 
 
-def _remove_empty(path: Path) -> None:
-    """Remove a lock file that stays empty: its process, or the machine, died as it was made."""
+def _remove_broken(held: SoftFileLock) -> None:
+    """Remove a lock file that goes on naming no process: the machine died as it was made."""
+    path = Path(held.lock_file)
     with suppress(FileNotFoundError):
         before = path.lstat()
-        if before.st_size:
+        if held.pid is not None:
             return
-        time.sleep(EMPTY_SECONDS)
+        time.sleep(BROKEN_SECONDS)
         if path.lstat() == before:
             path.unlink()
-            console.log.warning("%s: was left empty by a crash; taken over", path)
+            console.log.warning("%s: names no process, after a crash; taken over", path)
 
 
 def _wait(held: SoftFileLock, path: Path, advice: str) -> None:
@@ -159,14 +164,22 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
                     "give --overwrite to drop it, or another --work",
                 )  # fmt: skip
             drop(work)  # run.json last, by being replaced: it says whose this is
-    elif work.exists() and not (work.is_dir() and files.is_empty(work)):
-        raise WorkError(work, "is not a work directory of prunetool", "give another --work")
     else:
-        work.mkdir(parents=True, exist_ok=True)
         old = {}
+        if work.exists() and not (work.is_dir() and files.is_empty(work)):
+            if not work.is_dir() or not all(map(_is_ours, work.iterdir())):
+                raise WorkError(work, "is not a work directory of prunetool", "give another --work")
+            if not overwrite:
+                raise WorkError(
+                    work, "holds a run without its run.json",
+                    "give --overwrite to start again, or another --work",
+                )  # fmt: skip
+            drop(work)
+        work.mkdir(parents=True, exist_ok=True)
     for directory in (work, work / "stats"):
         if directory.is_dir() and not directory.is_symlink():
             files.sweep(directory)
+            files.sweep_old(directory)
     if old != run:
         files.write_json(run_path, checksum.sealed(run))
 
@@ -187,25 +200,37 @@ def drop(work: Path) -> None:
     """Remove what the steps made below ``work``, and nothing else there; run.json stays.
 
     Raises:
-      WorkError: if a directory of theirs is a link.
+      WorkError: if a directory of theirs is a link, or a step is at work there.
     """
-    for entry in sorted(work.iterdir()):
-        if DIRECTORIES.fullmatch(entry.name) and entry.is_dir():
-            _refuse_link(entry)
-            files.sweep(entry)
-            for path in entry.iterdir():
-                if FILES.fullmatch(path.name.removesuffix(".lock")):
-                    path.unlink()
-            with suppress(OSError):  # something of the user's
-                entry.rmdir()
-        elif FILES.fullmatch(entry.name.removesuffix(".lock")) and not entry.is_dir():
-            entry.unlink()
+    for held in work.glob("*.lock"):
+        if DIRECTORIES.fullmatch(held.stem):
+            with lock(held.with_suffix("")):
+                pass
+    for entry in sorted(filter(_is_ours, work.iterdir())):
+        if not DIRECTORIES.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
+            continue
+        _refuse_link(entry)
+        files.sweep(entry)
+        for path in entry.iterdir():
+            if LAYER_FILES.fullmatch(path.name.removesuffix(".lock")):
+                path.unlink()
+        with suppress(OSError):  # something of the user's
+            entry.rmdir()
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether something in a work directory has a name that a step gives, run.json apart."""
+    if entry.is_dir():
+        return bool(DIRECTORIES.fullmatch(entry.name))
+    return bool(FILES.fullmatch(entry.name)) or (
+        entry.suffix == ".lock" and bool(DIRECTORIES.fullmatch(entry.stem))
+    )
 
 
 def clear(work: Path) -> None:
     """Remove what a run that keeps nothing left, and ``work`` if empty."""
     drop(work)
-    files.sweep(work)
     (work / RUN_NAME).unlink()
     with suppress(OSError):  # the user's own files, or a place that cannot be removed
         work.rmdir()

@@ -1,6 +1,7 @@
 import ast
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,9 +12,13 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 import prunetool
 from prunetool import cli, console, errors, options
+from prunetool.commands import evaluate
+from prunetool.steps.export import COMPANIONS
+from tests import hub
 from tests.conftest import error_of
 
 PACKAGE = Path(prunetool.__file__).parent
@@ -206,6 +211,237 @@ def test_a_full_disk_names_what_could_not_be_written(calibrated, run):
     assert error_of(done) == "Error: stdout: No space left on device; fix it and run again"
 
 
+class TestOutput:
+    def test_the_target_of_a_link_is_written_and_the_link_stays(self, tmp_path):
+        (tmp_path / "there").mkdir()
+        (tmp_path / "link").symlink_to("there/first")
+        (tmp_path / "there/first").symlink_to(tmp_path / "file")
+        for written in ("one", "two"):  # a file that is not there yet, and one that is
+            with options.open_sink(str(tmp_path / "link")) as sink:
+                sink.write(written)
+                assert not (tmp_path / "file").exists() or (tmp_path / "file").read_text() == "one"
+            assert (tmp_path / "file").read_text() == written
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "there/first").is_symlink()
+        assert {path.name for path in tmp_path.iterdir()} == {"there", "link", "file"}
+
+    def test_links_in_a_ring_are_an_error(self, tmp_path):
+        (tmp_path / "a").symlink_to("b")
+        (tmp_path / "b").symlink_to("a")
+        with pytest.raises(OSError, match="symbolic links"), options.open_sink(f"{tmp_path}/a"):
+            pass
+
+    @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="open files by name")
+    def test_a_file_that_is_open_already_is_written_and_not_replaced(self, tmp_path):
+        path = tmp_path / "file"
+        with path.open("w") as held:
+            held.write("before\n")
+            held.flush()
+            (tmp_path / "link").symlink_to(f"/dev/fd/{held.fileno()}")
+            for name in (f"/dev/fd/{held.fileno()}", str(tmp_path / "link")):
+                with options.open_sink(name) as sink:
+                    sink.write("records\n")
+            assert os.fstat(held.fileno()).st_ino == path.stat().st_ino
+        assert path.read_text() == "before\nrecords\nrecords\n"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="links to what is open")
+    def test_dev_stdout_stays_a_device(self):
+        write = "from prunetool import options\nwith options.open_sink('/dev/stdout') as sink: "
+        done = subprocess.run([sys.executable, "-c", f"{write}sink.write('records')"],
+                              capture_output=True, text=True)  # fmt: skip
+        assert (done.stdout, done.stderr) == ("records", "")
+        assert Path("/dev/stdout").is_symlink()
+
+    @pytest.mark.parametrize(
+        ("words", "output"),
+        [
+            (["calibrate", "dense", "--text", "b", "--text", "in", "-o"], "in"),
+            (["calibrate", "dense", "--tokens", "in", "-o"], "link"),
+            (["calibrate", "dense", "--tokens", "in", "-o"], "hard"),
+            (["calibrate", "dense", "--text", "in", "--profile"], "in"),
+            (["calibrate", "dense", "--text", "b", "-o"], "dense/config.json"),
+            (["calibrate", "dense", "--text", "b", "--profile"], "dense/model.safetensors"),
+            (["score", "--sparsity", ".2", "in", "-o"], "in"),
+            (["score", "--sparsity", ".2", "in", "--profile"], "in"),
+            (["compensate", "in", "-o"], "link"),
+            (["report", "in", "-o"], "in"),
+            (["report", "b", "--evaluation", "in", "-o"], "in"),
+        ],
+    )
+    def test_no_output_goes_onto_an_input(self, checkpoint, tmp_path, monkeypatch, words, output):
+        checkpoint()
+        monkeypatch.chdir(tmp_path)
+        Path("in").write_text("read")
+        Path("link").symlink_to("in")
+        Path("hard").hardlink_to("in")
+        before = Path(output).read_bytes()
+        done = CliRunner().invoke(cli.group, [*words, output])
+        assert done.exit_code == 2
+        assert f"Error: {output} is an input of this command: write to another" in done.output
+        assert Path(output).read_bytes() == before
+
+    def test_the_files_of_a_streams_model_are_inputs_too(self, calibrated, tmp_path):
+        model, stream = calibrated()
+        before = (model / "config.json").read_bytes()
+        for words in (["score", "--sparsity", ".2"], ["compensate"], ["report"]):
+            words = [*words, str(stream), "-o", str(model / "config.json")]
+            done = CliRunner().invoke(cli.group, words)
+            assert done.exit_code == 2
+            assert "config.json is an input of this command" in done.output
+        assert (model / "config.json").read_bytes() == before
+
+    def test_redirected_streams_are_inputs_and_outputs_too(self, tmp_path):
+        stream = tmp_path / "in"
+        stream.write_text("read")
+        score = [sys.executable, "-m", "prunetool", "score", "--sparsity", ".2"]
+        with stream.open() as stdin, stream.open("a") as stdout:
+            found = [
+                subprocess.run([*score, "-o", "in"], stdin=stdin, stderr=-1, cwd=tmp_path),
+                subprocess.run([*score, "in"], stdout=stdout, stderr=-1, cwd=tmp_path),
+            ]
+        for done, name in zip(found, ("in", "stdout"), strict=True):
+            assert done.returncode == 2
+            assert f"Error: {name} is an input of this command".encode() in done.stderr
+        assert stream.read_text() == "read"
+
+    def test_other_files_beside_the_inputs_are_written(self, checkpoint, tmp_path):
+        model = checkpoint()
+        (model / "stats.jsonl").write_text("of the run before")
+        options.keep_inputs([model / "stats.jsonl", tmp_path / "new", None], [model, None])
+        options.keep_inputs(["/dev/null"], ["/dev/null", "m\0", "m" * 5000])
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["export", "/", "in"],
+            ["export", "/tmp/..", "in"],
+            ["convert", "in", "/"],
+            ["calibrate", "m", "--text", "in", "--work", "/"],
+            ["evaluate", "m", "--text", "in", "--work", "/"],
+            ["evaluate", "m", "--text", "in", "--work", "."],
+            ["evaluate", "m", "--text", "in", "--work", ".."],
+        ],
+    )
+    def test_the_root_directory_is_refused_by_any_name(self, words, monkeypatch):
+        monkeypatch.chdir("/")
+        done = CliRunner().invoke(cli.group, words)
+        assert done.exit_code == 2
+        assert "cannot be the root directory: name a directory in it" in done.output
+
+    @pytest.mark.parametrize("name", [".", "../w"])
+    def test_a_work_directory_may_be_named_by_dots(self, checkpoint, text, run, tmp_path, name):
+        (tmp_path / "w").mkdir()
+        words = ["evaluate", checkpoint(), "--text", text, "--samples", 1, "--work", name]
+        run(*words, cwd=tmp_path / "w")
+        assert not list(tmp_path.rglob("*lock"))
+
+    def test_the_directory_above_has_its_own_name(self, checkpoint, text, run, tmp_path):
+        (tmp_path / "w/inside").mkdir(parents=True)
+        words = ["evaluate", checkpoint(), "--text", text, "--samples", 1, "--work", ".."]
+        line = error_of(run(*words, cwd=tmp_path / "w/inside", ok=False))
+        assert line.startswith(f"Error: {tmp_path}/w: is not a work directory")
+
+
+def closed(redirection, *words):
+    """Run ``prunetool`` with a standard stream that the shell closes."""
+    line = f'exec "$@" {redirection}'
+    return subprocess.run(
+        ["sh", "-c", line, "sh", sys.executable, "-m", "prunetool", *map(str, words)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+class TestClosedStreams:
+    def test_stdin_reads_as_empty(self):
+        done = closed("<&-", "score", "--sparsity", ".2")
+        assert error_of(done).startswith(
+            "Error: /dev/null: the stream is empty; run the step before again"
+        )
+
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_stdout_is_an_error_if_the_command_writes_there(self, calibrated, tmp_path, name):
+        words = {
+            "convert": ["m.gguf", "out"], "export": ["out", "c.jsonl"], "score": ["--sparsity", 0],
+            "calibrate": ["m", "--text", "t"], "evaluate": ["m", "--text", "t"],
+        }  # fmt: skip
+        line = error_of(closed(">&-", name, *words.get(name, ["m"])))
+        if name in ("convert", "export"):
+            assert line.startswith(f"Error: {words[name][-1 if name == 'export' else 0]}: ")
+        else:
+            assert line == "Error: stdout: is closed; redirect it to a file, or to /dev/null"
+
+    def test_export_needs_no_stdout(self, calibrated, run, tmp_path):
+        _, stream = calibrated()
+        run("score", "--sparsity", ".2", "--multiple-of", 8, stream, "-o", "b.jsonl")
+        done = closed(">&-", "export", tmp_path / "out", tmp_path / "b.jsonl")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out/model.safetensors.index.json").exists()
+
+    def test_without_stderr_the_records_are_the_same(self, calibrated, run):
+        _, stream = calibrated()
+        words = ["score", "--sparsity", ".2", "--multiple-of", 8, stream]
+        done = closed("2>&-", *words)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == run(*words).stdout
+        assert (
+            closed("2>&-", "score", "--sparsity", ".2", stream.with_name("absent")).returncode == 1
+        )
+
+    def test_no_file_takes_the_number_of_a_closed_stream(self):
+        program = (
+            "import os, sys; from prunetool import cli; cli._fill_streams()\n"
+            "opened = os.open(sys.executable, os.O_RDONLY)\n"
+            "os._exit(opened if sys.stdout is None and sys.stdin.read() == '' else 99)"
+        )
+        line = 'exec "$@" <&- >&- 2>&-'
+        done = subprocess.run(["sh", "-c", line, "sh", sys.executable, "-c", program])
+        assert done.returncode == 3
+
+
+class TestPerplexity:
+    def test_it_is_exp_of_the_loss_as_long_as_there_is_such_a_number(self):
+        assert evaluate._perplexity(2.0) == math.exp(2.0)
+        assert evaluate._perplexity(709.7) == math.exp(709.7)
+        for loss in (709.79, 1e9, math.inf, math.nan):
+            assert evaluate._perplexity(loss) is None
+
+    @pytest.mark.parametrize("against", [False, True])
+    def test_a_model_that_knows_nothing_has_a_loss_and_no_perplexity(
+        self, checkpoint, text, run, against
+    ):
+        model = checkpoint()
+        head = load_file(model / "model.safetensors")
+        head["lm_head.weight"] *= 1e5
+        save_file(head, model / "model.safetensors")
+        more = ["--against", model] if against else []
+        done = run(
+            "evaluate", model, "--text", text, "--samples", 2, "--sequence-length", 32, *more
+        )
+        result = json.loads(done.stdout)
+        assert result["perplexity"] is None
+        assert result["loss"] > 1000
+        assert f"perplexity too large for a number (loss {result['loss']:.1f} nats)" in done.stderr
+        if against:
+            assert result["against"]["perplexity"] is None
+            assert result["against"]["loss"] == result["loss"]
+            assert f"too large for a number (loss {result['loss']:.1f} nats) before" in done.stderr
+
+
+def test_what_an_export_copies_along_is_downloaded_with_a_model(checkpoint, run, tmp_path):
+    model = checkpoint("served")
+    for name in (*COMPANIONS, "README.md", "pytorch_model.bin", "modeling_x.py"):
+        if not (model / name).exists():
+            (model / name).write_text("{}")
+    server = hub.start(model)
+    run("inspect", "me/tiny", HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+        HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", HF_TOKEN="")  # fmt: skip
+    server.shutdown()
+    server.server_close()
+    (snapshot,) = tmp_path.glob("hf/hub/*/snapshots/*")
+    found = {path.name for path in snapshot.iterdir()}
+    assert found == {"config.json", "model.safetensors", *COMPANIONS}
+
+
 def test_an_empty_stream_exits_1_with_one_line(run):
     for words in (["score", "--sparsity", ".2"], ["compensate"], ["export", "out"]):
         done = run(*words, stdin="", ok=False)
@@ -236,7 +472,7 @@ ALLOWED = {
     "steps": {"records", "console", "checkpoint", "llama", "pruning", "model", "pruned",
               "streaming", "workdir", "card", "devices", "profiling", "errors", "loaders"},
     "plan": {"llama", "model", "pruning"},
-    "devices": {"errors"},
+    "devices": {"errors", "signals"},
     "profiling": set(),
     "card": {"checkpoint", "errors", "llama", "model", "records"},
     "pruned": {"records", "workdir", "checkpoint", "console", "llama", "model", "errors"},

@@ -3,7 +3,9 @@ import gzip
 import json
 import lzma
 import os
+import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -115,6 +117,8 @@ def test_json_lines_are_known_by_their_content_and_end_at_newlines_alone(tmp_pat
         gzip.compress, bz2.compress, lzma.compress, zstandard.compress,
         lambda data: zstandard.compress(data[:9]) + zstandard.compress(data[9:]),
         lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]),
+        lambda data: bz2.compress(data[:9]) + bz2.compress(data[9:]),
+        lambda data: lzma.compress(data[:9]) + lzma.compress(data[9:]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["a.JSON.gz", "a.txt", "a.jsonl.zst"])
@@ -123,6 +127,53 @@ def test_compression_is_known_by_its_content_and_a_cut_file_is_refused(tmp_path,
     assert read(tmp_path / name, data) == FROM_JSON_LINES
     with pytest.raises(CorpusError, match=r"is damaged (gzip|bzip2|xz|Zstandard)"):
         read(tmp_path / name, data[:-6])
+
+
+COMPRESSORS = {
+    "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress,
+    "Zstandard": zstandard.compress,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("more", [b"garbage", b"\n", b"\x1f\x8b", b"BZh9"])
+def test_what_follows_compressed_data_is_refused_and_not_left_out(tmp_path, name, more):
+    data = COMPRESSORS[name](JSON_LINES)
+    says = rf"is damaged {name} \(other data follows at byte {len(data)}\)"
+    with pytest.raises(CorpusError, match=says):
+        read(tmp_path / "a.txt", data + more)
+
+
+@pytest.mark.parametrize("name", ["gzip", "xz"])
+def test_streams_may_be_padded_with_zeros(tmp_path, name):
+    one, two = (COMPRESSORS[name](part) for part in (JSON_LINES[:9], JSON_LINES[9:]))
+    assert read(tmp_path / "a.txt", one + bytes(8) + two + bytes(512)) == FROM_JSON_LINES
+
+
+@pytest.mark.parametrize("name", ["bzip2", "Zstandard"])
+def test_zeros_in_place_of_the_rest_are_damage(tmp_path, name):
+    with pytest.raises(CorpusError, match=f"is damaged {name}"):
+        read(tmp_path / "a.txt", COMPRESSORS[name](JSON_LINES) + bytes(512))
+
+
+def test_a_frame_that_is_skipped_is_not_text(tmp_path):
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"note"
+    data = skipped + zstandard.compress(JSON_LINES) + skipped
+    assert read(tmp_path / "a.txt", data) == FROM_JSON_LINES
+    with pytest.raises(CorpusError, match=r"is damaged Zstandard \(it ends too early\)"):
+        read(tmp_path / "a.txt", data[:-1])
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_many_short_streams_take_no_longer_than_a_few_long_ones(tmp_path, name):
+    parts = [random.randbytes(1500).hex() for _ in range(50)]
+    streams = [COMPRESSORS[name](part.encode()) for part in parts]
+    seconds = []
+    for times in (20, 160):
+        start = time.process_time()
+        assert read(tmp_path / "a.txt", b"".join(streams) * times) == "".join(parts) * times
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 16 * seconds[0] + 0.2  # 8 times if linear, 64 if quadratic
 
 
 def test_a_byte_order_mark_is_not_text_in_any_file(tmp_path):
@@ -176,6 +227,10 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     [
         ('[{"text": "a"},\n{"text": "b"}]\n', r"is one JSON array, .* jq -c '\.\[\]' FILE"),
         ('["a", "b"]', "is one JSON array"),
+        ('["a"]', r"is one JSON array, .* jq -c '\.\[\] \| \{text: \.\}' FILE"),
+        ("[1, 2]", r'is one JSON array, not JSON lines; give JSON lines: \{"text": "…"\} in each'),
+        ('[{"text": "a"}, "b"]', r'is one JSON array, not JSON lines; give JSON lines: \{"text"'),
+        ("[]", r'is one JSON array, not JSON lines; give JSON lines: \{"text"'),
         ('{\n "text": "a"\n}\n', r"is JSON over several lines, .* jq -c \. FILE"),
         ('{\n "text": "a"\n}\n{\n "text": "b"\n}\n', "is JSON over several lines"),
     ],
@@ -186,6 +241,21 @@ def test_a_json_document_is_refused_with_the_command_that_makes_lines_of_it(
     for name in ("a.json", "a.JSON", "a.json.gz"):
         with pytest.raises(CorpusError, match=f"{name}: {says}"):
             read(tmp_path / name, content.encode())
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}]', '\n[\n {\n  "text": "a"\n },\n {}\n]\n'])
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.txt.gz"])
+def test_an_array_of_objects_is_refused_whatever_its_name(tmp_path, name, content):
+    data = gzip.compress(content.encode()) if name.endswith("gz") else content.encode()
+    with pytest.raises(CorpusError, match=rf"{name}: is one JSON array, .* jq -c '\.\[\]' FILE"):
+        read(tmp_path / name, data)
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}] and more', '[{"text": ', "[{in prose}]", '["a", "b"]', "[1]"]
+)
+def test_what_only_begins_as_an_array_of_objects_is_text(tmp_path, content):
+    assert read(tmp_path / "a.txt", content.encode()) == content
 
 
 def test_objects_with_commas_between_them_are_not_a_document(tmp_path):
@@ -212,12 +282,37 @@ def test_objects_with_commas_between_them_are_not_a_document(tmp_path):
         (b"SQLite format 3\0", "is an SQLite database"),
         (b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive"),
         (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar  \0", mtime=0), "is a tar archive"),
+        (b"{\\rtf1\\ansi text}", r"is rich text \(RTF\), not plain text; save it as plain text"),
+        (b"%!PS-Adobe-3.0\n", "is PostScript, not text; .*ps2ascii"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a Git LFS pointer, not the file itself; fetch the file: git lfs pull",
+        ),
+        (b"WARC/1.0\r\nWARC-Type: warcinfo\r\n", r"is a web archive \(WARC\), not text"),
+        (gzip.compress(b"WARC/1.1\r\n") + gzip.compress(b"x"), r"is a web archive \(WARC\)"),
+        (b"Obj\x01\x04\x14avro.codec", "is an Avro file, not text; .*JSON lines"),
+        (b"\x1f\x9d\x90te\xca", r"is compressed by compress \(.Z\); .* gzip -dc"),
+        (
+            lzma.compress(b"text", lzma.FORMAT_ALONE),
+            r"is compressed by LZMA \(.lzma\); .* xz --format=lzma -dc",
+        ),
         ("é".encode("latin-1"), "is not UTF-8"),
     ],
 )
 def test_what_is_not_text_is_refused_by_what_it_is(tmp_path, content, says):
     with pytest.raises(CorpusError, match=f"a.txt: .*{says}"):
         read(tmp_path / "a.txt", content)
+
+
+def test_data_that_is_not_text_and_named_as_brotli_is_so_called(tmp_path):
+    with pytest.raises(CorpusError, match=r"a.jsonl.BR: is compressed by Brotli; .* brotli -dc"):
+        read(tmp_path / "a.jsonl.BR", b"\x0b\x02\x80text\x03")
+    assert read(tmp_path / "wiki.br", b"Demat d'an holl") == "Demat d'an holl"
+
+
+def test_a_text_about_a_format_is_text(tmp_path):
+    for text in ("WARC/1 is", "Obj 1", "{rtf}", "%! PS", "version https://git", "]"):
+        assert read(tmp_path / "a.txt", text.encode()) == text
 
 
 def test_a_directory_is_not_text(tmp_path):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from prunetool.devices import Team, _numeric
+from prunetool.devices import Team, _need_free, _numeric
 from prunetool.workdir import load
 from tests.conftest import error_of
 
@@ -155,6 +156,40 @@ def test_an_address_may_be_a_name_or_of_ipv6():
     assert _numeric("localhost:80") in ("127.0.0.1:80", "[::1]:80")
 
 
+def test_an_address_that_cannot_be_listened_on_is_one_line(checkpoint, text, run):
+    alone = [*calibrate(checkpoint(), text, "w"), "--processes", 2, "--process-id", 0]
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        line = error_of(run(*alone, "--coordinator", address, ok=False))
+        assert line == f"Error: --coordinator: {address} is in use; give another port"
+        with socket.create_connection(other.getsockname()):
+            other.accept()[0].close()
+    _need_free(address, address)  # of a connection that has ended, nothing is left
+    line = error_of(run(*alone, "--coordinator", "192.0.2.1:4000", ok=False))
+    assert "--coordinator: process 0 cannot listen on 192.0.2.1:4000 (Cannot assign" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_process_that_waits_for_the_others(
+    checkpoint, text, tmp_path, number, code
+):
+    pair = Processes(calibrate(checkpoint(), text, "two"), tmp_path, more=((), ["--help"]))
+    waiting, _ = pair.running
+    while pair.port not in listening(waiting.pid):
+        assert waiting.poll() is None
+        time.sleep(0.05)
+    waiting.send_signal(number)
+    started = time.monotonic()
+    (found, _, said), _ = pair.finish()
+    assert time.monotonic() - started < 5
+    assert (found, said) == (code, "Interrupted; run the same command again to go on\n")
+    assert not (tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_stops_the_others_and_the_run_goes_on(checkpoint, text, tmp_path, lost):
     model = checkpoint(num_hidden_layers=12)
@@ -211,6 +246,17 @@ def test_processes_that_run_different_things_say_so(checkpoint, text, tmp_path):
     for code, _, said in pair.finish():
         assert code == 1
         assert "the processes run different things; give all the same" in said
+
+
+def test_processes_with_other_weights_say_so(checkpoint, text, tmp_path):
+    models = [checkpoint(name) for name in ("one", "other")]
+    tensors = load_file(models[1] / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][-1] += 1  # beyond the rows of the fingerprint
+    save_file(tensors, models[1] / "model.safetensors", metadata={"format": "pt"})
+    command, _, *rest = calibrate(models[0], text, "two")
+    for code, _, said in Processes([command, *rest], tmp_path, more=[[m] for m in models]).finish():
+        assert code == 1
+        assert "Error: layer 1: the processes have different weights; give all of them" in said
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,21 @@ def test_a_changed_row_of_any_tensor_is_found_as_it_is_read(checkpoint, text, ca
     assert not stale & {path.name for path in (tmp_path / "w").iterdir()}, "made of other weights"
 
 
+def test_a_run_killed_at_its_very_end_still_knows_the_head(
+    checkpoint, text, call, tmp_path, monkeypatch
+):
+    from prunetool.steps.calibrate import Calibration
+
+    model = checkpoint()
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_read_ends", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(*calibration(model, text))
+    call(*calibration(model, text))
+    known = json.loads((tmp_path / "w/weights.json").read_text())["tensors"]
+    assert known.keys() == set(load_file(model / "model.safetensors"))
+
+
 def test_an_evaluation_does_not_go_on_with_other_weights(
     checkpoint, text, call, tmp_path, monkeypatch
 ):

@@ -126,6 +126,29 @@ def test_a_second_signal_ends_a_process_that_cannot_react(tmp_path):
     stuck.communicate()
 
 
+def test_at_once_the_first_signal_ends_a_process_that_cannot_react():
+    stuck = script(
+        "import ctypes; lock = ctypes.create_string_buffer(256); c = ctypes.CDLL(None)\n"
+        "with signals.raised(lambda: None), signals.at_once('last words'):\n"
+        "    c.pthread_mutex_lock(lock); print(flush=True); c.pthread_mutex_lock(lock)"
+    )
+    stuck.stdout.readline()
+    stuck.send_signal(signal.SIGTERM)
+    assert stuck.communicate(timeout=10) == ("", "last words\n")
+    assert stuck.returncode == 143
+
+
+def test_behind_at_once_a_signal_is_raised_again():
+    raised = script(
+        "try:\n"
+        "    with signals.raised(lambda: 'during'):\n"
+        "        with signals.at_once('last words'): pass\n"
+        "        os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
+        "except signals.Interrupted as e: print(e.number, e.during)"
+    )
+    assert raised.communicate(timeout=20) == ("2 during\n", "")
+
+
 def test_two_signals_at_once_are_one(tmp_path):
     twice = script(
         "try:\n"

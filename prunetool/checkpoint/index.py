@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  safetensors reads bfloat16 into NumPy only with its dtypes registered
 from safetensors import SafetensorError, safe_open
 
-from prunetool.errors import CheckpointError
+from prunetool.errors import CheckpointError, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -72,7 +72,7 @@ class Index(Mapping[str, TensorInfo]):
         total = hashlib.sha256()
         for shard, tensors in groupby(sorted(self.items(), key=shard_of), shard_of):
             total.update(json.dumps([shard.name, shard.stat().st_size]).encode())
-            with safe_open(shard, "numpy") as file:
+            with safe_open(shard, "numpy", backend="pread") as file:
                 for name, tensor in tensors:
                     total.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
                     total.update(file.get_slice(name)[:1].tobytes())
@@ -103,19 +103,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_index(directory: Path) -> Index:
     """Read the headers of every shard of a checkpoint.
 
+    As transformers does, a single file is taken before an index, and of an index's shards every
+    tensor, listed or not. Of a tensor that lies in two of them, it is that in the last.
+
     Raises:
       CheckpointError: no safetensors here, a shard missing or truncated, a tensor not where the
         index says, or an index that names a file outside the directory.
     """
-    index_path = directory / INDEX_NAME
+    single, index_path = directory / SINGLE_NAME, directory / INDEX_NAME
+    if single.exists():
+        return Index(directory, _read_header(single))
     if not index_path.exists():
-        if not (directory / SINGLE_NAME).exists():
-            raise CheckpointError(
-                directory,
-                f"holds neither {INDEX_NAME} nor {SINGLE_NAME}",
-                "give a directory of safetensors (pickled .bin files are never read)",
-            )
-        return Index(directory, _read_header(directory / SINGLE_NAME))
+        raise CheckpointError(
+            directory,
+            f"holds neither {INDEX_NAME} nor {SINGLE_NAME}",
+            "give a directory of safetensors (pickled .bin files are never read)",
+        )
 
     listed = read_json(index_path).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(s, str) for s in listed.values()):
@@ -129,12 +132,14 @@ def read_index(directory: Path) -> Index:
                 "do not trust this checkpoint",
             )
         headers[shard] = _read_header(directory / shard)
+    tensors = {name: info for header in headers.values() for name, info in header.items()}
     for name, shard in listed.items():
         if name not in headers[shard]:
             raise CheckpointError(
-                shard, f"no tensor {name}, which the index lists here", "get the shard again"
-            )
-    return Index(directory, {name: headers[shard][name] for name, shard in listed.items()})
+                shard, f"no tensor {shown(name)}, which the index lists here",
+                "get the shard again",
+            )  # fmt: skip
+    return Index(directory, tensors)
 
 
 def _read_header(shard: Path) -> dict[str, TensorInfo]:

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+from prunetool.checkpoint.writer import LICENSE_FILES, TOKENIZER_FILES
 from prunetool.errors import CheckpointError, HubError
 
-NEEDED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "USE_POLICY*"]
+NEEDED_FILES = ["*.safetensors", "*.json", *TOKENIZER_FILES, *LICENSE_FILES]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -17,8 +18,8 @@ def locate(model: str, revision: str | None = None) -> Path:
       revision: branch, tag or commit of the Hub repository.
 
     Raises:
-      CheckpointError: where it is neither a directory nor of the form of a Hub id.
-      HubError: where the Hub does not give the files. The token comes from the environment or the
+      CheckpointError: if it is neither a directory nor of the form of a Hub id.
+      HubError: if the Hub does not give the files. The token comes from the environment or the
         Hub's own login and is never printed.
     """
     directory = Path(model)
@@ -26,7 +27,9 @@ def locate(model: str, revision: str | None = None) -> Path:
         return directory.resolve()
     if directory.exists() or not HUB_ID.fullmatch(model):
         raise CheckpointError(
-            model, "is no directory and no Hub id", "give a directory or an id such as owner/name"
+            model,
+            "is neither a directory nor a Hub id",
+            "give a directory or an id such as owner/name",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and checkpoints whose index is written last."""
 
 import errno
+import glob
 import json
 import os
 import re
@@ -20,8 +21,10 @@ from prunetool.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from prunetool.errors import CheckpointError, WorkError
 
 UNFINISHED = ".unfinished"  # in a checkpoint being written: its run, and checksums by file
-# What a killed write leaves: directories of `atomic`, and the library's own temporary files.
-LEFTOVER = re.compile(r"\..+\.partial|\.tmp\w{6}")
+MANIFEST = ".prunetool.json"  # the same of a checkpoint that is whole, its index too
+PARTIAL = ".prunetool-partial"
+# What version 0.1 left, and safetensors: temporary files of these names.
+OLD_LEFTOVER = re.compile(r"\.tmp\w{6}|\.(hidden-[\w.]+|[\w.-]+\.(json|safetensors))\.partial")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Files of data that belong to a checkpoint, by exact name; a program reads no other. None is code.
@@ -48,7 +51,7 @@ def atomic(path: Path) -> Iterator[Path]:
       WorkError: if there is no such directory, or the disk is full.
     """
     try:
-        made = tempfile.mkdtemp(".partial", f".{path.name[:100]}.", path.parent)
+        made = tempfile.mkdtemp(PARTIAL, _prefix(path), path.parent)
     except FileNotFoundError:
         raise WorkError(path.parent, "no such directory", "make it, or name another") from None
     partial = Path(made) / "file"
@@ -59,6 +62,8 @@ def atomic(path: Path) -> Iterator[Path]:
         partial.chmod(mode)  # safetensors writes for the owner alone
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():
+            raise WorkError(path, "is a directory", "remove it, and run again")
         partial.replace(path)
     except OSError as error:
         if error.errno not in FULL:
@@ -70,15 +75,35 @@ def atomic(path: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def sweep(directory: Path) -> None:
-    """Remove what killed writers left in a directory that no other process writes now."""
-    for entry in directory.iterdir():
-        if not LEFTOVER.fullmatch(entry.name):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
+def _prefix(path: Path) -> str:
+    """How the names of the directories that `atomic` makes for a file begin."""
+    return f".{os.fsdecode(os.fsencode(path.name)[:100])}."
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of a file left beside it, or what they left in a directory.
+
+    Only while nobody else writes it.
+    """
+    found = path.parent.glob(f"{glob.escape(_prefix(path))}*{PARTIAL}")
+    inside = path.glob(f".*{PARTIAL}") if path.is_dir() else ()
+    for entry in (*found, *inside):
+        if _is_leftover(entry):
             shutil.rmtree(entry, ignore_errors=True)
-        else:
+
+
+def sweep_old(directory: Path) -> None:
+    """Remove temporary files of version 0.1 from a directory that is the tool's own."""
+    for entry in directory.iterdir():
+        if OLD_LEFTOVER.fullmatch(entry.name) and not entry.is_symlink() and entry.is_file():
             entry.unlink()
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a directory is one that `atomic` made."""
+    if path.is_symlink() or not path.is_dir() or not path.name.endswith(PARTIAL):
+        return False
+    return all(re.fullmatch(r"file|\.tmp\w+", entry.name) for entry in path.iterdir())
 
 
 def write_tensors(
@@ -138,8 +163,13 @@ def need_room(directory: Path, needed_bytes: int) -> None:
         )
 
 
+State = Literal["free", "begun", "whole", "replaced"]
+
+
 class CheckpointWriter:
     """Writes a checkpoint shard by shard; the directory counts as a checkpoint after `close`.
+
+    Nothing is changed before the first `write`.
 
     Args:
       directory: where.
@@ -150,8 +180,14 @@ class CheckpointWriter:
       files: names of all other files that will be put.
       inputs: files that the work reads, which are never replaced.
 
+    Attributes:
+      state: what is there. ``free``: nothing; ``begun``: what a killed writer of this run left;
+        ``whole``: this run's checkpoint, every file as it was written; ``replaced``: a checkpoint
+        that `write` replaces.
+
     Raises:
-      WorkError: see `prepare`.
+      WorkError: if the directory is a file; holds something else, or a damaged checkpoint of this
+        run, and ``overwrite`` is not given; or holds files of the user that would be replaced.
     """
 
     def __init__(
@@ -164,27 +200,100 @@ class CheckpointWriter:
         files: Sequence[str] = (),
         inputs: Sequence[Path] = (),
     ) -> None:
-        self._names = shard_names(shards)
-        names = [*self._names, *files]
-        state = prepare(directory, run, names, overwrite=overwrite, inputs=inputs)
+        self._shards = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        self._files = files
         self.directory, self._run = directory, run
-        self._sums = dict.fromkeys(names, "")
-        if state == "begun":
-            self._sums |= _marker(directory)["files"]
-        else:
-            # A directory half cleared must not look whole, nor like something else.
-            directory.mkdir(parents=True, exist_ok=True)
-            old = sorted(_owned(directory))
-            self._mark("", dict.fromkeys(old, ""))
-            (directory / INDEX_NAME).unlink(missing_ok=True)
-            for name in old:
-                (directory / name).unlink(missing_ok=True)
-            self._mark(run, self._sums)
-        sweep(directory)
+        self.state = self._find(overwrite)
+        if self.state in ("begun", "replaced"):
+            self._protect(inputs)
+        self._sums = dict.fromkeys([*self._shards, *files], "")
+        if self.state == "begun":
+            self._sums |= _sealed(directory / UNFINISHED)["files"]
         self._weight_map: dict[str, str] = {}
         self._written = 0
         self.size_bytes = 0
         self.parameters = 0
+
+    def _find(self, overwrite: bool) -> State:
+        """The state; without one that can be written to, an error."""
+        directory = self.directory
+        if directory.exists() and not directory.is_dir():
+            raise WorkError(directory, "is a file", "name a directory")
+        if not directory.exists() or is_empty(directory):
+            return "free"
+        if self._run and _sealed(directory / UNFINISHED)["run"] == self._run:
+            return "begun"
+        manifest = _sealed(directory / MANIFEST)
+        if self._run and manifest["run"] == self._run:
+            sums = dict.fromkeys([*self._shards, INDEX_NAME], "") | manifest["files"]
+            damaged = [n for n, total in sums.items() if not _is_whole(directory / n, total)]
+            if not damaged:
+                return "whole"
+            if not overwrite:
+                raise WorkError(
+                    directory / damaged[0], "is damaged or gone",
+                    "give --overwrite to write it again",
+                )  # fmt: skip
+        elif not overwrite:
+            raise WorkError(directory, "is not empty", "name another directory or give --overwrite")
+        if not _owned(directory) and not (directory / UNFINISHED).exists():
+            raise WorkError(
+                directory, "is not empty and holds no checkpoint", "name another directory"
+            )
+        return "replaced"
+
+    def _protect(self, inputs: Sequence[Path]) -> None:
+        """Refuse to replace or to leave what is the user's, or what is read."""
+        used = {path.absolute() for path in inputs} | {path.resolve() for path in inputs}
+        if self.state == "begun":
+            sums = _sealed(self.directory / UNFINISHED)["files"]
+            paths = [self.directory / name for name in self._files]
+            foreign = [p for p in paths if _is_there(p) and not _is_whole(p, sums.get(p.name))]
+        else:
+            owned = _owned(self.directory)
+            names = {*self._shards, *self._files} - owned
+            # Data of another checkpoint must not stay beside the new one; what is not replaced by
+            # a file of its name may be of use to somebody.
+            left = {name for name in DATA_FILES if name not in names}
+            foreign = [self.directory / n for n in sorted((names - {*DATA_FILES}) | (left - owned))]
+            paths = [self.directory / name for name in sorted(names | owned)]
+        for path in paths:
+            if _is_there(path) and {path.absolute(), path.resolve()} & used:
+                raise WorkError(
+                    path, "is read by this run, which would replace it", "name another directory"
+                )
+        for path in filter(_is_there, foreign):
+            raise WorkError(
+                path, "would be replaced or out of place, and is not of the checkpoint there",
+                "move it away, or name another directory",
+            )  # fmt: skip
+
+    def need_room(self, needed_bytes: int) -> None:
+        """Refuse if the disk cannot hold so many bytes of tensors, less those that are there.
+
+        Raises:
+          WorkError: with the bytes missing.
+        """
+        there = [self.directory / name for name in self._shards] if self.state == "begun" else []
+        need_room(
+            self.directory, needed_bytes - sum(p.stat().st_size for p in there if p.is_file())
+        )
+
+    def _begin(self) -> None:
+        """Make the directory this run's."""
+        if self.state in ("whole", "begun"):
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # A directory half cleared must not look whole, nor like something else.
+        names = (*_owned(self.directory), *self._shards, *self._files)
+        old = sorted({name for name in names if _is_there(self.directory / name)})
+        self._mark("", dict.fromkeys(old, ""))
+        (self.directory / INDEX_NAME).unlink(missing_ok=True)
+        for name in (*old, MANIFEST):
+            (self.directory / name).unlink(missing_ok=True)
+        self._mark(self._run, self._sums)
+        sweep_old(self.directory)
+        self.state = "begun"
 
     def _mark(self, run: str, sums: Mapping[str, str]) -> None:
         write_json(self.directory / UNFINISHED, checksum.sealed({"run": run, "files": sums}))
@@ -195,7 +304,8 @@ class CheckpointWriter:
         Returns:
           Its tensors.
         """
-        name = self._names[self._written]
+        self._begin()
+        name = self._shards[self._written]
         self._written += 1
         path = self.directory / name
         if _is_whole(path, self._sums[name]):
@@ -205,8 +315,7 @@ class CheckpointWriter:
             tensors = make()
             write_tensors(path, tensors)
             self._sums[name] = checksum.of_file(path)
-            if self._run:
-                self._mark(self._run, self._sums)
+            self._mark(self._run, self._sums)
         self._weight_map.update(dict.fromkeys(tensors, name))
         self.size_bytes += sum(array.nbytes for array in tensors.values())
         self.parameters += sum(array.size for array in tensors.values())
@@ -214,148 +323,63 @@ class CheckpointWriter:
 
     def put(self, name: str, data: bytes) -> None:
         """Write another file of the checkpoint."""
-        write_bytes(self.directory / name, data)
         self._sums[name] = checksum.of_bytes(data)
+        self._mark(self._run, self._sums)  # before: a file that is there without is the user's
+        write_bytes(self.directory / name, data)
 
     def close(self) -> None:
         """Write the index, which makes the directory a checkpoint."""
-        if self._written != len(self._names):
-            raise AssertionError(f"{self._written} of {len(self._names)} shards were written")
+        if self._written != len(self._shards):
+            raise AssertionError(f"{self._written} of {len(self._shards)} shards were written")
+        metadata = {"total_size": self.size_bytes, "total_parameters": self.parameters}
+        index = {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))}
+        data = json_bytes(index)
+        self._sums[INDEX_NAME] = checksum.of_bytes(data)
         sums = {name: total for name, total in sorted(self._sums.items()) if total}
-        run = {"run": self._run, "files": sums} if self._run else {}
-        index = {
-            "metadata": {
-                "total_size": self.size_bytes, "total_parameters": self.parameters, **run
-            },
-            "weight_map": dict(sorted(self._weight_map.items())),
-        }  # fmt: skip
-        write_json(self.directory / INDEX_NAME, index)
+        if self._run:
+            manifest = checksum.sealed({"run": self._run, "files": sums})
+            write_json(self.directory / MANIFEST, manifest)
+        write_bytes(self.directory / INDEX_NAME, data)
         (self.directory / UNFINISHED).unlink()
 
 
-def shard_names(count: int) -> list[str]:
-    """Names of the shards of a checkpoint of so many."""
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-
-State = Literal["free", "begun", "whole", "replaced"]
-
-
-def prepare(
-    directory: Path,
-    run: str,
-    names: Sequence[str],
-    *,
-    overwrite: bool = False,
-    inputs: Sequence[Path] = (),
-) -> State:
-    """What a writer of this run finds in a directory; changes nothing.
-
-    Args:
-      directory: to write a checkpoint to.
-      run: see `CheckpointWriter`.
-      names: of the files that will be written, but for the index.
-      overwrite: whether a checkpoint that is there may be replaced.
-      inputs: files that the work reads.
-
-    Returns:
-      ``free``: nothing; ``begun``: what a killed writer of this run left; ``whole``: this run's
-      checkpoint, every file of it as it was written; ``replaced``: a checkpoint to be replaced.
-
-    Raises:
-      WorkError: if it is a file; holds something else, or a damaged checkpoint of this run, and
-        ``overwrite`` is not given; or holds files that no checkpoint names and that would be
-        replaced.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise WorkError(directory, "is a file", "name a directory")
-    if not directory.exists() or is_empty(directory):
-        return "free"
-    if run and _marker(directory)["run"] == run:
-        if not (directory / INDEX_NAME).exists():
-            return "begun"
-        (directory / UNFINISHED).unlink()  # of one killed at its very end
-    sums = _written_sums(directory, run)
-    damaged = [name for name, total in sums.items() if not _is_whole(directory / name, total)]
-    if sums and not damaged:
-        return "whole"
-    if not overwrite:
-        if damaged:
-            raise WorkError(
-                directory / damaged[0], "is damaged or gone", "give --overwrite to write it again"
-            )
-        raise WorkError(directory, "is not empty", "name another directory or give --overwrite")
-    owned = _owned(directory)
-    if not owned and not (directory / UNFINISHED).exists():
-        raise WorkError(directory, "is not empty and holds no checkpoint", "name another directory")
-    here = directory.resolve()
-    used = {path.name for path in inputs if path.resolve().parent == here}
-    for name in sorted({*names, *owned}):
-        path = directory / name
-        if name in used or (name not in owned and _is_there(path)):
-            raise WorkError(
-                path, "would be replaced, and is not of the checkpoint there",
-                "move it away, or name another directory",
-            )  # fmt: skip
-    return "replaced"
-
-
 def is_empty(directory: Path) -> bool:
-    """Whether a directory holds nothing but what killed writes left."""
-    return all(LEFTOVER.fullmatch(entry.name) for entry in directory.iterdir())
+    """Whether a directory holds nothing but what killed writers left."""
+    return all(map(_is_leftover, directory.iterdir()))
 
 
-def _marker(directory: Path) -> dict[str, Any]:
-    """Run, and checksums of the files written so far, of a writer that was killed or is at work."""
-    nothing: dict[str, Any] = {"run": None, "files": {}}
+def _sealed(path: Path) -> dict[str, Any]:
+    """Run, and checksums by file, of a checkpoint; of nobody if the file is missing or damaged."""
     with suppress(CheckpointError):
-        found = checksum.read_sealed(directory / UNFINISHED)
-        return found if found.keys() == nothing.keys() else nothing
-    return nothing
-
-
-def _index(directory: Path) -> dict[str, Any]:
-    with suppress(CheckpointError):
-        return read_json(directory / INDEX_NAME)
-    return {}
-
-
-def _written_sums(directory: Path, run: str) -> dict[str, str]:
-    """Checksums by file of a checkpoint that a writer of this run finished; else nothing."""
-    metadata = _index(directory).get("metadata")
-    if not run or not isinstance(metadata, dict) or metadata.get("run") != run:
-        return {}
-    files = metadata.get("files")
-    return files if isinstance(files, dict) else {INDEX_NAME: ""}  # a form that cannot be whole
+        found = checksum.read_sealed(path)
+        if found.keys() == {"run", "files"} and isinstance(found["files"], dict):
+            sums = {name: total for name, total in found["files"].items() if _may_be_put(name)}
+            return {"run": found["run"], "files": sums}
+    return {"run": None, "files": {}}
 
 
 def _owned(directory: Path) -> set[str]:
-    """Files of the checkpoint in a directory that may be replaced: what is named and is there.
+    """Files of the checkpoint in a directory that may be removed: what is named and is there.
 
-    An index is input from outside: it names shards, and companions of the names that are written
-    here, and nothing else.
+    An index is input from outside: it names shards alone. Other files are named by a writer of
+    this tool, who names none but those that it writes.
     """
-    index = _index(directory)
-    metadata, shards = index.get("metadata"), index.get("weight_map")
-    listed = list(shards.values()) if isinstance(shards, dict) else []
-    named = {s for s in listed if isinstance(s, str) and s.endswith(".safetensors")}
-    for files in (metadata.get("files") if isinstance(metadata, dict) else None,
-                  _marker(directory)["files"]):  # fmt: skip
-        if isinstance(files, dict):
-            named |= {name for name in files if _may_be_put(name)}
+    named = {INDEX_NAME, SINGLE_NAME}
+    with suppress(CheckpointError):
+        shards = read_json(directory / INDEX_NAME).get("weight_map")
+        listed = shards.values() if isinstance(shards, dict) else ()
+        named |= {s for s in listed if isinstance(s, str) and s.endswith(".safetensors")}
+    for path in (directory / MANIFEST, directory / UNFINISHED):
+        named |= _sealed(path)["files"].keys()
     if _is_there(directory / UNFINISHED):
         named |= {path.name for path in directory.glob("model-?????-of-?????.safetensors")}
-    there = {INDEX_NAME, SINGLE_NAME, UNFINISHED} | named
-    there = {name for name in there if name == Path(name).name and _is_there(directory / name)}
-    if there:  # a checkpoint: its data goes with it
-        there |= {name for name in DATA_FILES if _is_there(directory / name)}
-    return there - {UNFINISHED}
+    return {name for name in named if name == Path(name).name and _is_there(directory / name)}
 
 
 def _may_be_put(name: str) -> bool:
     """Whether a writer here ever writes a file of this name."""
-    texts = ("README.md", *LICENSE_FILES)
-    return name in texts or name in DATA_FILES or bool(WRITTEN.fullmatch(name))
+    known = (INDEX_NAME, "README.md", *LICENSE_FILES, *DATA_FILES)
+    return name in known or bool(WRITTEN.fullmatch(name))
 
 
 def _is_there(path: Path) -> bool:

@@ -63,7 +63,8 @@ ATTENTION_LENGTH = 512  # the cost of learning grows with its square
 @options.profile_opt
 @options.revision_opt
 @click.option(
-    "--work", type=click.Path(path_type=Path), metavar="DIR", show_default="NAME.prunetool",
+    "--work", type=click.Path(path_type=Path), callback=options.named, metavar="DIR",
+    show_default="NAME.prunetool",
     help="Work directory of this run; the same command goes on there where it was.",
 )  # fmt: skip
 @options.overwrite_opt
@@ -121,6 +122,7 @@ def calibrate(
 
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
+    options.keep_inputs([sink, profile], [model, *texts, tokens_path])
 
     from prunetool import corpus, devices, plan, streaming, tokenizer, workdir
     from prunetool.checkpoint.writer import need_room

@@ -34,6 +34,7 @@ def compensate(
     Example:
       prunetool compensate kept.jsonl > refitted.jsonl
     """
+    options.keep_inputs([sink, profile], [source])
     from prunetool import plan, workdir
     from prunetool.checkpoint.writer import need_room
     from prunetool.profiling import Profile
@@ -43,6 +44,7 @@ def compensate(
     grid = dampings or step.DAMPING_GRID
     with console.summary("compensate") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
+        options.keep_inputs([sink, profile], [header.source])
         header = header.after(options.history_step("compensate", __version__, damping=list(grid)))
         model = reopen(header)
         work, directory = Path(header.work), workdir.step_directory(header)

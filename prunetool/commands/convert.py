@@ -9,7 +9,7 @@ from prunetool import console, options
 
 @click.command()
 @click.argument("gguf_path", metavar="GGUF", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@options.out_arg
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16",
     show_default=True, help="Of the tensors written.",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from prunetool import __version__, console, options
     "perplexity, KL divergence of the next token, error of each head's attention matrices.",
 )  # fmt: skip
 @click.option(
-    "--work", type=click.Path(path_type=Path), metavar="DIR",
+    "--work", type=click.Path(path_type=Path), callback=options.named, metavar="DIR",
     help="Keep the residual stream there: killed, the same command goes on where it was.",
 )  # fmt: skip
 @options.overwrite_opt
@@ -95,7 +96,7 @@ def evaluate(
             loss, compared = comparison.loss, {"against": _compared(against, comparison)}
         result = {
             "model": model,
-            "perplexity": math.exp(loss),
+            "perplexity": _perplexity(loss),
             "loss": loss,
             "tokens": tokens.shape[0] * (length - 1),
             "samples": tokens.shape[0],
@@ -110,9 +111,21 @@ def evaluate(
         click.echo(json.dumps(result))
         if work:
             workdir.clear(work)
-        said += [f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"]
+        said += [f"perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]
         if compared:
             _say(compared["against"], said)
+
+
+def _perplexity(loss: float) -> float | None:
+    """exp(loss); None if that is too large for a float64, above 709 nats."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
+
+
+def _shown(of: dict[str, Any]) -> str:
+    """A perplexity; the loss if it is too large."""
+    if of["perplexity"] is None:
+        return f"too large for a number (loss {of['loss']:.1f} nats)"
+    return f"{of['perplexity']:.4f}"
 
 
 def _compared(against: str, comparison: Any) -> dict[str, Any]:
@@ -132,7 +145,8 @@ def _compared(against: str, comparison: Any) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "model": against,
-        "perplexity": math.exp(comparison.dense_loss),
+        "perplexity": _perplexity(comparison.dense_loss),
+        "loss": comparison.dense_loss,
         "kl": comparison.divergence,
         "attention_error": errors,
     }
@@ -155,7 +169,7 @@ def _say(compared: dict[str, Any], said: list[str]) -> None:
         ["layer", "own: mean head", "worst", "dense: mean head", "worst"],
         rows,
     )
-    said.append(f"{compared['perplexity']:.4f} before")
+    said.append(f"{_shown(compared)} before")
     said.append(f"KL {compared['kl']:.4f} nats")
     for name, label in (("own", "own input"), ("same_input", "dense input")):
         if errors[name]["mean"] is not None:

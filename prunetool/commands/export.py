@@ -8,7 +8,7 @@ from prunetool import __version__, console, options, records
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@options.out_arg
 @options.source_arg
 @click.option(
     "--format", "form", type=click.Choice(["auto", "dense"]), default="auto", show_default=True,

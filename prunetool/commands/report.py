@@ -29,12 +29,14 @@ def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
       prunetool report refitted.jsonl -o page.html
       prunetool report refitted.jsonl --evaluation compared.json
     """
+    options.keep_inputs([sink], [source, *evaluated])
     from prunetool.steps import report as step
 
     with console.summary("report") as said:
         evaluations = [step.read_evaluation(path) for path in evaluated]
         with options.open_source(source) as stream:
             header, layers = records.read(stream)
+            options.keep_inputs([sink], [header.source])
             made = list(layers)
         page, sizes = step.make_page(header, made, evaluations)
         with options.open_sink(sink) as out:

@@ -124,6 +124,7 @@ def score(
     units = targets[0] in UNITS
     _check(targets, how)
     how = _resolved(units, how)
+    options.keep_inputs([sink, profile], [source])
 
     from prunetool import devices, plan, workdir
     from prunetool.checkpoint.writer import need_room
@@ -135,6 +136,7 @@ def score(
     with console.summary("score") as said, options.open_source(source) as stream:
         devices.start(device)
         header, layers = records.read(stream)
+        options.keep_inputs([sink, profile], [header.source])
         if any(step["command"] == "compensate" for step in header.history):
             raise RecordError(
                 source, "was refitted for what is kept so far",

@@ -11,10 +11,18 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from prunetool import console, records, streaming, workdir
+from prunetool.checkpoint import checksum
 from prunetool.devices import Team, local_mesh, own_terms, spec
-from prunetool.errors import RecordError
+from prunetool.errors import ConfigError, RecordError
 from prunetool.llama import forward
-from prunetool.llama.weights import Layer
+from prunetool.llama.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Layer,
+    part_shapes,
+    tensor_name,
+)
 from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruned import recall_weights
@@ -69,11 +77,12 @@ class Calibration:
             self._whole.unlink(missing_ok=True)
         streaming.keep_only(self._hidden(done), self.team.suffix)
         yield from map(self._record, range(done))
+        if done == 0:
+            (self.work / workdir.DISCARDED_NAME).unlink(missing_ok=True)
         if done < self.model.layers:
             yield from self._compute(done)
-            if self.team.index == 0:
-                self.model.final_norm(), self.model.head()  # not used here, and part of the run
-                self._remember()
+        if self.team.index == 0:
+            self._read_ends()
         self._whole.touch()
         self.team.wait("all layers")
         # Those of a run of another number of processes too.
@@ -91,6 +100,31 @@ class Calibration:
     def _shares(self) -> dict[str, tuple[int, int]]:
         """First and last sequence of this process's share of each part of the samples."""
         return {kind: self.team.share(*part) for kind, part in self._parts().items()}
+
+    def _read_ends(self) -> None:
+        """Read what is not used here, and part of the run all the same, for its checksums."""
+        if not {FINAL_NORM, EMBEDDING if self.model.config.tied else HEAD} <= (
+            self.model.checksums.keys()
+        ):
+            self.model.final_norm(), self.model.head()
+            self._remember()
+
+    def _same_weights(self, layer: int) -> None:
+        """Refuse processes that have other weights in a layer.
+
+        Raises:
+          ConfigError: on every process.
+        """
+        if self.team.count == 1:
+            return
+        parts = part_shapes(self.model.config, self.model.config.layer_shapes[layer])
+        names = [EMBEDDING, *(tensor_name(layer, part) for part in parts)]
+        sums = {name: self.model.checksums.get(name) for name in names[layer > 0 :]}
+        if not self.team.same(int(checksum.of_json(sums)[:15], 16)):
+            raise ConfigError(
+                f"layer {layer}", "the processes have different weights",
+                "give all of them the same checkpoint",
+            )  # fmt: skip
 
     def _remember(self) -> None:
         self.model.remember(self.work / workdir.WEIGHTS_NAME)
@@ -118,6 +152,7 @@ class Calibration:
                 weights = step.placed(streaming.to_device(layer, self.precision.dtype))
                 shapes = Layer(*(None if part is None else part.shape for part in layer))
                 del layer
+            self._same_weights(number)
             behind = stream.at(self._hidden(number + 1))
             samples = self._no_samples()
             with behind.writing() as write:

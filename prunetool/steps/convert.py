@@ -14,9 +14,6 @@ from prunetool.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_confi
 from prunetool.checkpoint.writer import (
     CheckpointWriter,
     json_bytes,
-    need_room,
-    prepare,
-    shard_names,
 )
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import part_shapes, tensor_name, tensor_shapes
@@ -59,18 +56,13 @@ def convert_gguf(path: Path, out: Path, dtype: str, *, overwrite: bool) -> list[
 
     run = workdir.digest([model.fingerprint(), dtype, __version__])
     with workdir.lock(out.absolute()):
-        names = [*shard_names(len(shards)), *files]
-        state = prepare(out, run, names, overwrite=overwrite, inputs=model.parts)
-        if state == "whole":
-            return [f"{out} holds it already (delete it to write it again)"]
-        model.check(shapes, target)
-        there = out.glob("*.safetensors") if state == "begun" else ()
-        needed_bytes = sum(math.prod(shape) for shape in shapes.values()) * target.itemsize
-        need_room(out, needed_bytes - sum(file.stat().st_size for file in there))
-
         writer = CheckpointWriter(
             out, len(shards), overwrite=overwrite, run=run, files=list(files), inputs=model.parts
         )
+        if writer.state == "whole":
+            return [f"{out} holds it already (delete it to write it again)"]
+        model.check(shapes, target)
+        writer.need_room(sum(math.prod(shape) for shape in shapes.values()) * target.itemsize)
         for tensors in console.progress(shards, "convert", len(shards)):
             writer.write(partial(model.tensors, tensors, target))
         for name, data in files.items():

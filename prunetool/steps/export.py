@@ -17,9 +17,6 @@ from prunetool.checkpoint.writer import (
     TOKENIZER_FILES,
     CheckpointWriter,
     json_bytes,
-    need_room,
-    prepare,
-    shard_names,
 )
 from prunetool.errors import RecordError, WorkError
 from prunetool.llama import forms
@@ -57,7 +54,8 @@ class Export:
       inputs: files that are read, which stay.
 
     Raises:
-      WorkError: if ``out`` is taken (`prepare`), or the stream's work directory is not its own.
+      WorkError: if ``out`` is taken (`CheckpointWriter`), or the stream's work directory is not
+        its own.
       CheckpointError: if the checkpoint has changed, or a companion cannot be read.
     """
 
@@ -70,19 +68,22 @@ class Export:
         overwrite: bool,
         inputs: Sequence[Path] = (),
     ) -> None:
-        self.header, self.out, self.dense, self.overwrite = header, out, dense, overwrite
+        self.header, self.out, self.dense = header, out, dense
         self.model, self.work = reopen(header), Path(header.work)
         if out.exists() and out.resolve() == self.model.directory:
             raise WorkError(out, "is the model itself", "name another directory")
         self.companions = companions(self.model.directory)
         along = {name: checksum.of_bytes(data) for name, data in self.companions.items()}
-        self.run = workdir.digest(
+        run = workdir.digest(
             [header.fingerprint, header.history, dict(self.model.config.raw), along]
         )
-        self.files = ["config.json", *self.companions, *forms.LOADER_FILES, "README.md"]
-        self.inputs = inputs
-        names = [*shard_names(self.model.layers + 1), *self.files]
-        self.state = prepare(out, self.run, names, overwrite=overwrite, inputs=inputs)
+        read = {tensor.shard for tensor in self.model.index.values()}
+        read |= {self.model.directory / name for name in ("config.json", *self.companions)}
+        self.writer = CheckpointWriter(
+            out, self.model.layers + 1, overwrite=overwrite, run=run,
+            files=["config.json", *self.companions, *forms.LOADER_FILES, "README.md"],
+            inputs=[*inputs, *sorted(read)],
+        )  # fmt: skip
 
     def write(self, made: Sequence[records.LayerRecord]) -> list[str]:
         """Write the checkpoint of a whole stream, its index last.
@@ -90,7 +91,8 @@ class Export:
         Returns:
           What to say of it.
         """
-        if self.state == "whole":
+        writer = self.writer
+        if writer.state == "whole":
             return [f"{self.out} holds it already (delete it to write it again)"]
         model, out, dense = self.model, self.out, self.dense
         kept = [
@@ -107,13 +109,7 @@ class Export:
             target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
         itemsize = np.dtype(model.dtype).itemsize
         count = sum(int(np.prod(shape)) for shape in tensor_shapes(target).values())
-        there = out.glob("*.safetensors") if self.state == "begun" else ()
-        need_room(out, count * itemsize - sum(path.stat().st_size for path in there))
-
-        writer = CheckpointWriter(
-            out, model.layers + 1, overwrite=self.overwrite, run=self.run, files=self.files,
-            inputs=self.inputs,
-        )  # fmt: skip
+        writer.need_room(count * itemsize)
         masked = any(name.startswith("mask.") for record in made for name in record.files)
         densities = []
         for record, units in zip(console.progress(made, "export", model.layers), kept, strict=True):
@@ -202,7 +198,7 @@ def _belongs(path: Path) -> bool:
     blobs = revision.parent.parent / "blobs"
     target = path.resolve()
     cached = revision.parent.name == "snapshots" and target.parent == blobs.resolve()
-    return cached and target.is_file()
+    return cached and not blobs.is_symlink() and target.is_file()
 
 
 def _densities(

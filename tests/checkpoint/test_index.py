@@ -1,10 +1,14 @@
 import json
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from prunetool.checkpoint import writer
+from prunetool.checkpoint import index, writer
+from prunetool.checkpoint.reader import read_tensor
 from prunetool.errors import CheckpointError, PrunetoolError, WorkError
 from prunetool.model import open_model
 from tests.conftest import tiny_config
@@ -85,6 +89,113 @@ def test_a_tensor_not_where_the_index_lists_it(checkpoint):
     says(model, f"no tensor {name}, which the index lists here; get the shard again")
 
 
+NAME = "model.layers.1.mlp.up_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+def loaded_by_transformers(model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return {name: tensor.numpy() for name, tensor in loaded.state_dict().items()}
+
+
+def same_as_transformers(model):
+    """Hold every tensor that is used against what transformers loads, and give them."""
+    ours, theirs = open_model(str(model)), loaded_by_transformers(model)
+    for name in theirs.keys() - ours.index.keys():
+        assert (name, ours.config.tied) == ("lm_head.weight", True)
+    for name in ours.index:
+        np.testing.assert_array_equal(ours.read(name), theirs[name], err_msg=name)
+    return theirs
+
+
+def unlisted(model, *names):
+    value = json.loads((model / INDEX).read_text())
+    for name in names:
+        del value["weight_map"][name]
+    (model / INDEX).write_text(json.dumps(value))
+
+
+def test_a_single_file_is_taken_before_an_index_that_lies_beside_it(checkpoint):
+    model = checkpoint(shards=2, seed=1)
+    checkpoint(seed=2)
+    assert (model / INDEX).exists()
+    expected = load_file(model / "model.safetensors")
+    np.testing.assert_array_equal(same_as_transformers(model)[NAME], expected[NAME])
+
+
+def test_an_index_that_is_damaged_does_not_matter_beside_a_single_file(checkpoint):
+    model = checkpoint()
+    (model / INDEX).write_text("{")
+    same_as_transformers(model)
+
+
+def test_a_single_file_that_is_gone_leaves_the_index(checkpoint):
+    model = checkpoint(shards=2)
+    (model / "model.safetensors").symlink_to("gone")
+    same_as_transformers(model)
+
+
+def test_a_tensor_that_the_index_does_not_list_is_taken_from_its_shard(checkpoint):
+    model = checkpoint(shards=2)
+    stored = {n: a for file in model.glob("*.safetensors") for n, a in load_file(file).items()}
+    unlisted(model, NAME, "model.norm.weight")
+    np.testing.assert_array_equal(same_as_transformers(model)[NAME], stored[NAME])
+
+
+def test_a_head_that_the_index_does_not_list_is_the_own_head_of_a_tied_model(checkpoint):
+    model = checkpoint(shards=2)
+    unlisted(model, "lm_head.weight")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    theirs = same_as_transformers(model)
+    assert (theirs["lm_head.weight"] != theirs["model.embed_tokens.weight"]).any()
+    assert open_model(str(model)).config.tied is False
+    np.testing.assert_array_equal(open_model(str(model)).head(), theirs["lm_head.weight"])
+
+
+def test_a_shard_that_the_index_does_not_name_is_not_read(checkpoint):
+    model = checkpoint(shards=2)
+    save_file({NAME: np.zeros((96, 64), np.float32)}, model / "model-00003-of-00003.safetensors")
+    assert same_as_transformers(model)[NAME].any()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_of_a_tensor_in_two_shards_it_is_that_in_the_last(checkpoint, listed):
+    model = checkpoint(shards=2)
+    one, two = sorted(model.glob("*.safetensors"))
+    first, last = (np.full((96, 64), value, np.float32) for value in (1, 2))
+    rewrite(one, **{NAME: first})
+    rewrite(two, **{NAME: last})
+    value = json.loads((model / INDEX).read_text())
+    value["weight_map"][NAME] = one.name
+    (model / INDEX).write_text(json.dumps(value))
+    if not listed:
+        unlisted(model, NAME)
+    np.testing.assert_array_equal(same_as_transformers(model)[NAME], last)
+
+
+def test_a_fingerprint_is_of_the_files_read_and_maps_none_of_them(checkpoint, monkeypatch):
+    mapped = []
+
+    @contextmanager
+    def watched(*args, **options):
+        with safe_open(*args, **options) as file:
+            yield file
+            mapped.append("safetensors\n" in Path("/proc/self/maps").read_text())
+
+    model = checkpoint(shards=2)
+    found = index.read_index(model)
+    total = found.fingerprint()
+    monkeypatch.setattr(index, "safe_open", watched)
+    assert found.fingerprint() == total
+    assert mapped == [False, False]
+    rewrite(found[NAME].shard, **{NAME: read_tensor(found, NAME) + 1})
+    assert index.read_index(model).fingerprint() != total
+
+
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "a/b.safetensors", ""])
 def test_an_index_that_leaves_the_directory(checkpoint, name):
     model = checkpoint(shards=2)
@@ -136,7 +247,7 @@ def test_a_weight_that_is_not_finite(checkpoint, dtype, value):
 
 
 def test_no_directory_and_no_hub_id(tmp_path):
-    says(tmp_path / "absent" / "deeper", "is no directory and no Hub id")
+    says(tmp_path / "absent" / "deeper", "is neither a directory nor a Hub id")
 
 
 class TestWriter:
@@ -165,8 +276,8 @@ class TestWriter:
         again.close()
         assert (again.parameters, again.size_bytes) == (9, 36)
         assert sorted(path.name for path in out.iterdir()) == [
-            "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-            "model.safetensors.index.json",
+            ".prunetool.json", "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors", "model.safetensors.index.json",
         ]  # fmt: skip
         over = writer.CheckpointWriter(out, 2, run="one", overwrite=True)
         over.write(lambda: {"a": np.ones((2, 3), np.float32)})

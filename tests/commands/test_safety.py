@@ -68,6 +68,13 @@ class TestDamage:
         assert all("layer-00001.stats.safetensors: " in line for line in said)
         assert all("run the step that made it again" in line for line in said)
 
+    def test_checksums_that_cannot_be_read_are_not_the_absence_of_arrays(self, pruned, tmp_path):
+        name = "stats/layer-00001.stats.safetensors"
+        path = tmp_path / "w" / name
+        path.write_bytes(path.read_bytes().replace(b'"checksums"', b'"checksumz"', 1))
+        with pytest.raises(RecordError, match="is damaged: its arrays are not those of its check"):
+            workdir.load(tmp_path / "w", name)
+
     @pytest.mark.parametrize("kind", ["stats", "held_out"])
     def test_damaged_stats_are_made_again_by_the_same_calibrate(
         self, pruned, checkpoint, text, call, tmp_path, kind, caplog
@@ -145,10 +152,11 @@ class TestDamage:
         path = tmp_path / "w/weights.json"
         expected = path.read_bytes()
         path.unlink() if damaged is None else path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"weights\.json"):
+        with pytest.raises(CheckpointError, match=r"weights\.json: .*; run calibrate again"):
             call("score", "--sparsity", ".2", "a.jsonl")
         call(*calibration(pruned, text))
         assert path.read_bytes() == expected
+        assert not list((tmp_path / "w").glob("score*")), "may be made of other weights"
         call("score", "--sparsity", ".2", "a.jsonl")
 
     @pytest.mark.parametrize("name", ["hidden-00001", "hidden-00099", "hidden-00003"])
@@ -166,7 +174,8 @@ class TestDamage:
     def test_a_damaged_export_is_found_and_made_again(self, pruned, call, tmp_path, kind, caplog):
         call("export", "out", "c.jsonl")
         expected = contents(tmp_path / "out")
-        for name in ("model-00002-of-00004.safetensors", "tokenizer.json", "README.md"):
+        index = "model.safetensors.index.json"
+        for name in ("model-00002-of-00004.safetensors", "tokenizer.json", "README.md", index):
             path = tmp_path / "out" / name
             data = path.read_bytes()
             if kind == "gone":
@@ -244,6 +253,11 @@ class TestForeignStreams:
             call("score", "--sparsity", ".2", "--discard", "a.jsonl")
         assert (tmp_path / "file").exists()
 
+    def test_a_stream_cannot_make_anybody_ask_the_hub(self, pruned, call, tmp_path):
+        stream = changed(tmp_path / "b.jsonl", tmp_path / "x.jsonl", model="evil/repository")
+        with pytest.raises(CheckpointError, match="evil/repository: no such directory"):
+            call("compensate", stream)
+
     def test_a_path_with_a_nul_is_refused(self, pruned, call, tmp_path):
         for key in ("work", "model"):
             stream = changed(tmp_path / "b.jsonl", tmp_path / "x.jsonl", **{key: "/a\0b"})
@@ -307,10 +321,70 @@ class TestOverwrite:
         call("export", "clean", "c.jsonl")
         assert contents(foreign) == contents(tmp_path / "clean"), "the other checkpoint is gone"
 
+    def test_what_a_model_reads_through_links_is_never_replaced(
+        self, checkpoint, text, call, tmp_path
+    ):
+        real = checkpoint("real")
+        model = tmp_path / "model"
+        model.mkdir()
+        for name in ("model.safetensors", "tokenizer.json"):
+            (model / name).symlink_to(real / name)
+        shutil.copy(real / "config.json", model)
+        call(*calibration(model, text))
+        call("score", "--sparsity", ".3", "a.jsonl", "-o", "b.jsonl")
+        before = contents(real)
+        with pytest.raises(WorkError, match=r"real/.*: is read by this run, which would replace"):
+            call("export", "real", "b.jsonl", "--overwrite")
+        assert contents(real) == before
+
+    def test_data_of_another_checkpoint_does_not_stay_beside_the_new_one(
+        self, pruned, checkpoint, call, tmp_path
+    ):
+        foreign = checkpoint("foreign")
+        (foreign / "tokenizer.model").write_text("of another tokenizer")
+        with pytest.raises(WorkError, match=r"tokenizer\.model: would be replaced or out of place"):
+            call("export", "foreign", "c.jsonl", "--overwrite")
+        assert (foreign / "tokenizer.model").read_text() == "of another tokenizer"
+
+    def test_a_file_put_there_while_an_export_was_dead_is_not_replaced(self, tmp_path):
+        out = tmp_path / "out"
+        first = writer.CheckpointWriter(out, 2, run="one", files=["README.md"])
+        first.write(lambda: {"a": np.zeros(1, np.float32)})
+        (out / "README.md").write_text("mine")
+        with pytest.raises(WorkError, match=r"README\.md: would be replaced"):
+            writer.CheckpointWriter(out, 2, run="one", files=["README.md"])
+
+    def test_a_killed_replacement_of_another_checkpoint_goes_on(self, checkpoint, tmp_path):
+        foreign = checkpoint("foreign")
+        given = {"run": "one", "files": ["config.json", "tokenizer.json"], "overwrite": True}
+        first = writer.CheckpointWriter(foreign, 2, **given)
+        first.write(lambda: {"a": np.zeros(1, np.float32)})
+        again = writer.CheckpointWriter(foreign, 2, **given)
+        assert again.state == "begun"
+        assert not (foreign / "model.safetensors").exists()
+
+    def test_calibrate_does_not_drop_what_a_living_step_writes(self, pruned, text, call, tmp_path):
+        (score,) = tmp_path.glob("w/score-*")
+        with (
+            workdir.lock(score),
+            pytest.raises(WorkError, match=r"score-\w+: is being written by process"),
+        ):
+            call(*calibration(pruned, text, "--samples", 5, "--overwrite"))
+        assert list(score.iterdir())
+
+    def test_a_run_without_its_run_json_can_be_started_again(self, pruned, text, call, tmp_path):
+        (tmp_path / "w/run.json").unlink()
+        with pytest.raises(WorkError, match=r"run\.json: no such file; run calibrate again, with"):
+            call("score", "--sparsity", ".2", "a.jsonl")
+        with pytest.raises(WorkError, match=r"holds a run without its run.json; give --over"):
+            call(*calibration(pruned, text))
+        call(*calibration(pruned, text, "--overwrite"))
+        call("score", "--sparsity", ".2", "a.jsonl")
+
     def test_the_stream_that_is_read_is_never_replaced(self, pruned, call, tmp_path):
         call("export", "out", "b.jsonl")
         shutil.copy(tmp_path / "c.jsonl", tmp_path / "out/README.md")
-        with pytest.raises(WorkError, match=r"README\.md: would be replaced"):
+        with pytest.raises(WorkError, match=r"README\.md: is read by this run"):
             call("export", "out", "out/README.md", "--overwrite")
         assert (tmp_path / "out/README.md").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
 
@@ -337,6 +411,17 @@ class TestOverwrite:
         for path in (tmp_path / "private.safetensors", out / "notes.md", out / "x.py"):
             assert path.read_text() == "mine"
 
+    @pytest.mark.parametrize("files", [True, "a", None, {"../private": "0"}, {"config.json": 1}])
+    def test_a_forged_manifest_names_nothing_of_the_user(self, pruned, call, tmp_path, files):
+        call("export", "out", "c.jsonl")
+        (tmp_path / "private").write_text("mine")
+        path = tmp_path / "out/.prunetool.json"
+        run = checksum.read_sealed(path)["run"]
+        path.write_text(json.dumps(checksum.sealed({"run": run, "files": files})))
+        with pytest.raises(WorkError, match=r"out.* is (damaged or gone|not empty)"):
+            call("export", "out", "c.jsonl")
+        assert (tmp_path / "private").read_text() == "mine"
+
     def test_the_old_index_goes_first(self, tmp_path, monkeypatch):
         out = tmp_path / "out"
         old = writer.CheckpointWriter(out, 1)
@@ -351,7 +436,7 @@ class TestOverwrite:
 
         monkeypatch.setattr(writer.Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
-            writer.CheckpointWriter(out, 2, overwrite=True)
+            writer.CheckpointWriter(out, 2, overwrite=True).write(dict)
         monkeypatch.undo()
         assert not (out / "model.safetensors.index.json").exists(), "half a checkpoint looks whole"
         new = writer.CheckpointWriter(out, 2, overwrite=True)
@@ -394,19 +479,39 @@ class TestFiles:
 
     def test_what_a_killed_writer_left_is_swept(self, pruned, text, call, tmp_path):
         call("export", "out", "b.jsonl")
-
-        def litter(directory):
-            (directory / ".model-00001.x1.partial").mkdir()
-            (directory / ".model-00001.x1.partial/file").write_text("")
-            (directory / ".tmpAb12Cd").write_text("")
-            (directory / ".config.json.partial").write_text("")
-
-        for directory in ("out", "w", "w/stats"):
-            litter(tmp_path / directory)
+        (score,) = (path.name for path in tmp_path.glob("w/score-*"))
+        (scores,) = (path.name for path in tmp_path.glob("w/scores-*"))
+        directories = ["out", "w", "w/stats", f"w/{score}", f"w/{scores}"]
+        for directory in directories:
+            for name in (".layer-00001.safetensors.x1.prunetool-partial", ".x.prunetool-partial"):
+                if directory.endswith(scores) and name.startswith(".x"):
+                    continue  # there only what is left of a layer's file, under its lock
+                (tmp_path / directory / name).mkdir()
+                (tmp_path / directory / name / "file").write_text("")
+                (tmp_path / directory / name / ".tmpAb12Cd").write_text("")
+        for directory in directories[:3]:  # of version 0.1, and of safetensors
+            (tmp_path / directory / ".tmpAb12Cd").write_text("")
+            (tmp_path / directory / ".config.json.partial").write_text("")
         call("export", "out", "c.jsonl", "--overwrite")
         call(*calibration(pruned, text))
-        for directory in ("out", "w", "w/stats"):
-            assert not list((tmp_path / directory).glob(".*")), directory
+        call("score", "--sparsity", ".3", "--multiple-of", 8, "a.jsonl")
+        for directory in directories:
+            left = {path.name for path in (tmp_path / directory).glob(".*")}
+            assert left <= {".prunetool.json"}, directory
+
+    def test_files_that_only_look_like_leftovers_are_the_users(self, pruned, call, tmp_path):
+        for name in (".thesis.partial", ".tmpabc123", ".x.prunetool-partial"):
+            out = tmp_path / f"out{name}"
+            out.mkdir()
+            (out / name).write_text("mine")
+            with pytest.raises(WorkError, match="is not empty"):
+                call("export", out, "c.jsonl")
+            (out / name).unlink()
+            (out / name).mkdir()
+            (out / name / "mine").write_text("mine")
+            with pytest.raises(WorkError, match="is not empty"):
+                call("export", out, "c.jsonl")
+            assert (out / name / "mine").read_text() == "mine"
 
     def test_a_full_disk_names_the_file(self, tmp_path, monkeypatch):
         def full(_):
@@ -424,9 +529,10 @@ class TestFiles:
         ):
             pass
 
-    def test_an_empty_lock_file_is_taken_over(self, tmp_path, monkeypatch, caplog):
-        monkeypatch.setattr(workdir, "EMPTY_SECONDS", 0.1)
-        (tmp_path / "w.lock").touch()
+    @pytest.mark.parametrize("left", [b"", b"\0" * 40, b"123", b"x\ny\n"])
+    def test_a_lock_file_that_a_power_cut_left_is_taken_over(self, tmp_path, monkeypatch, left):
+        monkeypatch.setattr(workdir, "BROKEN_SECONDS", 0.1)
+        (tmp_path / "w.lock").write_bytes(left)
         with workdir.lock(tmp_path / "w"):
             assert (tmp_path / "w.lock").read_text()
         assert not list(tmp_path.iterdir())
@@ -462,6 +568,9 @@ class TestCompanions:
         (snapshot / "LICENSE").symlink_to("../../blobs/1")
         (snapshot / "NOTICE").symlink_to("../../../private")
         assert companions(snapshot) == {"LICENSE": b"free"}
+        blobs.rename(tmp_path / "home")
+        blobs.symlink_to(tmp_path / "home")
+        assert companions(snapshot) == {}, "a cache's blobs are its own"
 
     def test_no_code_goes_along(self, pruned, call, tmp_path):
         for name in ("tokenizer_evil.py", "modeling_evil.py", "tokenizer.py", "chat_template.py"):
@@ -501,6 +610,39 @@ class TestCard:
         assert max(map(len, card.splitlines())) < 400
         assert "[link](" not in card
         assert "\n# H" not in card
+
+    def card(self, model, source, directory):
+        header = records.Header(directory, source, "f", "/w", 3, [])
+        return model_card(header, model, "llama", model.config.layer_shapes, 10, ()).splitlines()
+
+    @pytest.mark.parametrize("source", [".", "..", "./", "models/..", "/models/tiny"])
+    def test_a_path_without_a_name_gives_the_name_of_the_directory(self, checkpoint, source):
+        card = self.card(open_model(str(checkpoint())), source, "/models/tiny")
+        assert "# tiny, pruned" in card
+        said = "/models/tiny" if source == "/models/tiny" else "tiny"
+        assert any(line.startswith(f"Made from {said} by ") for line in card)
+        assert not any(line.startswith("base_model") for line in card)
+
+    @pytest.mark.parametrize("source", ["me/tiny", "/hub/models--me--tiny/snapshots/0a1b", "."])
+    def test_a_download_of_the_hub_is_called_by_its_id(self, checkpoint, monkeypatch, source):
+        model = open_model(str(checkpoint("me/tiny")))
+        monkeypatch.chdir(model.directory.parent.parent)  # a directory called as the repository is
+        card = self.card(model, source, "/hub/models--me--tiny/snapshots/0a1b")
+        assert card[:2] == ["---", "base_model: me/tiny"]
+        assert "# tiny, pruned" in card
+        assert any(line.startswith("Made from me/tiny by ") for line in card)
+
+    @pytest.mark.parametrize(
+        "directory",
+        ["/gone/me/tiny", "/models--me--tiny", "/models--tiny/snapshots/0a1b",
+         "/datasets--me--tiny/snapshots/0a1b", "/models--me--tiny/refs/0a1b",
+         "/models--me--a\nb/snapshots/0a1b", "/me--tiny/snapshots/0a1b",
+         "/models--a--b--c/snapshots/0a1b"],
+    )  # fmt: skip
+    def test_a_local_directory_is_not_a_base_model_even_if_it_is_gone(self, checkpoint, directory):
+        card = self.card(open_model(str(checkpoint())), "me/tiny", directory)
+        assert card[:2] == ["---", "library_name: transformers"]
+        assert "# tiny, pruned" in card
 
     def test_an_ordinary_name_stays_readable(self):
         assert plain("SmolLM2-135M") == "SmolLM2-135M"
