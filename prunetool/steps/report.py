@@ -47,11 +47,11 @@ def read_evaluation(path: Path) -> Evaluation:
     """
     try:
         value = json.loads(path.read_text("utf-8"))
-        lines = [("perplexity", f"{value['perplexity']:.4f}")]
+        lines = [("perplexity", _perplexity(value))]
         maps = []
         if "against" in value:
             dense = value["against"]
-            lines += [("before", f"{dense['perplexity']:.4f}"), ("KL", f"{dense['kl']:.4f} nats")]
+            lines += [("before", _perplexity(dense)), ("KL", f"{dense['kl']:.4f} nats")]
             for name, label in MAPS.items():
                 found = dense["attention_error"][name]
                 said = "no head to compare" if found["mean"] is None else SUMMARY.format_map(found)
@@ -77,6 +77,11 @@ def _known(error: object) -> float:
     if not isinstance(error, int | float):
         raise TypeError(f"an error of type {type(error).__name__}")
     return float(error)
+
+
+def _perplexity(of: dict[str, Any]) -> str:
+    found = of["perplexity"]
+    return "too large for a number" if found is None else f"{found:.4f}"
 
 
 def make_page(

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from prunetool.llama.weights import MATRICES, tensor_name
+from prunetool.steps import report
 from tests.conftest import error_of
 
 HEADS, LAYERS = 4, 3  # of the tiny checkpoint
@@ -230,6 +231,12 @@ def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, run
     assert r"shuffle z\x1bz\x1b" in asked
     assert asked.count("z") < 50
     assert done.stdout.count("&#27169;") == 3 * 99  # title, heading and line below
+
+
+def test_a_perplexity_too_large_for_a_number_is_said(tmp_path):
+    (tmp_path / "e.json").write_text('{"model": "m", "perplexity": null, "tokens": 3}')
+    _, lines, _ = report.read_evaluation(tmp_path / "e.json")
+    assert lines[0] == ("perplexity", "too large for a number")
 
 
 def test_an_evaluation_of_nan_and_infinity_is_shown(calibrated, run, tmp_path):
