@@ -64,7 +64,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
       wait: for a living process that has it.
 
     Raises:
-      WorkError: where a living process has it and this one does not wait.
+      WorkError: if a living process has it and this one does not wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = SoftFileLock(path.with_name(f"{path.name}.lock"))
@@ -167,7 +167,7 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
     else:
         old = {}
         if work.exists() and not (work.is_dir() and files.is_empty(work)):
-            if not work.is_dir() or not all(map(_is_ours, work.iterdir())):
+            if not (work / "stats").is_dir() or not all(map(_is_ours, work.iterdir())):
                 raise WorkError(work, "is not a work directory of prunetool", "give another --work")
             if not overwrite:
                 raise WorkError(
@@ -240,7 +240,7 @@ def run_of(header: Header) -> dict[str, Any]:
     """The run that a stream speaks of, from its work directory.
 
     Raises:
-      WorkError: if that is no work directory of the calibration that the stream begins with.
+      WorkError: if that is not the work directory of the calibration that the stream begins with.
     """
     work, first = Path(header.work), header.history[0]
     where = work / RUN_NAME

@@ -288,7 +288,10 @@ class TestOverwrite:
         for more in ([], ["--overwrite"]):
             with pytest.raises(WorkError, match="w: is not a work directory of prunetool"):
                 call(*calibration(model, text, *more))
-        (tmp_path / "w/notes.md").rename(tmp_path / "w/run.json")
+        (tmp_path / "w/notes.md").rename(tmp_path / "w/weights.json")
+        with pytest.raises(WorkError, match="w: is not a work directory of prunetool"):
+            call(*calibration(model, text, "--overwrite"))
+        (tmp_path / "w/weights.json").rename(tmp_path / "w/run.json")
         with pytest.raises(WorkError, match=r"run\.json: cannot be read as JSON"):
             call(*calibration(model, text))
         call(*calibration(model, text, "--overwrite"))
