@@ -177,7 +177,7 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
             drop(work)
         work.mkdir(parents=True, exist_ok=True)
     for directory in (work, work / "stats"):
-        if directory.is_dir() and not directory.is_symlink():
+        if directory == work or (directory.is_dir() and not directory.is_symlink()):
             files.sweep(directory)
             files.sweep_old(directory)
     if old != run:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,18 @@ def test_a_step_that_alone_is_ended_says_so_in_the_pipe(calibrated, tmp_path):
         assert (running.wait(), running.stderr.read()) == (143, GO_ON)
 
 
+def wait_until_blocked(process):
+    """Return once a process has slept for a while: it is in the call that does not return."""
+    asleep = 0
+    for _ in range(1000):
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        asleep = asleep + 1 if state == "S" else 0
+        if asleep == 20:
+            return
+        time.sleep(0.02)
+    raise AssertionError("it never blocked")
+
+
 def test_a_second_signal_ends_a_process_that_cannot_react(tmp_path):
     stuck = script(
         "import ctypes; lock = ctypes.create_string_buffer(256); c = ctypes.CDLL(None)\n"
@@ -118,6 +131,7 @@ def test_a_second_signal_ends_a_process_that_cannot_react(tmp_path):
         "    c.pthread_mutex_lock(lock); print(flush=True); c.pthread_mutex_lock(lock)"
     )
     stuck.stdout.readline()
+    wait_until_blocked(stuck)
     stuck.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         stuck.wait(1)
