@@ -5,10 +5,11 @@
 On a random checkpoint of three layers of Llama-2-7B's shape: arithmetic per second of calibrate,
 score and compensate, start and compilation left out, over the machine's own matrix products, which
 are measured between the layers or right before and after. Then the paper's Algorithm 1 against its
-closed form, and the growth of calibrate with tokens, layers and width on small shapes.
+closed form, checksums, and the growth of calibrate with tokens, layers and width on small shapes.
 """
 
 import argparse
+import hashlib
 import statistics
 import tempfile
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from synthetic import SHAPES, make_checkpoint
 
 from prunetool import console, plan, records, streaming
@@ -170,6 +172,14 @@ def closed_form(size: int = 4096) -> None:
     )
 
 
+def hashing(size_bytes: int = 200_000_000) -> None:
+    """The checksum that tensors have against the usual one."""
+    data = np.random.default_rng(0).bytes(size_bytes)
+    xxh3 = size_bytes / best(lambda: xxhash.xxh3_128(data)) / 1e9
+    sha256 = size_bytes / best(lambda: hashlib.sha256(data)) / 1e9
+    print(f"checksums: XXH3-128 {xxh3:.1f} GB/s, SHA-256 {sha256:.1f} GB/s", flush=True)
+
+
 def growth(directory: Path) -> None:
     """Exponents of calibrate's time against tokens, layers and width."""
 
@@ -209,6 +219,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.directory) as directory:
         achieved(Path(directory), given.tokens)
         closed_form()
+        hashing()
         growth(Path(directory))
 
 

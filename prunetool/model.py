@@ -52,10 +52,6 @@ class Model:
             "tokenizer": checksum.of_file(tokenizer) if tokenizer.is_file() else None,
         }
 
-    def fingerprint(self) -> str:
-        """The identity as 32 hexadecimal digits."""
-        return checksum.of_json(self.identity())
-
     def read(self, name: str) -> np.ndarray:
         """Read a tensor in its stored dtype.
 

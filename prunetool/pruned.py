@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prunetool import console, records, workdir
+from prunetool.checkpoint import checksum
 from prunetool.errors import CheckpointError, RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.weights import MATRICES, part_shapes
@@ -37,7 +38,7 @@ def reopen(header: records.Header) -> Model:
             header.model, f"its {changed[0]} has changed since it was calibrated",
             "restore it, or calibrate again",
         )  # fmt: skip
-    if header.fingerprint != model.fingerprint() or header.layers != model.layers:
+    if header.fingerprint != checksum.of_json(now) or header.layers != model.layers:
         raise RecordError("header", "is of another checkpoint than its run", records.AGAIN)
     return replace(model, recorded=Path(header.work) / workdir.WEIGHTS_NAME)
 

@@ -37,7 +37,7 @@ class Header:
     Attributes:
       model: directory of the dense checkpoint.
       source: what the user called it (a path or a Hub id).
-      fingerprint: of the checkpoint's headers; a step refuses a checkpoint that changed.
+      fingerprint: of the checkpoint (`Model.identity`); a step refuses a checkpoint that changed.
       work: directory that the records' files lie below.
       layers: number of decoder layers, and of layer records.
       history: one entry a step: command, version, options.

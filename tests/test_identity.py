@@ -49,11 +49,10 @@ CHANGES = {
 def test_each_part_of_a_checkpoint_is_in_its_identity(checkpoint, what):
     model = checkpoint()
     before = open_model(str(model))
-    was, known = before.identity(), before.fingerprint()
+    was = before.identity()
     CHANGES[what](model)
     after = open_model(str(model))
     assert workdir.differing(was, after.identity())[0] == what
-    assert known != after.fingerprint()
 
 
 def test_a_shard_of_another_size_is_another_checkpoint(checkpoint):
@@ -66,9 +65,9 @@ def test_a_shard_of_another_size_is_another_checkpoint(checkpoint):
 
 def test_the_same_config_in_other_words_is_the_same_checkpoint(checkpoint):
     model = checkpoint()
-    before = open_model(str(model)).fingerprint()
+    before = open_model(str(model)).identity()
     change_config(model, rope_theta=10000, torch_dtype="float16", rope_scaling=None)
-    assert open_model(str(model)).fingerprint() == before
+    assert open_model(str(model)).identity() == before
 
 
 def test_each_option_of_a_run_is_in_its_identity():

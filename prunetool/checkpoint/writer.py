@@ -203,25 +203,26 @@ class CheckpointWriter:
         self._shards = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
         self._files = files
         self.directory, self._run = directory, run
-        self.state = self._find(overwrite)
+        begun = _sealed(directory / UNFINISHED)
+        self.state = self._find(overwrite, begun["run"])
         if self.state in ("begun", "replaced"):
-            self._protect(inputs)
+            self._protect(inputs, begun["files"])
         self._sums = dict.fromkeys([*self._shards, *files], "")
         if self.state == "begun":
-            self._sums |= _sealed(directory / UNFINISHED)["files"]
+            self._sums |= begun["files"]
         self._weight_map: dict[str, str] = {}
         self._written = 0
         self.size_bytes = 0
         self.parameters = 0
 
-    def _find(self, overwrite: bool) -> State:
-        """The state; without one that can be written to, an error."""
+    def _find(self, overwrite: bool, begun: object) -> State:
+        """The state, if ``begun`` is the unfinished run there; if it cannot be written to, an error."""
         directory = self.directory
         if directory.exists() and not directory.is_dir():
             raise WorkError(directory, "is a file", "name a directory")
         if not directory.exists() or is_empty(directory):
             return "free"
-        if self._run and _sealed(directory / UNFINISHED)["run"] == self._run:
+        if self._run and begun == self._run:
             return "begun"
         manifest = _sealed(directory / MANIFEST)
         if self._run and manifest["run"] == self._run:
@@ -242,11 +243,10 @@ class CheckpointWriter:
             )
         return "replaced"
 
-    def _protect(self, inputs: Sequence[Path]) -> None:
+    def _protect(self, inputs: Sequence[Path], sums: Mapping[str, str]) -> None:
         """Refuse to replace or to leave what is the user's, or what is read."""
         used = {path.absolute() for path in inputs} | {path.resolve() for path in inputs}
         if self.state == "begun":
-            sums = _sealed(self.directory / UNFINISHED)["files"]
             paths = [self.directory / name for name in self._files]
             foreign = [p for p in paths if _is_there(p) and not _is_whole(p, sums.get(p.name))]
         else:

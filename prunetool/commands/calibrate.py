@@ -125,6 +125,7 @@ def calibrate(
     options.keep_inputs([sink, profile], [model, *texts, tokens_path])
 
     from prunetool import corpus, devices, plan, streaming, tokenizer, workdir
+    from prunetool.checkpoint import checksum
     from prunetool.checkpoint.writer import need_room
     from prunetool.model import open_model
     from prunetool.profiling import Profile
@@ -148,11 +149,10 @@ def calibrate(
             "held_out": held_out, "stats": stats, "attention": list(attention),
             **precision._asdict(),
         }  # fmt: skip
-        run = workdir.identity(
-            "calibrate", opened.identity(), corpus.fingerprint(tokens), __version__, how
-        )
+        known = opened.identity()
+        run = workdir.identity("calibrate", known, corpus.fingerprint(tokens), __version__, how)
         header = records.Header(
-            str(opened.directory), model, opened.fingerprint(), str(work), opened.layers
+            str(opened.directory), model, checksum.of_json(known), str(work), opened.layers
         ).after(options.history_step("calibrate", __version__, **how, tokens=run["tokens"]))
         need = plan.stats_bytes(opened, stats, attention, stats_dtype)
         need += plan.hidden_bytes(opened, *tokens.shape)

@@ -583,7 +583,7 @@ class TestCompanions:
         (pruned / "tokenizer_config.json").write_text(json.dumps(original))
         config = json.loads((pruned / "config.json").read_text())
         evil = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
-        assert open_model(str(pruned)).fingerprint()
+        assert open_model(str(pruned)).identity()
         (pruned / "config.json").write_text(json.dumps({**config, **evil}))
         call("export", "out", "c.jsonl")
         out = tmp_path / "out"
