@@ -216,7 +216,7 @@ class CheckpointWriter:
         self.parameters = 0
 
     def _find(self, overwrite: bool, begun: object) -> State:
-        """The state, if ``begun`` is the unfinished run there; if it cannot be written to, an error."""
+        """The state, where ``begun`` was not finished; an error if it cannot be written to."""
         directory = self.directory
         if directory.exists() and not directory.is_dir():
             raise WorkError(directory, "is a file", "name a directory")
