@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,12 @@ class Finite(click.FloatRange):
 
     def convert(self, value: Any, param: Parameter | None, ctx: click.Context | None) -> float:
         """The number; refuses others."""
-        number = super().convert(value, param, ctx)
+        try:
+            number = super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            if self.max == 1 and re.fullmatch(r"[1-9]\d?(\.\d*)?", str(value)):
+                self.fail(f"{error.message} Did you mean {float(value) / 100:g}?", param, ctx)
+            raise
         if math.isnan(number) or (math.isinf(number) and not self.infinity):
             self.fail(f"{value} is not a finite number", param, ctx)
         return number

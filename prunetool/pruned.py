@@ -35,7 +35,7 @@ def reopen(header: records.Header) -> Model:
     now = model.identity()
     if changed := workdir.differing({key: run.get(key) for key in now}, now):
         raise CheckpointError(
-            header.model, f"its {changed[0]} has changed since it was calibrated",
+            header.model, f"its {changed[0].key} has changed since it was calibrated",
             "restore it, or calibrate again",
         )  # fmt: skip
     if header.fingerprint != checksum.of_json(now) or header.layers != model.layers:

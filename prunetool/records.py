@@ -50,6 +50,12 @@ class Header:
     layers: int
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """Options of the calibration that the stream begins with."""
+        options: dict[str, Any] = self.history[0]["options"]
+        return options
+
     def after(self, step: dict[str, Any]) -> "Header":
         """The header with one more step in its history."""
         return replace(self, history=[*self.history, step])

@@ -22,10 +22,10 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import SoftFileLock, Timeout
@@ -77,7 +77,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         held.acquire(timeout=0)
     except Timeout as error:
         if not wait:
-            raise WorkError(path, f"is being written by process {holder}", advice) from error
+            raise WorkError(path, f"is being written by {_named(holder)}", advice) from error
         _wait(held, path, advice)
     except OSError as error:
         raise WorkError(
@@ -113,8 +113,13 @@ def _wait(held: SoftFileLock, path: Path, advice: str) -> None:
     try:
         held.acquire(timeout=SILENT_SECONDS, poll_interval=0.1)
     except Timeout:
-        console.log.warning("%s: still being written by process %s; %s", path, held.pid, advice)
+        console.log.warning("%s: still being written by %s; %s", path, _named(held.pid), advice)
         held.acquire(poll_interval=1)
+
+
+def _named(pid: int | None) -> str:
+    """A process in words; its lock may be gone already, or not name it yet."""
+    return "another process" if pid is None else f"process {pid}"
 
 
 def identity(
@@ -154,13 +159,14 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
                 todo = "give --overwrite to start again, or another --work"
                 raise WorkError(run_path, error.what, todo) from error
             old = {"command": run["command"]}
-        if key := differing(old, run):
-            if key[0] == "command":
-                raise WorkError(work, f"holds a run of {shown(key[1])}", "give another --work")
-            was, now = (shown(repr(value), 40) for value in key[1:])
+        if changes := differing(old, run):
+            if changes[0].key == "command":
+                raise WorkError(
+                    work, f"holds a run of {shown(old['command'])}", "give another --work"
+                )
             if not overwrite:
                 raise WorkError(
-                    work, f"holds another run: {key[0]} was {was} and is {now}",
+                    work, f"holds another run: {_in_words(changes)}",
                     "give --overwrite to drop it, or another --work",
                 )  # fmt: skip
             drop(work)  # run.json last, by being replaced: it says whose this is
@@ -184,16 +190,45 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
         files.write_json(run_path, checksum.sealed(run))
 
 
-def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key, as ``config.rope.theta``, at which two runs differ, and both values."""
+class Change(NamedTuple):
+    """A value that two runs differ in; its key is as ``config.rope.theta``."""
+
+    key: str
+    was: Any
+    now: Any
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """All that two runs differ in."""
+    found = []
     for key in {**old, **new}:
         was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            if inner := differing(was, now):
-                return f"{key}.{inner[0]}", *inner[1:]
+            found += [inner._replace(key=f"{key}.{inner.key}") for inner in differing(was, now)]
         elif json.dumps(was) != json.dumps(now):
-            return key, was, now
-    return None
+            found.append(Change(key, was, now))
+    return found
+
+
+# Keys of a run whose values are checksums, in words; and those that are not their option's name.
+CHECKSUMS = {
+    "tensors": "the tensors of the checkpoint", "tokenizer": "the tokenizer of the checkpoint",
+    "tokens": "the token ids of the text",
+}  # fmt: skip
+NAMES = {"version": "prunetool", "attention": "--attention-samples with --attention-length"}
+
+
+def _in_words(changes: Sequence[Change]) -> str:
+    """What differs, as a user knows it."""
+    words = []
+    for key, was, now in changes:
+        if key in CHECKSUMS:
+            continue
+        name = NAMES.get(key, key if "." in key else f"--{key.replace('_', '-')}")
+        words.append(f"{name} was {shown(json.dumps(was), 20)} and is {shown(json.dumps(now), 20)}")
+    # Other options make other token ids of the same text.
+    words = words or [f"{CHECKSUMS[key]} are not the same" for key, *_ in changes]
+    return shown(", ".join(words), 140)
 
 
 def drop(work: Path) -> None:

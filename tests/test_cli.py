@@ -61,6 +61,7 @@ def test_every_command_has_help_and_an_example(command):
         (["evaluate", "m"], "give either --text or --tokens"),
         (["score"], "Missing option '--sparsity'"),
         (["score", "--sparsity", "1"], "not in the range"),
+        (["score", "--sparsity", "20"], "not in the range 0<=x<1. Did you mean 0.2?"),
         (["score", "--sparsity", ".2", "--target", "layers"], "name some of heads, channels"),
         (["score", "--sparsity", ".2", "--target", "heads,q"], "name some of heads, channels"),
         (["score", "--sparsity", ".2", "--target", "qk"], "newton does not score q,k; give wanda"),

@@ -25,7 +25,7 @@ ATTENTION_LENGTH = 512  # the cost of learning grows with its square
     help="Draw windows at random positions, instead of consecutive ones from the start.",
 )  # fmt: skip
 @click.option(
-    "--held-out", type=click.IntRange(0), show_default="an eighth of --samples",
+    "--held-out", type=click.IntRange(0), show_default="an eighth of --samples, at least 1 of 2",
     help="Of the samples, how many (the last) only choose the damping of the refit.",
 )  # fmt: skip
 @click.option(
@@ -107,7 +107,8 @@ def calibrate(
     """
     if bool(texts) == bool(tokens_path):
         raise click.UsageError("give either --text or --tokens")
-    held_out = samples // 8 if held_out is None else held_out
+    if held_out is None:
+        held_out = max(samples // 8, min(samples - 1, 1))
     if held_out >= samples:
         raise click.BadParameter(f"{held_out} of {samples} samples leave none to fit")
     if 2 * attention_samples > samples:
@@ -134,6 +135,11 @@ def calibrate(
     kept = min(length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
     attention = AttentionSamples(attention_samples, kept)
 
+    if not held_out:
+        console.log.warning(
+            "no sample is held out: compensate will have no tokens to choose its damping on, and "
+            "needs --damping NUMBER"
+        )
     with console.summary("calibrate") as said:
         team = devices.start(device, coordinator, processes, process_id)
         opened = open_model(model, revision)

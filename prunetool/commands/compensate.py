@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from prunetool import __version__, console, options, records
+from prunetool.errors import RecordError
 
 COLUMNS = (
     "layer", "removed", "refitted", "held out: removed", "refitted", "damping", "masks, mean"
@@ -45,6 +46,11 @@ def compensate(
     with console.summary("compensate") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
         options.keep_inputs([sink, profile], [header.source])
+        if len(grid) > 1 and not header.calibration.get("held_out"):
+            raise RecordError(
+                "--damping", "no tokens were held out to choose it on",
+                "give one number, such as 0.01, or calibrate with 2 samples or more",
+            )  # fmt: skip
         header = header.after(options.history_step("compensate", __version__, damping=list(grid)))
         model = reopen(header)
         work, directory = Path(header.work), workdir.step_directory(header)

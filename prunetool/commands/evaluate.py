@@ -86,7 +86,10 @@ def evaluate(
             stack.enter_context(workdir.lock(work))
             run = workdir.identity(
                 "evaluate", opened.identity(), token_ids, __version__,
-                {"bos": bos_id, "dtype": dtype},
+                {
+                    "samples": tokens.shape[0], "sequence_length": length, "bos": bos_id,
+                    "dtype": dtype,
+                },
             )  # fmt: skip
             workdir.claim(work, run, overwrite=overwrite)
         if against is None:

@@ -54,7 +54,12 @@ class Masking:
     def layers(
         self, header: records.Header, source: Iterator[records.LayerRecord]
     ) -> Iterator[records.LayerRecord]:
-        """Mask every layer, and give its record at once."""
+        """Mask every layer, and give its record at once.
+
+        Raises:
+          RecordError: before the first layer, if calibrate did not keep what the method needs.
+        """
+        self._check_kept(header.calibration)
         directory, rows = workdir.step_directory(header), []
         lost = total = 0
         for record in console.progress(source, "score", header.layers):
@@ -85,6 +90,22 @@ class Masking:
                 f"removes {lost:,} of {total:,} weights of {', '.join(self.parts)} "
                 f"({lost / total:.4%}; asked {self.how['sparsity']:.2%})"
             )
+
+    def _check_kept(self, calibration: dict[str, Any]) -> None:
+        missing = [f"{part}_proj" for part in self.parts if GIVEN[part] in ("attention", "mlp")]
+        if missing and self.how["method"] in GRAM_METHODS and calibration.get("stats") != "all":
+            raise RecordError(
+                f"--method {self.how['method']}",
+                f"calibrate kept no sums of the inputs of {', '.join(missing)}",
+                "run calibrate with --stats all",
+            )
+        if (self._learns or self.how["refine"]) and calibration.get("attention") in (
+            None, [0, 0]
+        ):  # fmt: skip
+            raise RecordError(
+                f"--method {self.how['method']}", "calibrate kept no attention inputs",
+                "run calibrate with --attention-samples 8, or more",
+            )  # fmt: skip
 
     def _values(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """The numbers of a layer's file, for its record."""

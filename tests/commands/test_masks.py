@@ -291,11 +291,13 @@ def test_what_cannot_be_learned_is_one_line(calibrated, run, tmp_path):
     words = ["--target", "qk", "--sparsity", ".5"]
     done = run("score", plain, *words, "--method", "attention-gd", ok=False)
     assert error_of(done) == (
-        "Error: layer 0: has no attention inputs; run calibrate with --attention-samples"
+        "Error: --method attention-gd: calibrate kept no attention inputs; run calibrate with "
+        "--attention-samples 8, or more"
     )
     done = run("score", plain, *words, "--method", "wanda", ok=False)
     assert error_of(done) == (
-        "Error: layer 0: has no sums of the inputs of q_proj; run calibrate with --stats all"
+        "Error: --method wanda: calibrate kept no sums of the inputs of q_proj, k_proj; run "
+        "calibrate with --stats all"
     )
     _, records = calibrated("kept", attention=3, hidden_size=62, head_dim=16)
     done = run("score", records, *words, "--method", "attention-gd", "--learning-rate", "1e9",

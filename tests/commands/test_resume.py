@@ -125,8 +125,12 @@ def test_an_evaluation_that_failed_goes_on(checkpoint, text, run, tmp_path, monk
             cli.group.main(failing, standalone_mode=False)
     assert [path.name for path in (tmp_path / "w").glob("hidden-*")] == ["hidden-00003"]
     refused = {
-        "tokens was": [*words[:-1], 32],
-        "tensors was": [words[0], checkpoint("other", num_hidden_layers=6, seed=1), *words[2:]],
+        "--sequence-length was 64 and is 32": [*words[:-1], 32],
+        "the tensors of the checkpoint are not the same": [
+            words[0],
+            checkpoint("other", num_hidden_layers=6, seed=1),
+            *words[2:],
+        ],
     }
     for what, others in refused.items():
         assert f"holds another run: {what}" in error_of(run(*others, "--work", "w", ok=False))

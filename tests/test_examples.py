@@ -1,0 +1,67 @@
+"""The scripts of examples/ that a user copies: they run, and give the same bytes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands.test_pipe import contents
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Run a command with this environment's prunetool first on the path; gives its output."""
+
+    def call(*words, **variables):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        given = {**os.environ, "PATH": path, **variables}
+        done = subprocess.run(
+            list(map(str, words)), cwd=tmp_path, env=given, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+def test_makefile_and_pipe_give_the_same_bytes_at_every_setting(checkpoint, text, shell, tmp_path):
+    model = checkpoint()
+    few = {"SAMPLES": "8", "LENGTH": "32"}
+
+    def make(sparsity):
+        given = {
+            "MODEL": model,
+            "TEXT": text,
+            "OUT": tmp_path / "made",
+            "SPARSITY": sparsity,
+            **few,
+        }
+        return shell("make", "-C", EXAMPLES, *(f"{key}={value}" for key, value in given.items()))
+
+    for sparsity in ("0.2", "0.5"):
+        assert ("calibrate" in make(sparsity)) == (sparsity == "0.2"), "one calibration for both"
+        shell(EXAMPLES / "pipe.sh", model, text, f"piped-{sparsity}", sparsity, **few)
+    for sparsity in ("0.2", "0.5"):
+        made = contents(tmp_path / f"made/dense-text.txt-8x32-{sparsity}")
+        assert made == contents(tmp_path / f"piped-{sparsity}")
+        assert "is up to date" in make(sparsity)
+    assert contents(tmp_path / "piped-0.2") != contents(tmp_path / "piped-0.5")
+
+
+def test_makefile_and_scripts_have_the_same_defaults():
+    makefile = (EXAMPLES / "Makefile").read_text()
+    for script in ("pipe.sh", "sweep.sh"):
+        lines = (EXAMPLES / script).read_text()
+        for name in ("SAMPLES", "LENGTH"):
+            default = lines.split(f"${{{name}:-")[1].split("}")[0]
+            assert f"{name} ?= {default}\n" in makefile
+        score = "--method wanda-sp --weighting token"
+        assert score in lines
+        assert score in makefile
+    assert "${4:-0.2}" in (EXAMPLES / "pipe.sh").read_text()
+    assert "SPARSITY ?= 0.2\n" in makefile
