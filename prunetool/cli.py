@@ -18,7 +18,8 @@ from prunetool.console import setup_logging
 from prunetool.errors import PrunetoolError
 
 COMMANDS = (
-    "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report"
+    "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report",
+    "clean",
 )  # fmt: skip
 RESUMED = ("convert", "calibrate", "score", "compensate", "export")  # evaluate with --work
 WRITES_FILES = ("convert", "export")  # and nothing to stdout

@@ -74,11 +74,13 @@ class LayerRecord:
         return LayerRecord(self.index, {**self.files, **files}, {**self.values, **values})
 
 
-def write(sink: IO[str], header: Header, layers: Iterable[LayerRecord]) -> None:
-    """Write header, layers and end, each the moment it is there."""
+def write(sink: IO[str], header: Header, layers: Iterable[LayerRecord], copy: IO[str]) -> None:
+    """Write header, layers and end, each the moment it is there, and a copy of all that."""
 
     def line(kind: str, fields: dict[str, Any]) -> None:
-        sink.write(json.dumps({"record": kind, **fields}) + "\n")
+        text = json.dumps({"record": kind, **fields}) + "\n"
+        copy.write(text)
+        sink.write(text)
         sink.flush()
 
     line("header", {"format": FORMAT, **asdict(header)})

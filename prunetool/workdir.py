@@ -7,8 +7,10 @@
       hidden-00012          residual stream before layer 12, while calibrate is under way
       calibrated            all layers are there (or were: discarded)
       discarded             a later step deleted stats it was done with
-      score-3f9a…/          scores and units kept, one file a layer
+      scores-51d0…/         scores, which several sparsities share
+      score-3f9a…/          units kept, one file a layer
       compensate-77c1…/     refitted weights, one file a layer
+      */records.jsonl       the records of the step whose directory it is, once they are whole
 
 A step's directory carries a hash of all options so far, so several sparsities share one
 calibration, and a file that exists is whole (files are renamed into place): a step run again
@@ -25,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from filelock import SoftFileLock, Timeout
@@ -38,15 +40,19 @@ from prunetool.errors import CheckpointError, RecordError, WorkError, shown
 from prunetool.records import Header, LayerRecord
 
 RUN_NAME = "run.json"
+STATS = "stats"  # the directory of calibrate
 WEIGHTS_NAME = "weights.json"
 DISCARDED_NAME = "discarded"
 SILENT_SECONDS = 60.0  # of waiting for a lock before a word is said
 BROKEN_SECONDS = 2.0  # a lock file is being written for less than that
-STATS_KINDS = ("stats", "held_out", "attention")  # of the files that calibrate makes of a layer
+CALIBRATED = ("stats/*.safetensors", "hidden-*")  # its files, for `size_bytes`
+EVERYTHING = ("*", "*/*")
+STATS_KINDS = (STATS, "held_out", "attention")  # of the files that calibrate makes of a layer
 # Names of all that the steps make in a work directory; nothing else there is ever removed.
 DIRECTORIES = re.compile(r"stats|(scores|score|compensate)-[0-9a-f]{12}")
 FILES = re.compile(r"(hidden-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded")
-LAYER_FILES = re.compile(r"layer-\d{5}(\.\w+)?\.safetensors")
+RECORDS_NAME = "records.jsonl"
+STEP_FILES = re.compile(rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}")
 AGAIN = (
     "run the step that made it again; if it was discarded, delete the work directory and "
     "calibrate again"
@@ -173,7 +179,7 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
     else:
         old = {}
         if work.exists() and not (work.is_dir() and files.is_empty(work)):
-            if not (work / "stats").is_dir() or not all(map(_is_ours, work.iterdir())):
+            if not (work / STATS).is_dir() or not all(map(_is_ours, work.iterdir())):
                 raise WorkError(work, "is not a work directory of prunetool", "give another --work")
             if not overwrite:
                 raise WorkError(
@@ -182,7 +188,7 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
                 )  # fmt: skip
             drop(work)
         work.mkdir(parents=True, exist_ok=True)
-    for directory in (work, work / "stats"):
+    for directory in (work, work / STATS):
         if directory == work or (directory.is_dir() and not directory.is_symlink()):
             files.sweep(directory)
             files.sweep_old(directory)
@@ -248,7 +254,7 @@ def drop(work: Path) -> None:
         _refuse_link(entry)
         files.sweep(entry)
         for path in entry.iterdir():
-            if LAYER_FILES.fullmatch(path.name.removesuffix(".lock")):
+            if STEP_FILES.fullmatch(path.name.removesuffix(".lock")):
                 path.unlink()
         with suppress(OSError):  # something of the user's
             entry.rmdir()
@@ -264,7 +270,7 @@ def _is_ours(entry: Path) -> bool:
 
 
 def clear(work: Path) -> None:
-    """Remove what a run that keeps nothing left, and ``work`` if empty."""
+    """Remove all that the steps made in ``work``, and ``work`` itself if nothing else is there."""
     drop(work)
     (work / RUN_NAME).unlink()
     with suppress(OSError):  # the user's own files, or a place that cannot be removed
@@ -306,9 +312,8 @@ def below(work: Path, name: str) -> Path:
     return path
 
 
-def size_bytes(work: Path, directory: str = "") -> int:
-    """Bytes of the files of a step that are there already; of calibrate, without ``directory``."""
-    patterns = [f"{directory}/*"] if directory else ["stats/*.safetensors", "hidden-*"]
+def size_bytes(work: Path, *patterns: str) -> int:
+    """Bytes of the files there whose names below ``work`` match one of the patterns."""
     found = [path for pattern in patterns for path in work.glob(pattern) if path.is_file()]
     return sum(path.stat().st_size for path in found)
 
@@ -326,6 +331,47 @@ def step_directory(header: Header) -> str:
 def layer_file(directory: str, layer: int, kind: str = "") -> str:
     """Name, below ``work``, of a layer's file."""
     return f"{directory}/layer-{layer:05d}{kind}.safetensors"
+
+
+@contextmanager
+def records_copy(work: Path, directory: str) -> Iterator[IO[str]]:
+    """Give a file for a copy of a step's records, which appears when they are whole."""
+    path = below(work, f"{directory}/{RECORDS_NAME}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic(path) as partial, partial.open("w", encoding="utf-8") as file:
+        yield file
+
+
+def of(place: Path) -> Path:
+    """The work directory of a checkpoint that export wrote, or ``place`` if it is one.
+
+    Raises:
+      WorkError: if it is neither, or the checkpoint's is gone.
+    """
+    work = Path(files.work_of(place) or place).absolute()
+    with suppress(CheckpointError):
+        checksum.read_sealed(work / RUN_NAME)
+        return work
+    if work != place.absolute():
+        raise WorkError(work, "the work directory of this checkpoint, is gone", "calibrate again")
+    raise WorkError(
+        place, "is neither a work directory nor a checkpoint of export", "name one of these"
+    )
+
+
+def last_records(work: Path) -> Path:
+    """The records that a step behind calibrate wrote last in a work directory.
+
+    Raises:
+      WorkError: if none has ended there.
+    """
+    made = [
+        path for path in work.glob(f"*/{RECORDS_NAME}")
+        if DIRECTORIES.fullmatch(path.parent.name) and path.parent.name != STATS
+    ]  # fmt: skip
+    if not made:
+        raise WorkError(work, "holds no records of score or compensate", "run score to its end")
+    return max(made, key=lambda path: path.stat().st_mtime_ns)
 
 
 def make_once(
@@ -356,7 +402,7 @@ def discard_stats(work: Path, record: LayerRecord) -> None:
     below(work, DISCARDED_NAME).touch()
     for kind in STATS_KINDS:
         if kind in record.files:
-            below(work, layer_file("stats", record.index, f".{kind}")).unlink(missing_ok=True)
+            below(work, layer_file(STATS, record.index, f".{kind}")).unlink(missing_ok=True)
 
 
 SUMS = "checksums"  # in the header of a file below a work directory: by array, as JSON

@@ -19,7 +19,8 @@ LAYERS = [
 
 def written(header=HEADER, layers=LAYERS):
     sink = io.StringIO()
-    records.write(sink, header, layers)
+    records.write(sink, header, layers, copy := io.StringIO())
+    assert copy.getvalue() == sink.getvalue()
     return sink.getvalue()
 
 
@@ -41,7 +42,7 @@ def test_records_are_written_the_moment_they_are_there():
         assert len(sink.getvalue().splitlines()) == 2
         yield LAYERS[1]
 
-    records.write(sink, HEADER, layers())
+    records.write(sink, HEADER, layers(), io.StringIO())
     assert len(sink.getvalue().splitlines()) == 4
 
 

@@ -21,7 +21,8 @@ from prunetool.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from prunetool.errors import CheckpointError, WorkError
 
 UNFINISHED = ".unfinished"  # in a checkpoint being written: its run, and checksums by file
-MANIFEST = ".prunetool.json"  # the same of a checkpoint that is whole, its index too
+# The same of a checkpoint that is whole, its index too; and the work directory it was made from.
+MANIFEST = ".prunetool.json"
 PARTIAL = ".prunetool-partial"
 # What version 0.1 left, and safetensors: temporary files of these names.
 OLD_LEFTOVER = re.compile(r"\.tmp\w{6}|\.(hidden-[\w.]+|[\w.-]+\.(json|safetensors))\.partial")
@@ -177,6 +178,7 @@ class CheckpointWriter:
       overwrite: replace the files of a checkpoint that is there; others stay.
       run: what decides the bytes written. A killed writer of the same run is resumed, with
         ``overwrite`` or without. Empty: never.
+      work: the work directory, for `work_of`.
       files: names of all other files that will be put.
       inputs: files that the work reads, which are never replaced.
 
@@ -197,12 +199,13 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
         run: str = "",
+        work: str = "",
         files: Sequence[str] = (),
         inputs: Sequence[Path] = (),
     ) -> None:
         self._shards = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
         self._files = files
-        self.directory, self._run = directory, run
+        self.directory, self._run, self._work = directory, run, work
         begun = _sealed(directory / UNFINISHED)
         self.state = self._find(overwrite, begun["run"])
         if self.state in ("begun", "replaced"):
@@ -337,10 +340,18 @@ class CheckpointWriter:
         self._sums[INDEX_NAME] = checksum.of_bytes(data)
         sums = {name: total for name, total in sorted(self._sums.items()) if total}
         if self._run:
-            manifest = checksum.sealed({"run": self._run, "files": sums})
+            manifest = checksum.sealed({"run": self._run, "files": sums, "work": self._work})
             write_json(self.directory / MANIFEST, manifest)
         write_bytes(self.directory / INDEX_NAME, data)
         (self.directory / UNFINISHED).unlink()
+
+
+def work_of(directory: Path) -> str:
+    """The work directory that a checkpoint was exported from, as its writer knew it; or nothing."""
+    with suppress(CheckpointError):
+        work = checksum.read_sealed(directory / MANIFEST).get("work")
+        return work if isinstance(work, str) else ""
+    return ""
 
 
 def is_empty(directory: Path) -> bool:
@@ -352,7 +363,7 @@ def _sealed(path: Path) -> dict[str, Any]:
     """Run, and checksums by file, of a checkpoint; of nobody if the file is missing or damaged."""
     with suppress(CheckpointError):
         found = checksum.read_sealed(path)
-        if found.keys() == {"run", "files"} and isinstance(found["files"], dict):
+        if found.keys() >= {"run", "files"} and isinstance(found["files"], dict):
             sums = {name: total for name, total in found["files"].items() if _may_be_put(name)}
             return {"run": found["run"], "files": sums}
     return {"run": None, "files": {}}

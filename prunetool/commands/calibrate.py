@@ -181,11 +181,12 @@ def calibrate(
                     workdir.claim(work, run, overwrite=overwrite)
                 team.wait(f"claim of process {index}")
             if not job.whole:
-                need_room(work, need - workdir.size_bytes(work))
+                need_room(work, need - workdir.size_bytes(work, *workdir.CALIBRATED))
             layers = console.progress(job.layers(), "calibrate", opened.layers)
             if team.index == 0:
-                with options.open_sink(sink) as stream:
-                    records.write(stream, header, layers)
+                copied = workdir.records_copy(work, workdir.STATS)
+                with options.open_sink(sink) as stream, copied as copy:
+                    records.write(stream, header, layers, copy)
             else:
                 for _ in layers:
                     pass

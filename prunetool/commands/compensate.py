@@ -58,13 +58,13 @@ def compensate(
         profiled = Profile(profile)
         with workdir.lock(work / directory), profiled.trace():
             need = plan.refit_bytes(model, layers=1 if discard else model.layers)
-            need_room(work, need - workdir.size_bytes(work, directory))
-            with options.open_sink(sink) as out:
+            need_room(work, need - workdir.size_bytes(work, f"{directory}/*"))
+            with options.open_sink(sink) as out, workdir.records_copy(work, directory) as copy:
                 refitted = step.refit_layers(
                     model, header, layers, grid, rows, profiled, discard=discard
                 )
                 bar = console.progress(refitted, "compensate", header.layers)
-                records.write(out, header, bar)
+                records.write(out, header, bar, copy)
         console.table(
             "Relative output error, o_proj | down_proj",
             COLUMNS,

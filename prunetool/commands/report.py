@@ -21,18 +21,23 @@ from prunetool import console, options, records
 def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
     """Make an HTML page of what each layer kept and what that cost.
 
-    Reads the records of score or compensate, all of them before the page is written. The page is
-    one file that needs nothing else.
+    Reads the records of score or compensate, all of them before the page is written: a file or
+    stdin; or give the directory that export wrote, or the work directory, whose last records they
+    then are. The page is one file that needs nothing else.
 
     \b
     Example:
+      prunetool report OUT
       prunetool report refitted.jsonl -o page.html
       prunetool report refitted.jsonl --evaluation compared.json
     """
     options.keep_inputs([sink], [source, *evaluated])
+    from prunetool import workdir
     from prunetool.steps import report as step
 
     with console.summary("report") as said:
+        if Path(source).is_dir():
+            source = str(workdir.last_records(workdir.of(Path(source))))
         evaluations = [step.read_evaluation(path) for path in evaluated]
         with options.open_source(source) as stream:
             header, layers = records.read(stream)

@@ -151,9 +151,9 @@ def score(
         job = (Scoring if units else Masking)(model, work, targets, how, profiled, discard)
         need = plan.units_bytes(model) if units else plan.masks_bytes(model, targets)
         with workdir.lock(work / directory), profiled.trace():
-            need_room(work, need - workdir.size_bytes(work, directory))
-            with options.open_sink(sink) as out:
-                records.write(out, header, job.layers(header, layers))
+            need_room(work, need - workdir.size_bytes(work, f"{directory}/*"))
+            with options.open_sink(sink) as out, workdir.records_copy(work, directory) as copy:
+                records.write(out, header, job.layers(header, layers), copy)
         said += job.said
 
 

@@ -49,7 +49,7 @@ def mean_loss(
     if done and not recall_weights(model, work, overwrite=overwrite):
         done = 0
     if done < model.layers:
-        need_room(work, 2 * first.size_bytes - workdir.size_bytes(work))
+        need_room(work, 2 * first.size_bytes - workdir.size_bytes(work, *workdir.CALIBRATED))
     stream = first.at(streaming.path_before(work, done))
     streaming.keep_only(stream.path)
     if done == 0:

@@ -80,7 +80,7 @@ class Export:
         read = {tensor.shard for tensor in self.model.index.values()}
         read |= {self.model.directory / name for name in ("config.json", *self.companions)}
         self.writer = CheckpointWriter(
-            out, self.model.layers + 1, overwrite=overwrite, run=run,
+            out, self.model.layers + 1, overwrite=overwrite, run=run, work=header.work,
             files=["config.json", *self.companions, *forms.LOADER_FILES, "README.md"],
             inputs=[*inputs, *sorted(read)],
         )  # fmt: skip

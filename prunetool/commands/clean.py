@@ -1,0 +1,32 @@
+"""``prunetool clean``."""
+
+from pathlib import Path
+
+import click
+
+from prunetool import console
+
+
+@click.command()
+@click.argument("place", metavar="DIR", type=click.Path(path_type=Path))
+def clean(place: Path) -> None:
+    """Delete the files of a work directory: stats, scores, refits and their records.
+
+    DIR is the work directory, or the checkpoint that export wrote from it, which stays. Another
+    sparsity, or a report, then needs another calibration. Files that are not of the steps stay.
+
+    \b
+    Example:
+      prunetool clean OUT
+    """
+    from prunetool import workdir
+
+    with console.summary("clean") as said:
+        work = workdir.of(place)
+        with workdir.lock(work.absolute()):
+            before = workdir.size_bytes(work, *workdir.EVERYTHING)
+            workdir.clear(work)
+            freed = before - workdir.size_bytes(work, *workdir.EVERYTHING)
+        said += [f"{freed / 1e6:,.1f} MB of {work}"]
+        if work.exists():
+            said += ["what is not of the steps stays there"]

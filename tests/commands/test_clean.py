@@ -1,0 +1,79 @@
+"""What a finished run leaves: records, which report finds, and work files, which clean deletes."""
+
+import json
+
+import pytest
+
+from prunetool import workdir
+from prunetool.checkpoint import checksum
+from prunetool.errors import WorkError
+
+
+@pytest.fixture
+def finished(checkpoint, text, call, tmp_path):
+    """A pruned checkpoint, and its work directory."""
+    words = ["--samples", 4, "--sequence-length", 16, "--work", "w", "-o", "a.jsonl"]
+    call("calibrate", checkpoint(), "--text", text, *words)
+    call("score", "--sparsity", ".3", "a.jsonl", "-o", "b.jsonl")
+    call("compensate", "b.jsonl", "-o", "c.jsonl")
+    call("export", "out", "c.jsonl")
+    return tmp_path / "out", tmp_path / "w"
+
+
+def test_records_are_kept_and_report_finds_them(finished, call, tmp_path):
+    out, work = finished
+    kept = {path.parent.name.split("-")[0]: path for path in work.glob("*/records.jsonl")}
+    for step, name in {"stats": "a.jsonl", "score": "b.jsonl", "compensate": "c.jsonl"}.items():
+        assert kept.pop(step).read_text() == (tmp_path / name).read_text()
+    assert not kept
+    page = call("report", "c.jsonl", "-o", "-")
+    assert call("report", out, "-o", "-") == page
+    assert call("report", work, "-o", "-") == page
+
+
+def test_a_step_that_fails_keeps_no_records(checkpoint, text, call, tmp_path):
+    words = ["--samples", 4, "--sequence-length", 16, "--work", "w", "-o", "a.jsonl"]
+    call("calibrate", checkpoint(), "--text", text, *words)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(Exception, match="cut off"):
+        call("score", "--sparsity", ".3", "cut.jsonl", "-o", "b.jsonl")
+    with pytest.raises(WorkError, match="w: holds no records of score or compensate; run score"):
+        call("report", "w")
+
+
+def test_clean_deletes_what_the_steps_made_and_nothing_else(finished, call, tmp_path):
+    out, work = finished
+    (work / "notes.md").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    call("clean", out)
+    assert [path.name for path in work.iterdir()] == ["notes.md"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for words in (["clean", out], ["report", out]):
+        with pytest.raises(WorkError, match="w: the work directory of this checkpoint, is gone"):
+            call(*words)
+
+
+def test_clean_takes_the_work_directory_itself(finished, call, tmp_path):
+    _, work = finished
+    call("clean", work)
+    assert not work.exists()
+    assert not (tmp_path / "w.lock").exists()
+
+
+def test_clean_refuses_what_is_not_its_own(finished, call, checkpoint, tmp_path):
+    out, work = finished
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run.json").write_text('{"a": 1}')
+    for place in (tmp_path / "mine", checkpoint("other"), tmp_path / "nowhere"):
+        with pytest.raises(WorkError, match="is neither a work directory nor a checkpoint of"):
+            call("clean", place)
+    manifest = json.loads((out / ".prunetool.json").read_text()) | {"work": str(tmp_path / "mine")}
+    del manifest["checksum"]
+    (out / ".prunetool.json").write_text(json.dumps(checksum.sealed(manifest)))
+    with pytest.raises(WorkError, match="mine: the work directory of this checkpoint, is gone"):
+        call("clean", out)
+    assert (tmp_path / "mine/run.json").exists()
+    with workdir.lock(work / "score-0123456789ab"), pytest.raises(WorkError, match="being written"):
+        call("clean", work)
+    assert (work / "run.json").exists()
