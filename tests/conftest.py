@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,12 @@ from prunetool import cli
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_shapes
 
+# A runner in the background has them ignored, which the processes of tests would inherit.
+for number, usual in (
+    (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)
+):  # fmt: skip
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 # transformers copies a checkpoint's own code there; read when it is first imported.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="prunetool-tests-")
 # What one test compiled, the others and their processes load: it halves their time.

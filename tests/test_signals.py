@@ -54,7 +54,7 @@ def test_interrupted_while_it_computes_it_leaves_what_a_resume_needs(slow, run, 
         time.sleep(chance.uniform(0, 0.3) * seconds)
         running.send_signal(number)
         _, said = running.communicate()
-        if running.returncode != 0:
+        if "peak" not in said:  # else it had ended, and only Python was still leaving
             interrupted += 1
             assert (running.returncode, said) == (code, GO_ON)
         left = {path.name for path in (tmp_path / "killed").glob("w*/*")}
