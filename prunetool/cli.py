@@ -3,25 +3,25 @@
 import gc
 import os
 import select
-import stat
 import sys
 import traceback
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from signal import SIGTERM
 
 import click
 
-from prunetool import __version__, signals
-from prunetool.console import setup_logging
-from prunetool.errors import PrunetoolError
+from prunetool import __version__, console, options, records, signals
+from prunetool.errors import PrunetoolError, StepFailed, shown
 
 COMMANDS = (
     "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report",
     "clean",
 )  # fmt: skip
 RESUMED = ("convert", "calibrate", "score", "compensate", "export")  # evaluate with --work
+STREAMING = ("calibrate", "score", "compensate")  # what they write, a next step reads
 WRITES_FILES = ("convert", "export")  # and nothing to stdout
 WAIT_SECONDS = 5  # for the step before to clean up, at most
 
@@ -36,15 +36,30 @@ class Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name."""
         if cmd_name not in COMMANDS:
+            if ctx and not ctx.resilient_parsing and not cmd_name.startswith("-"):
+                near = get_close_matches(cmd_name, COMMANDS, 1)
+                meant = f" Did you mean {near[0]!r}?" if near else ""
+                ctx.fail(f"No such command {shown(cmd_name)!r}.{meant}")
             return None
         command: click.Command = getattr(import_module(f"prunetool.commands.{cmd_name}"), cmd_name)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command. A next step is told if it fails, and leaves it to this one to say why."""
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.Exit:
+            raise
+        except BaseException:
+            if ctx.invoked_subcommand in (None, *STREAMING):
+                records.tell_failed(sys.stdout)
+            raise
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(
+    cls=Group, params=[*options.VERBOSITY], context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="prunetool")
-@click.option("-v", "--verbose", count=True, help="Say more: a line for every layer.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 def group(verbose: int, quiet: bool) -> None:
     """Make Llama checkpoints smaller without training, one layer at a time.
 
@@ -55,7 +70,7 @@ def group(verbose: int, quiet: bool) -> None:
         | prunetool compensate \\
         | prunetool export OUT
     """
-    setup_logging(-1 if quiet else verbose)
+    console.setup_logging(-1 if quiet else verbose)
     if sys.stdout is None and click.get_current_context().invoked_subcommand not in WRITES_FILES:
         raise PrunetoolError("stdout", "is closed", "redirect it to a file, or to /dev/null")
 
@@ -75,7 +90,7 @@ def main() -> None:
     if not code:
         sys.exit()
     gc.collect()  # closes generators that the failure left suspended: they remove their files
-    with suppress(OSError):
+    with suppress(OSError), console.no_bar():
         click.echo(said, nl=bool(said), err=True)
     if sys.stdout:
         with suppress(OSError):
@@ -92,13 +107,17 @@ def _run() -> tuple[int, str]:
     except signals.Interrupted as signal:
         number, context = signal.number, signal.during
     except click.ClickException as error:
-        error.show()
+        with console.no_bar():
+            error.show()
         return error.exit_code, ""
     except SystemExit as done:  # click's, if nobody reads the output any more
         return int(done.code or 0), ""
     except Exception as error:
         if os.environ.get("PRUNETOOL_DEBUG") or not isinstance(error, PrunetoolError | OSError):
-            traceback.print_exc()
+            with console.no_bar():
+                traceback.print_exc()
+            return 1, ""
+        if isinstance(error, StepFailed):  # it has said why
             return 1, ""
         if isinstance(error, OSError):  # a permission that is missing: the user's, not a bug
             reason = error.strerror or str(error)
@@ -111,7 +130,7 @@ def _notice(number: int, context: click.Context | None) -> str:
     """What to say of a signal: nothing before a command begins, or if a step before says it."""
     if context is None or context.parent is None:
         return ""
-    if context.params.get("source") == "-" and stat.S_ISFIFO(os.fstat(0).st_mode):
+    if options.reads_pipe(context):
         # A terminal signals every step of a pipe; of SIGTERM one knows once the step before ends.
         before = select.poll()
         before.register(0, 0)  # only for its end

@@ -1,74 +1,383 @@
-"""What people see, on stderr: progress, tables, a summary. The only user of tqdm and rich."""
+"""What people see, on stderr: a bar, tables, a summary. The only user of tqdm and rich.
 
+The steps of a pipe are processes that write to one terminal. Each locks it while it writes
+(`fcntl.lockf`), and clears the line that a bar may be on: nobody's lines are torn. Another lock on
+it (`fcntl.flock`) is of the step whose bar is shown: it works, while the others wait for their
+input or their turn. Both are the kernel's: they leave no file, and end with their process.
+"""
+
+import fcntl
 import logging
+import os
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import IO, TypeVar
 
 from prunetool.errors import shown
 
 T = TypeVar("T")
 log = logging.getLogger("prunetool")
 LINE = 1000  # characters of a message or title; paths in it may be long
+COLUMNS = 80  # at most, so that a bar still fits when a wider window is made so narrow
+MOVES = 200  # that the time left is reckoned by
+ROWS = 12  # of a table, at most, without -v
+TICK_SECONDS = 0.2  # between two looks at what a step does
+GRACE_SECONDS = 1.0  # for another process to write: one that is stopped meanwhile never ends it
+MARGIN = 3  # columns behind the bar, in which ^C stays on its line
+CLEAR = "\r\x1b[K"
+TERMINAL = "/proc/self/fd/2" if sys.platform == "linux" else ""  # opens it anew, named or not
+
+_write_lock = threading.Lock()  # the kernel's locks do not tell threads apart
 
 
-class _Formatter(logging.Formatter):
-    """A message as one line that no terminal obeys: it may hold names of somebody else's."""
+class _Handler(logging.StreamHandler[IO[str]]):
+    """Writes a message as one line that no terminal obeys: it may hold names of somebody else's."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record), LINE)
 
+    def emit(self, record: logging.LogRecord) -> None:
+        with no_bar():
+            super().emit(record)
+
 
 def setup_logging(verbosity: int) -> None:
-    """Log to stderr: warnings at -1, the summaries at 0, every layer at 1 and above."""
+    """Log to stderr: warnings at -1, the summaries at 0, tables with all their rows at 1."""
     level = {-1: logging.WARNING, 0: logging.INFO}.get(max(verbosity, -1), logging.DEBUG)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("%(message)s"))
-    log.handlers = [handler]
+    log.handlers = [_Handler(sys.stderr)]
     log.setLevel(level)
     log.propagate = False
 
 
-def progress(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterator[T]:
-    """Iterate with a bar on a terminal; silent elsewhere and with -q."""
-    from tqdm import tqdm
-
-    quiet = not log.isEnabledFor(logging.INFO)
-    yield from tqdm(
-        items, what, total, initial=done, disable=True if quiet else None, leave=False, unit="layer"
-    )
+def _on_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table to stderr, unless -q. All but the columns' names may be foreign text."""
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Keep other threads and processes from writing to the terminal."""
+    last = time.monotonic() + GRACE_SECONDS
+    with _write_lock:
+        while time.monotonic() < last:
+            try:
+                fcntl.lockf(sys.stderr, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):  # another process has it
+                time.sleep(0.005)
+            except OSError:  # no locks on terminals here
+                break
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.lockf(sys.stderr, fcntl.LOCK_UN)
+
+
+@contextmanager
+def no_bar(instead: str = CLEAR) -> Iterator[None]:
+    """Clear any bar, of any step, and keep it away while lines are written to the terminal."""
+    if not _on_terminal():
+        yield
+        return
+    with _writing():
+        sys.stderr.write(instead)
+        sys.stderr.flush()
+        yield
+        sys.stderr.flush()
+
+
+def write(sink: IO[str], text: str) -> None:
+    """Write to a stream at once; clear of the bar, should that be on the same terminal."""
+    with no_bar() if sink.isatty() else nullcontext():
+        sink.write(text)
+        sink.flush()
+
+
+class _Step:
+    """What a command is doing and how far it is; the bar says it, and the summary its times.
+
+    Args:
+      command: its name.
+      waiting: whether it begins by waiting for a step before.
+    """
+
+    def __init__(self, command: str, *, waiting: bool = False) -> None:
+        self.command = command
+        self.item = self.doing = "starting"
+        self.bar: _Bar | None = None
+        self.begun = time.monotonic()
+        self.waited = 0.0  # seconds
+        self.waits_since = self.begun if waiting else None
+        self.start(0, 0)
+
+    def start(self, done: float, total: int) -> None:
+        """So many units are to be done, ``done`` of them by an earlier run."""
+        self.done, self.total = done, total
+        self.moves: deque[tuple[float, float]] = deque(maxlen=MOVES)
+
+    def move(self, done: float) -> None:
+        """So many units are done now, parts of them included."""
+        if done <= self.done:
+            return
+        self.done = done
+        self.moves.append((done, self.worked()))
+
+    def worked(self) -> float:
+        """Seconds of work since the beginning."""
+        now = time.monotonic()
+        return now - self.begun - self.waited - (now - (self.waits_since or now))
+
+    def left(self) -> float | None:
+        """Seconds of work that the rest will take; None as long as nobody can know."""
+        moves = list(self.moves)
+        if len(moves) < 2:  # what the first took is no measure: it was compiled
+            return None
+        (before, then), (done, last) = moves[0], moves[-1]
+        seconds = (self.total - done) * (last - then) / (done - before)
+        return max(seconds - (self.worked() - last), 0.0)
+
+    def line(self, columns: int) -> str:
+        """One line, in at most so many columns."""
+        from tqdm import tqdm
+
+        said = f"{self.command}: {self.doing}"
+        clock = tqdm.format_interval(self.worked())
+        if not self.total:
+            return f"{said} {clock}"[:columns]
+        left = self.left()
+        rest = "" if left is None else f", {tqdm.format_interval(left)} left"
+        meter: str = tqdm.format_meter(
+            min(self.done, self.total), self.total, self.worked(), ncols=columns, prefix=said,
+            ascii="utf" not in (sys.stderr.encoding or "").lower(),
+            bar_format=f"{{desc}} {{percentage:3.0f}}% |{{bar}}| {clock}{rest}",
+        )  # fmt: skip
+        return meter[:columns]
+
+
+_step = _Step("prunetool")
+
+
+@contextmanager
+def step(command: str, *, waiting: bool) -> Iterator[None]:
+    """Show what a command does until it ends: a bar on a terminal, nothing elsewhere or with -q.
+
+    Args:
+      command: its name.
+      waiting: whether it reads from a pipe; it has no bar before something comes.
+    """
+    global _step
+    _step = _Step(command, waiting=waiting)
+    if not (_on_terminal() and log.isEnabledFor(logging.INFO)):
+        yield
+        return
+    with _turn() as mine:
+        _step.bar = bar = _Bar(_step, mine)
+        thread = threading.Thread(target=bar.keep, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            bar.ended.set()
+            thread.join()
+
+
+class _Bar:
+    """Draws a step's bar as long as it works and no other step's is shown.
+
+    Args:
+      step: the step.
+      mine: takes the turn to show a bar, and gives it back (`_turn`).
+    """
+
+    def __init__(self, step: _Step, mine: Callable[[bool], bool]) -> None:
+        self._step, self._mine, self._drawn = step, mine, False
+        self._lock = threading.Lock()
+        self.ended = threading.Event()
+
+    def keep(self) -> None:
+        """Look again and again, until the step has ended."""
+        with suppress(OSError):  # the terminal is gone
+            while not self.ended.is_set():
+                self.look()
+                self.ended.wait(TICK_SECONDS)
+            if self._drawn:
+                with no_bar():
+                    pass
+
+    def look(self) -> None:
+        """Draw what there is to draw now."""
+        with self._lock:
+            since = self._step.waits_since
+            works = since is None or (self._drawn and time.monotonic() - since < TICK_SECONDS)
+            if works and self._mine(True):
+                with no_bar(f"\r{self._step.line(_columns() - MARGIN)}\x1b[K"):
+                    self._drawn = True
+            elif self._drawn:
+                with no_bar():
+                    self._drawn = self._mine(False)
+
+
+@contextmanager
+def _turn() -> Iterator[Callable[[bool], bool]]:
+    """Give a function that takes, or gives back, the turn to show a bar; True if it has it.
+
+    The lock is on an opening of the terminal of this process's own: of one that is inherited it
+    would be everybody's, and `fcntl.lockf` lets go of it whenever any library closes the terminal.
+    """
+    try:
+        own = os.open(TERMINAL or os.ttyname(2), os.O_WRONLY | os.O_NOCTTY)
+    except OSError:  # another user's terminal
+        yield lambda wanted: wanted
+        return
+
+    def mine(wanted: bool) -> bool:
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB if wanted else fcntl.LOCK_UN)
+        except BlockingIOError:
+            return False
+        except OSError:  # no locks on terminals here
+            pass
+        return wanted
+
+    try:
+        yield mine
+    finally:
+        os.close(own)
+
+
+def _columns() -> int:
+    """Columns to use of the terminal, and elsewhere."""
+    with suppress(OSError):
+        return min(os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS, COLUMNS)
+    return COLUMNS
+
+
+def doing(what: str) -> None:
+    """Say what is being done, of which the time is no measure for what follows.
+
+    It is drawn at once: a long call of C may hold Python's other threads.
+    """
+    _step.doing = what
+    _step.moves.clear()
+    if _step.bar:
+        with suppress(OSError):
+            _step.bar.look()
+
+
+def progress(items: Iterable[T], total: int, done: int = 0, what: str = "layer") -> Iterator[T]:
+    """Iterate, moving the bar: an item is done when the next one is asked for.
+
+    Args:
+      items: those that are left.
+      total: how many there are, the ``done`` first ones included.
+      done: by an earlier run.
+      what: they are.
+    """
+    step = _step
+    step.item = step.doing = f"{what} {min(done + 1, total)}/{total}"
+    step.start(done, total)
+    for number, item in enumerate(items, done + 1):
+        yield item
+        step.item = step.doing = f"{what} {min(number + 1, total)}/{total}"
+        step.move(number)
+    step.doing = "finishing"
+    step.start(0, 0)
+
+
+def within(done: int, total: int, what: str) -> None:
+    """Move the bar within the item of `progress` that is being worked on.
+
+    Args:
+      done: parts of it that are done.
+      total: parts of it.
+      what: they are.
+    """
+    _step.doing = f"{_step.item}, {what} {min(done + 1, total)}/{total}"
+    _step.move(int(_step.done) + min(done / total, 0.999))
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Count the time inside as waiting on input, without a bar."""
+    step, started = _step, time.monotonic()
+    step.waits_since = step.waits_since or started
+    try:
+        yield
+    finally:
+        step.waited, step.waits_since = step.waited + time.monotonic() - started, None
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    by: Sequence[float] | None = None,
+) -> None:
+    """Print a table to stderr, unless -q; not more than `ROWS` of its rows, unless -v.
+
+    Args:
+      title: may be foreign text.
+      columns: their names.
+      rows: their cells; they may be foreign text.
+      by: a number of each row, if the rows that matter are those with the largest. Without it,
+        neighbours that differ in nothing but the number in the first cell are one row, and the
+        middle ones are left out.
+    """
     if not log.isEnabledFor(logging.INFO):
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(shown(title, LINE), "table.title"), title_justify="left")
+    every = [list(row) for row in rows]
+    some = every if log.isEnabledFor(logging.DEBUG) else _fewer(every, by)
+    title = shown(title, LINE)
+    if by is not None and len(some) < len(every):
+        title += f"; the {len(some)} largest of {len(every)} rows, all with -v"
+    made = Table()
     for column in columns:
-        made.add_column(column, justify="right")
-    for row in rows:
+        made.add_column(column, justify="right", overflow="fold")
+    for row in some:
         made.add_row(*(Text(shown(cell)) for cell in row))
-    console = Console(stderr=True)
-    # Not on a terminal, rich would fold a table at 80 columns.
-    console.width = console.width if console.is_terminal else 120
-    console.print(made)
+    with no_bar():
+        console = Console(file=sys.stderr, width=_columns())
+        console.print(Text(title, "table.title"), made, sep="\n")
+
+
+def _fewer(rows: list[list[object]], by: Sequence[float] | None) -> list[list[object]]:
+    """At most `ROWS` of the rows, as `table` says."""
+    if by is not None:
+        largest = sorted(range(len(rows)), key=lambda i: by[i], reverse=True)[:ROWS]
+        return [rows[i] for i in sorted(largest)]
+    runs: list[list[list[object]]] = []
+    for row in rows:
+        if runs and isinstance(row[0], int) and runs[-1][0][1:] == row[1:]:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    merged = [
+        run[0] if len(run) == 1 else [f"{run[0][0]}-{run[-1][0]}", *run[0][1:]] for run in runs
+    ]
+    if len(merged) <= ROWS:
+        return merged
+    half = ROWS // 2
+    return [*merged[:half], ["…"] * len(merged[0]), *merged[half + 1 - ROWS :]]
 
 
 @contextmanager
 def summary(command: str) -> Iterator[list[str]]:
-    """Give a list for what to say; at the end log it with time and peak memory."""
-    started = time.monotonic()
+    """Give a list for what to say; at the end log it with the times and peak memory."""
     said: list[str] = []
     yield said
-    seconds = time.monotonic() - started
-    log.info("%s: %s", command, ", ".join([*said, f"{seconds:.1f} s", f"peak {_peak()} MB"]))
+    times = [f"{_step.worked():.1f} s"]
+    if _step.waited >= 0.05:
+        times = [f"{times[0]} working", f"{_step.waited:.1f} s waiting on input"]
+    log.info("%s: %s", command, ", ".join([*said, *times, f"peak {_peak()} MB"]))
 
 
 def _peak() -> int:

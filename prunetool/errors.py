@@ -63,6 +63,10 @@ class RecordError(PrunetoolError):
     """The stream from the step before is cut, malformed or of another format."""
 
 
+class StepFailed(RecordError):
+    """The step before failed, and has said why itself."""
+
+
 class CorpusError(PrunetoolError):
     """The text or tokens cannot be used."""
 

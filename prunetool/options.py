@@ -12,11 +12,39 @@ from typing import IO, Any
 
 import click
 
+from prunetool import console
 from prunetool.errors import RecordError, shown
 
 # Where files that a process has open go by other names; macOS has no /proc.
 OPEN_FILES = "/proc" if sys.platform == "linux" else "/dev/fd"
 Parameter = click.Parameter
+VERBOSITY = (
+    click.Option(
+        ["-v", "--verbose"], count=True, help="Say more: tables with a row for every layer."
+    ),
+    click.Option(["-q", "--quiet"], is_flag=True, help="Say nothing but warnings and errors."),
+)
+
+
+class Command(click.Command):
+    """A command that takes -v and -q behind its name too, and shows at once that it is at work."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += VERBOSITY
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        verbose, quiet = ctx.params.pop("verbose"), ctx.params.pop("quiet")
+        if verbose or quiet:
+            console.setup_logging(-1 if quiet else verbose)
+        with console.step(self.name or "", waiting=reads_pipe(ctx)):
+            return super().invoke(ctx)
+
+
+def reads_pipe(ctx: click.Context) -> bool:
+    """Whether a command's records come from a pipe."""
+    return ctx.params.get("source") == "-" and stat.S_ISFIFO(os.fstat(0).st_mode)
 
 
 class Finite(click.FloatRange):

@@ -6,16 +6,26 @@
 
 Arrays never travel: ``files`` names safetensors files below ``work``. ``history`` has one entry a
 step. A stream without its end record is an error in every reader, so that a step that failed
-stops the pipe, with or without the shell's ``pipefail``.
+stops the pipe, with or without the shell's ``pipefail``. A step that fails ends what it writes
+to a pipe, be it empty, with
+
+    {"record":"failed"}
+
+and those behind it fail without a word of their own; a step that was killed cannot, and the next
+one says that its stream is cut off.
 """
 
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
-from prunetool.errors import RecordError, shown
+from prunetool import console
+from prunetool.errors import RecordError, StepFailed, shown
 
 FORMAT = 1
 AGAIN = "run the step before again; its own message says what happened"
@@ -77,16 +87,32 @@ class LayerRecord:
 def write(sink: IO[str], header: Header, layers: Iterable[LayerRecord], copy: IO[str]) -> None:
     """Write header, layers and end, each the moment it is there, and a copy of all that."""
 
-    def line(kind: str, fields: dict[str, Any]) -> None:
-        text = json.dumps({"record": kind, **fields}) + "\n"
-        copy.write(text)
-        sink.write(text)
-        sink.flush()
+    def both(kind: str, fields: dict[str, Any]) -> None:
+        copy.write(_line(kind, fields))
+        console.write(sink, _line(kind, fields))
 
-    line("header", {"format": FORMAT, **asdict(header)})
+    both("header", {"format": FORMAT, **asdict(header)})
     for layer in layers:
-        line("layer", asdict(layer))
-    line("end", {})
+        both("layer", asdict(layer))
+    both("end", {})
+
+
+def _line(kind: str, fields: dict[str, Any]) -> str:
+    return json.dumps({"record": kind, **fields}) + "\n"
+
+
+def tell_failed(sink: IO[str]) -> None:
+    """End a stream, if it goes to a pipe, with the record that says that this step failed."""
+    with suppress(OSError):  # nobody reads any more
+        if _is_pipe(sink):
+            console.write(sink, _line("failed", {}))
+
+
+def _is_pipe(stream: IO[str]) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):  # not a stream of the system, or closed
+        return False
 
 
 def read(source: IO[str]) -> tuple[Header, Iterator[LayerRecord]]:
@@ -95,6 +121,7 @@ def read(source: IO[str]) -> tuple[Header, Iterator[LayerRecord]]:
     Raises:
       RecordError: where a line is malformed, out of order, of another format, or where the stream
         ends early (the layers' iterator raises it).
+      StepFailed: where it is a pipe, and the step that writes it says that it failed.
     """
     lines = _lines(source)
     first = next(lines, None)
@@ -233,12 +260,20 @@ def _has_shape(value: object, shape: Shape) -> bool:
 
 
 def _lines(source: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
+    number, lines = 0, iter(source)
     try:
-        for number, line in enumerate(source, 1):
+        while True:
+            with console.waiting():
+                line = next(lines, None)
+            if line is None:
+                return
+            number += 1
             value = json.loads(line)
             if not isinstance(value, dict):
                 raise ValueError("not an object")
+            if value.get("record") == "failed":
+                kind = StepFailed if _is_pipe(source) else RecordError
+                raise kind(f"{_name(source)}: line {number}", "its step failed", AGAIN)
             yield number, value
     except (ValueError, RecursionError, MemoryError) as error:
         where = f"{_name(source)}: line {number or 1}"

@@ -96,7 +96,8 @@ def _watch(signals: int) -> None:
     while number := os.read(signals, 1):
         now = time.monotonic()
         if _last_words:
-            os.write(2, f"{_last_words[0]}\n".encode())
+            clear = "\r\x1b[K" if os.isatty(2) else ""  # of a bar
+            os.write(2, f"{clear}{_last_words[0]}\n".encode())
             os._exit(128 + number[0])
         if seen and now - seen > SAME_SECONDS:
             os._exit(128 + number[0])

@@ -144,6 +144,8 @@ def test_every_command_has_help_and_an_example(command):
             for value in ("nan", "inf", "0.1,nan")
         ),
         (["prune"], "No such command 'prune'"),
+        (["calibrat", "m"], "No such command 'calibrat'. Did you mean 'calibrate'?"),
+        (["score", "--sparsty", ".2"], "No such option '--sparsty'. Did you mean '--sparsity'?"),
     ],
 )
 def test_a_wrong_command_line_exits_2(words, says):
@@ -454,6 +456,18 @@ def test_a_traceback_is_shown_on_request(run):
     assert "Traceback" in done.stderr
 
 
+def test_verbose_and_quiet_stand_before_a_command_or_behind_it(checkpoint, capsys):
+    model = checkpoint(num_hidden_layers=16)
+
+    def rows(*words):
+        cli.group.main([*words, str(model)], standalone_mode=False)
+        return capsys.readouterr().err.count("\n│")
+
+    assert rows("inspect") == 1  # all layers are alike
+    assert rows("inspect", "-v") == rows("-v", "inspect") == 16
+    assert rows("inspect", "-q") == rows("-q", "inspect") == rows("-v", "inspect", "-q") == 0
+
+
 def test_a_message_is_one_line():
     error = errors.CheckpointError("a", "b\nc", "d")
     assert str(error) == r"a: b\nc; d"
@@ -465,11 +479,11 @@ def test_a_message_is_one_line():
 
 
 ALLOWED = {
-    "cli": {"commands", "console", "signals", "errors"},
+    "cli": {"commands", "console", "options", "records", "signals", "errors"},
     "commands": {"options", "records", "console", "corpus", "checkpoint", "model", "steps",
                  "workdir", "plan", "devices", "profiling", "pruned", "streaming", "tokenizer",
                  "errors"},
-    "options": {"checkpoint", "errors"},
+    "options": {"checkpoint", "console", "errors"},
     "steps": {"records", "console", "checkpoint", "llama", "pruning", "model", "pruned",
               "streaming", "workdir", "card", "devices", "profiling", "errors", "loaders"},
     "plan": {"llama", "model", "pruning"},
@@ -480,7 +494,7 @@ ALLOWED = {
     "streaming": {"checkpoint", "llama", "model", "errors"},
     "workdir": {"checkpoint", "records", "console", "errors"},
     "model": {"checkpoint", "llama", "errors"},
-    "records": {"errors"},
+    "records": {"console", "errors"},
     "corpus": {"tokenizer", "errors"},
     "tokenizer": {"checkpoint", "errors"},
     "console": {"errors"},

@@ -1,12 +1,13 @@
 import io
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prunetool import records
-from prunetool.errors import RecordError
+from prunetool.errors import RecordError, StepFailed
 
 STEP = {"command": "calibrate", "version": "0.1.0", "options": {"samples": 8}}
 HEADER = records.Header("/m", "m", "f" * 64, "/w", 2, [STEP])
@@ -153,3 +154,35 @@ def test_every_fault_is_named(text, says):
         read_all(text)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3], ids=["empty", "header", "layers"])
+def test_a_failed_step_tells_the_next_one_through_a_pipe(tmp_path, lines):
+    begun = "".join(written().splitlines(True)[:lines])
+    read_end, write_end = os.pipe()
+    with open(read_end) as source, open(write_end, "w") as sink:
+        sink.write(begun)
+        records.tell_failed(sink)
+        sink.close()
+        with pytest.raises(StepFailed, match=f"line {lines + 1}: its step failed; run the step"):
+            list(records.read(source)[1])
+    # What came into a file is an error in words.
+    (tmp_path / "file").write_text(begun + '{"record": "failed"}\n')
+    with (tmp_path / "file").open() as source, pytest.raises(RecordError) as caught:
+        list(records.read(source)[1])
+    assert type(caught.value) is RecordError
+    assert str(caught.value).startswith(f"{tmp_path}/file: line {lines + 1}: its step failed; ")
+
+
+def test_a_failed_step_writes_nothing_to_a_file_or_to_nobody(tmp_path):
+    with (tmp_path / "file").open("w") as sink:
+        records.tell_failed(sink)
+    assert (tmp_path / "file").read_text() == ""
+    records.tell_failed(io.StringIO())
+    records.tell_failed(None)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as sink:
+        records.tell_failed(sink)
+        with pytest.raises(BrokenPipeError):
+            sink.close()

@@ -10,7 +10,7 @@ from prunetool.errors import ConfigError
 ATTENTION_LENGTH = 512  # the cost of learning grows with its square
 
 
-@click.command()
+@click.command(cls=options.Command)
 @options.model_arg
 @options.text_opt
 @options.text_field_opt
@@ -144,10 +144,12 @@ def calibrate(
         team = devices.start(device, coordinator, processes, process_id)
         opened = open_model(model, revision)
         bos_id = tokenizer.bos_id(opened.directory, opened.config.vocab_size, bos, tokens_path)
+        console.doing("reading text")
         tokens = corpus.load(
             opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,
             samples=samples, length=length, shuffle=shuffle, bos=bos_id,
         )  # fmt: skip
+        console.doing("checking")
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         precision = Precision(options.product_dtype(dtype, opened.dtype), stats_dtype)
         how = {
@@ -182,7 +184,7 @@ def calibrate(
                 team.wait(f"claim of process {index}")
             if not job.whole:
                 need_room(work, need - workdir.size_bytes(work, *workdir.CALIBRATED))
-            layers = console.progress(job.layers(), "calibrate", opened.layers)
+            layers = console.progress(job.layers(), opened.layers)
             if team.index == 0:
                 copied = workdir.records_copy(work, workdir.STATS)
                 with options.open_sink(sink) as stream, copied as copy:

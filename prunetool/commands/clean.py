@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from prunetool import console
+from prunetool import console, options
 
 
-@click.command()
+@click.command(cls=options.Command)
 @click.argument("place", metavar="DIR", type=click.Path(path_type=Path))
 def clean(place: Path) -> None:
     """Delete the files of a work directory: stats, scores, refits and their records.

@@ -1,18 +1,17 @@
 """``prunetool compensate``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from prunetool import __version__, console, options, records
 from prunetool.errors import RecordError
 
-COLUMNS = (
-    "layer", "removed", "refitted", "held out: removed", "refitted", "damping", "masks, mean"
-)  # fmt: skip
+COLUMNS = ("layer", "matrix", "removed → refitted", "held out", "damping")
 
 
-@click.command()
+@click.command(cls=options.Command)
 @options.source_arg
 @options.damping_opt
 @options.discard_opt
@@ -54,7 +53,7 @@ def compensate(
         header = header.after(options.history_step("compensate", __version__, damping=list(grid)))
         model = reopen(header)
         work, directory = Path(header.work), workdir.step_directory(header)
-        rows: list[list[object]] = []
+        rows: list[tuple[Any, ...]] = []
         profiled = Profile(profile)
         with workdir.lock(work / directory), profiled.trace():
             need = plan.refit_bytes(model, layers=1 if discard else model.layers)
@@ -63,11 +62,20 @@ def compensate(
                 refitted = step.refit_layers(
                     model, header, layers, grid, rows, profiled, discard=discard
                 )
-                bar = console.progress(refitted, "compensate", header.layers)
+                bar = console.progress(refitted, header.layers)
                 records.write(out, header, bar, copy)
         console.table(
-            "Relative output error, o_proj | down_proj",
+            "Relative output error of the refits",
             COLUMNS,
-            rows,
+            [
+                [layer, matrix, _shown(removed, refitted), _shown(*held_out), _shown(damping)]
+                for layer, matrix, removed, refitted, *held_out, damping in rows
+            ],
+            by=[refitted for _, _, _, refitted, *_ in rows],
         )
         said += [f"{header.layers} layers"]
+
+
+def _shown(*values: float | None) -> str:
+    """Numbers, one leading to the next; a dash where there are none."""
+    return " → ".join(f"{value:.4g}" for value in values if value is not None) or "–"

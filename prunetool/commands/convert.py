@@ -7,7 +7,7 @@ import click
 from prunetool import console, options
 
 
-@click.command()
+@click.command(cls=options.Command)
 @click.argument("gguf_path", metavar="GGUF", type=click.Path(path_type=Path))
 @options.out_arg
 @click.option(

@@ -12,7 +12,7 @@ import click
 from prunetool import __version__, console, options
 
 
-@click.command()
+@click.command(cls=options.Command)
 @options.model_arg
 @options.text_opt
 @options.text_field_opt
@@ -75,6 +75,7 @@ def evaluate(
         devices.start(device)
         opened = open_model(model, revision)
         bos_id = tokenizer.bos_id(opened.directory, opened.config.vocab_size, bos, tokens_path)
+        console.doing("reading text")
         tokens = corpus.load(
             opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,
             samples=samples, length=length, bos=bos_id,
@@ -111,7 +112,7 @@ def evaluate(
             "version": __version__,
             **compared,
         }
-        click.echo(json.dumps(result))
+        console.write(sys.stdout, json.dumps(result) + "\n")
         if work:
             workdir.clear(work)
         said += [f"perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]
@@ -171,6 +172,7 @@ def _say(compared: dict[str, Any], said: list[str]) -> None:
         "Relative error of the attention matrices: each model's own input, the dense model's input",
         ["layer", "own: mean head", "worst", "dense: mean head", "worst"],
         rows,
+        by=[max(errors["own"]["by_head"][row[0]], key=lambda e: e or 0.0) or 0.0 for row in rows],
     )
     said.append(f"{_shown(compared)} before")
     said.append(f"KL {compared['kl']:.4f} nats")

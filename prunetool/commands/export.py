@@ -7,7 +7,7 @@ import click
 from prunetool import __version__, console, options, records
 
 
-@click.command()
+@click.command(cls=options.Command)
 @options.out_arg
 @options.source_arg
 @click.option(

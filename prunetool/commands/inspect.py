@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from prunetool.model import Model
 
 
-@click.command()
+@click.command(cls=options.Command)
 @options.model_arg
 @options.revision_opt
 @click.option(
@@ -89,7 +90,7 @@ def inspect(
     )
     if planned:
         result["plan"] = _plan(opened, samples, length, sparsity, dtype)
-    click.echo(json.dumps(result))
+    console.write(sys.stdout, json.dumps(result) + "\n")
 
 
 def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     from prunetool import plan, streaming
     from prunetool.steps import compensate, speed
 
+    console.doing("measuring this machine")
     widest = model.config.widest
     dtype = options.product_dtype(dtype, model.dtype)
     here = Path.cwd()

@@ -7,7 +7,7 @@ import click
 from prunetool import console, options, records
 
 
-@click.command()
+@click.command(cls=options.Command)
 @options.source_arg
 @click.option(
     "-o", "--output", "sink", default="report.html", show_default=True, metavar="FILE",

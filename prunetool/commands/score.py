@@ -23,7 +23,7 @@ GROUPS = {"qk": MATRICES[:2], "weights": MATRICES}
 PATTERNS = ("unstructured", "per-output", "2:4")
 
 
-@click.command()
+@click.command(cls=options.Command)
 @options.source_arg
 @click.option(
     "--sparsity", required=True, type=options.Finite(0, 1, max_open=True),

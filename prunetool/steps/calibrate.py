@@ -144,6 +144,7 @@ class Calibration:
         step = Step(self.model, self.attention.length)
         rope = step.placed(streaming.rotation(self.model, self.tokens.shape[1]))
         layers = self.model.padded_layers(done)
+        console.doing("compiling")
         while True:
             with self.profile.phase("wait for weights"):
                 number, layer = next(layers, (0, None))
@@ -166,6 +167,7 @@ class Calibration:
                         with self.profile.phase("write"):
                             write(batch, h)
                         self._sample(samples, [n - place + start for n in batch], x)
+                        console.within(batch.stop, len(mine), "sequence")
                     place += stop - start
                     with self.profile.phase("add up"):
                         sums = self.team.total(sums)

@@ -15,7 +15,7 @@ from prunetool.llama import forward
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
 from prunetool.pruning import attention_loss
-from prunetool.steps.evaluate import Ends, layer_step, pieces
+from prunetool.steps.evaluate import Ends, count_pieces, layer_step, pieces
 
 
 class Comparison(NamedTuple):
@@ -82,9 +82,7 @@ def _errors(
         streaming.embed(model, tokens, stream)
     rows: list[np.ndarray] = []
     layers = zip(*(model.padded_layers() for model in models), strict=True)
-    for (number, pruned_layer), (_, dense_layer) in console.progress(
-        layers, "compare", dense.layers
-    ):
+    for (number, pruned_layer), (_, dense_layer) in console.progress(layers, dense.layers):
         weights = [streaming.to_device(w, dtype) for w in (pruned_layer, dense_layer)]
         heads = dense.config.layer_shapes[number].heads
         comparable = (
@@ -103,6 +101,7 @@ def _errors(
                     array = np.asarray(h)
                     streaming.check_finite(array, number)
                     put(batch, array)
+                console.within(batch.stop, len(tokens), "sequence")
                 if comparable:
                     found = attend(behind[0][1], behind[1][1], *weights, rope)
                     sums += np.asarray(found).reshape(3, -1)[:, :heads]
@@ -159,6 +158,7 @@ def _losses(
         return jnp.stack([jnp.sum(part, dtype=jnp.float64) for part in parts])
 
     total = np.zeros(3)
-    for targets, found in pieces(streams, tokens):
+    of_logits = console.progress(pieces(streams, tokens), count_pieces(tokens), what="logits")
+    for targets, found in of_logits:
         total += np.asarray(sums(found, targets, norms, heads))
     return [float(value) for value in total / (tokens.shape[0] * (tokens.shape[1] - 1))]

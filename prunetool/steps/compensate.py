@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,17 +24,17 @@ def refit_layers(
     header: records.Header,
     source: Iterator[records.LayerRecord],
     grid: tuple[float, ...],
-    rows: list[list[object]],
+    rows: list[tuple[Any, ...]],
     profile: Profile,
     *,
     discard: bool,
 ) -> Iterator[records.LayerRecord]:
-    """Refit every layer of a stream, and add a row for the table to ``rows``.
+    """Refit every layer of a stream, and add a row for each refit to ``rows``.
 
     Args:
       model, header, source: the dense checkpoint and the stream.
       grid: dampings to choose from.
-      rows: of the table.
+      rows: layer, matrix, and the numbers of `_REPORT`.
       profile: takes the seconds.
       discard: delete a layer's stats once it is refitted.
     """
@@ -61,15 +61,7 @@ def refit_layers(
         }
         if not report.keys() >= {"o_proj", "down_proj"}:
             raise RecordError(work / name, "lacks the report of a refit", workdir.AGAIN)
-        updated = [part for part in report if part.endswith(".masked")]
-        means = [np.mean([report[part][key] for part in updated]) for key in _REPORT[:2] if updated]
-        rows.append(
-            [
-                record.index,
-                *(_both(report, key) for key in _REPORT),
-                " → ".join(f"{mean:.4g}" for mean in means) or "–",
-            ]
-        )
+        rows += [(record.index, name, *of.values()) for name, of in report.items()]
         if discard:
             workdir.discard_stats(work, record)
         yield record.adding(
@@ -122,6 +114,7 @@ def _refit(
             with profile.phase("solve"):
                 parts = _refit_matrix(W, bias, rows, sums, energy, grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
+            console.within(1 if matrix == "o" else 2, 3, "matrix")
         if np.isnan(parts["report"][-1]):
             console.log.warning(
                 "layer %d, %s_proj: no damping served the held-out tokens; rows are removed and "
@@ -270,8 +263,3 @@ def _energy(A: Partition, W_k: np.ndarray, W_p: np.ndarray) -> float:
 def _parts(W: np.ndarray, bias: np.ndarray | None, report: list[float]) -> dict[str, np.ndarray]:
     parts = {"weight": W.T.astype(np.float32), "report": np.array(report)}
     return parts if bias is None else {**parts, "bias": bias.astype(np.float32)}
-
-
-def _both(report: dict[str, dict[str, float | None]], key: str) -> str:
-    values = (report[matrix][key] for matrix in ("o_proj", "down_proj"))
-    return " | ".join("–" if v is None else f"{v:.4g}" for v in values)

@@ -63,7 +63,7 @@ def convert_gguf(path: Path, out: Path, dtype: str, *, overwrite: bool) -> list[
             return [f"{out} holds it already (delete it to write it again)"]
         model.check(shapes, target)
         writer.need_room(sum(math.prod(shape) for shape in shapes.values()) * target.itemsize)
-        for tensors in console.progress(shards, "convert", len(shards)):
+        for tensors in console.progress(shards, len(shards), what="shard"):
             writer.write(partial(model.tensors, tensors, target))
         for name, data in files.items():
             writer.put(name, data)

@@ -56,7 +56,7 @@ def mean_loss(
         streaming.embed(model, tokens, stream)
     step = layer_step(model.config.head_dim, model.config.rms_norm_eps)
     rope = streaming.rotation(model, length)
-    layers = console.progress(model.padded_layers(done), "evaluate", model.layers, done)
+    layers = console.progress(model.padded_layers(done), model.layers, done)
     for number, layer in layers:
         weights = streaming.to_device(layer, dtype)
         behind = stream.at(streaming.path_before(work, number + 1))
@@ -65,6 +65,7 @@ def mean_loss(
                 h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope)[0])
                 streaming.check_finite(h, number)
                 write(batch, h)
+                console.within(batch.stop, samples, "sequence")
             model.remember(work / workdir.WEIGHTS_NAME)
         stream.path.unlink()
         stream = behind
@@ -116,6 +117,12 @@ def pieces(
                 yield targets, [jnp.asarray(h[:, i : i + 1, start:stop]) for h in whole]
 
 
+def count_pieces(tokens: np.ndarray) -> int:
+    """How many `pieces` there are."""
+    samples, length = map(int, tokens.shape)
+    return samples * -(-(length - 1) // LOGIT_TOKENS)
+
+
 def _mean_loss(
     model: Model, stream: streaming.HiddenStates, tokens: np.ndarray, dtype: str
 ) -> float:
@@ -128,7 +135,8 @@ def _mean_loss(
         return jnp.sum(forward.token_losses(scores, targets), dtype=jnp.float64)
 
     total = 0.0
-    for targets, (h,) in pieces([stream], tokens):
+    of_logits = console.progress(pieces([stream], tokens), count_pieces(tokens), what="logits")
+    for targets, (h,) in of_logits:
         total += float(losses(h, targets, ends.norm, ends.head))
     predicted: int = tokens.shape[0] * (tokens.shape[1] - 1)
     return total / predicted

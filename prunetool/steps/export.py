@@ -112,7 +112,7 @@ class Export:
         writer.need_room(count * itemsize)
         masked = any(name.startswith("mask.") for record in made for name in record.files)
         densities = []
-        for record, units in zip(console.progress(made, "export", model.layers), kept, strict=True):
+        for record, units in zip(console.progress(made, model.layers), kept, strict=True):
             number = record.index
             if dense:
                 places = [np.flatnonzero(units[unit]) for unit in (HEADS, CHANNELS)]

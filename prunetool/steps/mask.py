@@ -48,6 +48,10 @@ class Masking:
         self.said: list[str] = []  # what was reached, once all layers are given
 
     @property
+    def _of_attention(self) -> bool:
+        return self.parts == ("q", "k")
+
+    @property
     def _learns(self) -> bool:
         return bool(self.how["method"].startswith("attention-"))
 
@@ -60,9 +64,9 @@ class Masking:
           RecordError: before the first layer, if calibrate did not keep what the method needs.
         """
         self._check_kept(header.calibration)
-        directory, rows = workdir.step_directory(header), []
+        directory, rows, worst = workdir.step_directory(header), [], []
         lost = total = 0
-        for record in console.progress(source, "score", header.layers):
+        for record in console.progress(source, header.layers):
             name = workdir.layer_file(directory, record.index)
             with naming(f"layer {record.index}"), self.profile.phase("mask"):
                 arrays = workdir.make_once(
@@ -74,17 +78,18 @@ class Masking:
             for part in self.parts:
                 lost += int(arrays[f"{part}.count"][0])
                 total += int(arrays[f"{part}.count"][1])
-            rows.append(_row(record.index, values))
+            rows.append(self._row(record.index, values))
+            worst.append(max(mask["loss"] or 0.0 for mask in values["masks"].values()))
             if not {"q", "k"} & set(self.parts):
                 del values["attention"]  # what an earlier step learned still holds
             values["masks"] = {**record.values.get("masks", {}), **values["masks"]}
             values |= self.profile.take("score", record.values)
             yield record.adding({f"mask.{part}": name for part in self.parts}, values)
-        console.table(
-            "Relative output error by plain removal, and error of the attention matrices",
-            ["layer", *self.parts, "attention: calibration", "held out"],
-            rows,
-        )
+        title, columns = "Relative output error by plain removal", ["layer", *self.parts]
+        if self._of_attention:
+            title += ", and error of the attention matrices"
+            columns += ["attention: calibration", "held out"]
+        console.table(title, columns, rows, by=worst)
         if total:
             self.said.append(
                 f"removes {lost:,} of {total:,} weights of {', '.join(self.parts)} "
@@ -149,6 +154,7 @@ class Masking:
             if A is not None:
                 gone = compensation.output_energy(A, np.where(masks[part], 0, W).T)
                 loss = gone / (compensation.output_energy(A, W.T) or 1.0)
+            console.within(len(masks), len(self.parts), "matrix")
             out[f"{part}.count"] = np.array([np.sum(~masks[part]), W.size])
             out[f"{part}.loss"] = np.array([loss])
         values: dict[str, np.ndarray] = {}
@@ -176,7 +182,7 @@ class Masking:
     ) -> AttentionLayer | None:
         """The layer's attention, where q and k are masked and it is needed, or there to measure."""
         needed = self._learns or self.how["refine"]
-        if self.parts != ("q", "k") or not (needed or "attention" in record.files):
+        if not self._of_attention or not (needed or "attention" in record.files):
             return None
         if not kept["q"].rows.any():  # all KV groups of the layer were removed
             return None
@@ -240,9 +246,9 @@ class Masking:
             score = np.abs(W)
         return unstructured.keep(score, sparsity, pattern)
 
-
-def _row(layer: int, values: dict[str, Any]) -> list[object]:
-    """A layer's row of the table."""
-    losses = [mask["loss"] for mask in values["masks"].values()]
-    errors = [values["attention"].get(key) for key in ("calibration", "held_out")]
-    return [layer, *("–" if value is None else f"{value:.4f}" for value in (*losses, *errors))]
+    def _row(self, layer: int, values: dict[str, Any]) -> list[object]:
+        """A layer's row of the table."""
+        found = [mask["loss"] for mask in values["masks"].values()]
+        if self._of_attention:
+            found += [values["attention"].get(key) for key in ("calibration", "held_out")]
+        return [layer, *("–" if value is None else f"{value:.4f}" for value in found)]

@@ -89,7 +89,7 @@ def make_page(
 ) -> tuple[str, str]:
     """The page of a whole stream and of evaluations, as HTML; and what to say of it."""
     model, work = reopen(header), Path(header.work)
-    sizes = [_sizes(model, work, r) for r in console.progress(made, "report", header.layers)]
+    sizes = [_sizes(model, work, r) for r in console.progress(made, header.layers)]
     kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
     counts: list[Row] = [["before", f"{dense:,}"]]
     counts.append(["of units kept", f"{stored:,}", _share(stored, dense)])

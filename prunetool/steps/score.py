@@ -68,7 +68,7 @@ class Scoring:
         scores_name = f"scores-{workdir.digest([header.history[:-1], shared])}"
         kept_name = workdir.step_directory(header)
         taken, units, energies, seconds = [], [], [], []
-        for record in console.progress(source, "score", header.layers):
+        for record in console.progress(source, header.layers):
             name = workdir.layer_file(scores_name, record.index)
             # Several sparsities at once: the first to come makes the scores that all read.
             with workdir.lock(self.work / name, wait=True):
@@ -85,8 +85,9 @@ class Scoring:
             )
         counts = self._share_out(units)
 
-        rows = []
-        for record, unit, energy, spent in zip(taken, units, energies, seconds, strict=True):
+        rows, worst = [], []
+        each = zip(taken, units, energies, seconds, strict=True)
+        for record, unit, energy, spent in console.progress(each, header.layers, what="loss of"):
             lost = {HEADS: counts.groups, CHANNELS: counts.channels}
             kept = {t: budget.keep(unit[t].order, int(lost[t][record.index])) for t in self.targets}
             shape = self.model.config.layer_shapes[record.index]
@@ -108,6 +109,7 @@ class Scoring:
                 "kv_heads": groups,
                 "channels": int(masks[CHANNELS].sum()),
             }
+            worst.append(max(losses.values()))
             rows.append(
                 [
                     record.index,
@@ -124,6 +126,7 @@ class Scoring:
             "Relative output error by plain removal",
             ["layer", "heads", "channels", *MATRICES],
             rows,
+            by=worst,
         )
         self._say_ratio(counts)
 
@@ -183,6 +186,7 @@ class Scoring:
                 units, energy = self._rank(
                     W, stats, matrix, blocks, cost, (record.index, blocks > 0)
                 )
+            console.within(1 if blocks else 2, 2, "matrix")
             out[f"{kind}.order"], out[f"{kind}.compared"] = units.order, units.compared
             out[f"{matrix}_proj.energy"] = np.array([energy])
         return out

@@ -416,9 +416,7 @@ def test_a_failed_step_stops_the_pipe_and_nothing_looks_whole(checkpoint, text, 
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
-    assert f"{name} holds NaN or infinity" in done.stderr
-    assert "cut off after" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"{name} holds NaN or infinity" in error_of(done)
     assert not (tmp_path / "out").exists()
 
 
