@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunetool import __version__
-from prunetool.checkpoint.source import HUB_ID
+from prunetool.checkpoint.hub import HUB_ID
 from prunetool.errors import shown
 from prunetool.llama.config import LayerShape
 from prunetool.llama.forms import LOADER_FILES
