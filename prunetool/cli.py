@@ -18,9 +18,17 @@ from prunetool.console import setup_logging
 from prunetool.errors import PrunetoolError
 
 COMMANDS = (
-    "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report"
+    "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report",
+    "upload",
 )  # fmt: skip
-RESUMED = ("convert", "calibrate", "score", "compensate", "export")  # evaluate with --work
+RESUMED = (
+    "convert",
+    "calibrate",
+    "score",
+    "compensate",
+    "export",
+    "upload",
+)  # evaluate with --work
 WRITES_FILES = ("convert", "export")  # and nothing to stdout
 WAIT_SECONDS = 5  # for the step before to clean up, at most
 

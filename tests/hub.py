@@ -243,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, body, name, revision):
         if oid := self.revision(name, revision):
-            there = {e["path"]: e["oid"] for e in self.entries(name, oid)}
+            there = {e["path"]: e.get("lfs", e)["oid"] for e in self.entries(name, oid)}
             asked = [file["path"] for file in json.loads(body)["files"]]
             modes = {path: "lfs" if LARGE.fullmatch(path) else "regular" for path in asked}
             self.send({"files": [

@@ -484,7 +484,7 @@ ALLOWED = {
     "tokenizer": {"checkpoint", "errors"},
     "console": {"errors"},
     "signals": set(),
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "signals"},
     "llama": {"errors"},
     "pruning": {"errors"},
     "errors": set(),

@@ -2,11 +2,13 @@
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prunetool import signals
 from prunetool.checkpoint.writer import FULL
 from prunetool.errors import HubError, PrunetoolError
 
@@ -54,6 +56,8 @@ def asking(
 ) -> Iterator[None]:
     """Raise HubError for whatever the client fails by; keep the client from talking itself.
 
+    A signal ends the process at once: the client would wait for all that is under way.
+
     Args:
       repository: its id.
       failed: how to begin a reason, such as ``is not uploaded``.
@@ -64,10 +68,11 @@ def asking(
 
     # Its warnings quote addresses that may be signed.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not logging.getLogger("prunetool").isEnabledFor(logging.INFO):
-        disable_progress_bars()
+    if not (sys.stderr.isatty() and logging.getLogger("prunetool").isEnabledFor(logging.INFO)):
+        disable_progress_bars()  # some of them do not look where they go
     try:
-        yield
+        with signals.at_once(signals.GO_ON):
+            yield
     except PrunetoolError:
         raise
     except Exception as error:  # the client raises nearly anything
@@ -98,6 +103,8 @@ def _words(error: BaseException, failed: str, absent: str, revision: str | None)
             return f"{failed} ({reason})", f"see to it and {AGAIN}"
         error, cause = cause, cause.__cause__ or cause.__context__
     said = without_secrets(str(error)).strip().splitlines() or [type(error).__name__]
+    if of_a_file := re.search(r"error for file with OID \w+: `?(.+?)`?$", said[-1]):
+        return f"{failed} (a file was refused: {of_a_file[1]})", "see the Hub's limits"
     return f"{failed} ({said[-1]})", f"check the connection and {AGAIN}"
 
 
