@@ -2,18 +2,27 @@
 
 import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
 
 from prunetool import __version__
-from prunetool.checkpoint.source import HUB_ID
+from prunetool.checkpoint.hub import HUB_ID, hub_id
+from prunetool.checkpoint.source import front_matter
 from prunetool.errors import shown
 from prunetool.llama.config import LayerShape
 from prunetool.llama.forms import LOADER_FILES
 from prunetool.model import Model
 from prunetool.records import Header
 
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
 HISTORY_SHOWN = 2000  # characters of a step in the history
+FIELD_SHOWN = 200  # of a field of the base's front matter, which else is left out
+ID_PLACE = '"OUT"'  # stands where the page will name its repository
+ABSOLUTE = re.compile(r"(file:/|~)?[/\\].*|[A-Za-z]:[/\\].*", re.DOTALL)
 
 
 def model_card(
@@ -24,7 +33,9 @@ def model_card(
     parameters: int,
     densities: Sequence[dict[str, tuple[int, int]]],
 ) -> str:
-    """README.md for the Hub: front matter, sizes, how to load, and the history.
+    """README.md for the Hub: front matter, sizes, how to load, and how it was made.
+
+    No path of this machine is in it.
 
     Args:
       header: of the records that were exported.
@@ -37,18 +48,17 @@ def model_card(
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
     after = [dense.layer_parameters(shape) for shape in shapes]
-    hub = hub_id(Path(header.model))
-    source = hub or header.source
-    if Path(source).name in ("", ".."):  # a path that names nothing, such as .
+    source = hub_id(Path(header.model)) or Path(header.source).name
+    if source in ("", ".."):  # of a path that names nothing, such as .
         source = Path(header.model).name
-    name, source = plain(Path(source).name), plain(source)
-    front = ["---", *([f"base_model: {hub}"] if hub else [])]
-    front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- pruned"]
+    data = _front_matter(header, dense)
+    licence = data.license_name or data.license
     lines = [
-        *front, "---", "",
-        f"# {name}, pruned", "",
-        f"Made from {source} by [prunetool](https://pypi.org/project/prunetool) "
-        f"{__version__}, without training. The licence is the base model's.", "",
+        "---", data.to_yaml(line_break="\n"), "---", "",
+        f"# {plain(Path(source).name)}, pruned", "",
+        f"Made from {plain(source)} by [prunetool](https://pypi.org/project/prunetool) "
+        f"{__version__}, without training. The licence is the base model's"
+        f"{f': {plain(licence)}' if licence else ''}.", "",
         "| | before | after |", "|---|---:|---:|",
         f"| parameters in decoder layers | {sum(before):,} | {sum(after):,} "
         f"(−{1 - sum(after) / sum(before):.2%}) |",
@@ -73,20 +83,123 @@ def model_card(
             f"{filled:,} / {size:,} ({filled / (size or 1):.2%})" for filled, size in of.values()
         )
         lines.append(f"| {layer} | {' | '.join(cells)} |")
-    lines += ["", "## History", "", "```json"]
-    lines += [shown(json.dumps(step), HISTORY_SHOWN) for step in header.history]
+    history = [_without_paths(step) for step in header.history]
+    lines += ["", "## How it was made", "", "```sh", *commands(history, source), "```"]
+    lines += ["", "As recorded:", "", "```json"]
+    lines += [shown(json.dumps(step), HISTORY_SHOWN) for step in history]
     return "\n".join([*lines, "```", ""])
 
 
-def hub_id(directory: Path) -> str | None:
-    """The id of the Hub repository that a directory is a download of, if it is one.
+def published(card: str, repository: str, results: "Sequence[EvalResult]") -> str:
+    """A card as it is published: with the id of its repository, and what was measured.
 
-    It lies in the Hub's cache as ``…/models--OWNER--NAME/snapshots/COMMIT``.
+    Raises:
+      ValueError: if its front matter cannot be read, as one that was edited.
     """
-    repository, snapshots = directory.parent.parent.name, directory.parent.name
-    name = repository.removeprefix("models--").replace("--", "/")
-    cached = repository.startswith("models--") and snapshots == "snapshots"
-    return name if cached and HUB_ID.fullmatch(name) else None
+    from huggingface_hub import ModelCard
+
+    try:
+        page = ModelCard(card.replace(ID_PLACE, json.dumps(repository)))
+    except Exception as error:  # YAML's and the library's own
+        raise ValueError(str(error).partition("\n")[0]) from error
+    if not results:
+        return str(page)
+    page.data["model_name"] = repository.rsplit("/")[-1]
+    page.data["eval_results"] = list(results)
+    rows = [
+        f"| {plain(result.dataset_name)} | {result.metric_name} | {result.metric_value:.6g} |"
+        for result in results
+    ]
+    page.text = "\n".join(
+        [page.text.rstrip(), "", "## Evaluation", "", "| text | | |", "|---|---|---:|", *rows, ""]
+    )
+    return str(page)
+
+
+def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
+    """The pipe that made a checkpoint, in the shell's language, a step a line.
+
+    Args:
+      history: of the records, each step's options by the names of its command.
+      model: what to call the model there.
+    """
+    steps = []
+    for step in history:
+        words = ["prunetool", step["command"]]
+        if step["command"] == "calibrate":
+            words += [model, "--text", "TEXT"]
+        if step["command"] == "export":
+            words.append("OUT")
+        for option, value in step["options"].items():
+            words += _option(option, value)
+        steps.append(" ".join(shlex.quote(shown(word)) for word in words))
+    return " \\\n  | ".join(steps).split("\n")
+
+
+def _option(option: str, value: Any) -> list[str]:
+    """The words of a step's option, as its history has it, on the command line."""
+    match option, value:
+        case "tokens", _:  # the ids' checksum
+            return []
+        case "bos", _:
+            return ["--bos", "never" if value is None else "always"]
+        case "attention", [samples, length]:
+            if not samples:
+                return []
+            return ["--attention-samples", str(samples), "--attention-length", str(length)]
+        case "lam", int() | float():
+            return ["--lambda", str(value)]
+        case _, None | False:
+            return []
+        case _, True:
+            return [f"--{option.replace('_', '-')}"]
+        case _, list():
+            return [f"--{option.replace('_', '-')}", ",".join(map(str, value))]
+    return [f"--{option.replace('_', '-')}", str(value)]
+
+
+def _front_matter(header: Header, dense: Model) -> "ModelCardData":
+    """What the Hub reads of the page: the base's licence and languages, and tags."""
+    from huggingface_hub import ModelCardData
+
+    base = front_matter(dense.directory)
+    fields: dict[str, Any] = {
+        key: _words(base.get(key))[:1] for key in ("license", "license_name", "license_link")
+    }
+    bases = [hub_id(Path(header.model))]
+    if bases == [None]:  # a local model may be made from one of the Hub
+        bases = [name for name in _words(base.get("base_model")) if HUB_ID.fullmatch(name)]
+    fields |= {"base_model": bases, "language": _words(base.get("language"))}
+    methods = [step["options"].get("method") for step in header.history]
+    tags = [name for name in methods if isinstance(name, str) and re.fullmatch(r"[\w-]+", name)]
+    known: dict[str, Any] = {
+        key: found[0] if len(found) == 1 else found or None for key, found in fields.items()
+    }
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation",
+        tags=["pruned", "prunetool", *tags], **known,
+    )  # fmt: skip
+
+
+def _words(value: object) -> list[str]:
+    """A field of foreign front matter, or a list of it: short plain text that is no path here."""
+    return [
+        word
+        for word in (value if isinstance(value, list) else [value])[:100]
+        if isinstance(word, str) and word and shown(word, FIELD_SHOWN) == word
+        and not ABSOLUTE.fullmatch(word)
+    ]  # fmt: skip
+
+
+def _without_paths(value: Any) -> Any:
+    """A JSON value with the last name alone of every path of this machine."""
+    if isinstance(value, dict):
+        return {key: _without_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(part) for part in value]
+    if isinstance(value, str) and ABSOLUTE.fullmatch(value):
+        return PureWindowsPath(value).name
+    return value
 
 
 def plain(text: str) -> str:
@@ -95,13 +208,19 @@ def plain(text: str) -> str:
 
 
 def _how_to_load(form: str) -> list[str]:
-    if form != "pruned_llama":
-        note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
-        return [f"{note}Loads like the base model."]
-    files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADER_FILES.items())
-    return [
-        f"Layers differ in size, so the loader comes along: {files}. Read it, then:", "",
+    known = form != "pruned_llama"
+    more = "" if known else ", trust_remote_code=True"
+    code = [
         "```python",
-        'AutoModelForCausalLM.from_pretrained("…", trust_remote_code=True)',
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({ID_PLACE}{more})",
+        f"tokenizer = AutoTokenizer.from_pretrained({ID_PLACE}{more})",
         "```",
-    ]  # fmt: skip
+    ]
+    if known:
+        note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
+        return [f"{note}Loads like the base model:", "", *code]
+    files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADER_FILES.items())
+    said = f"Layers differ in size, so the loader comes along: {files}. Read it, then:"
+    return [said, "", *code]

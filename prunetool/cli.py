@@ -18,9 +18,16 @@ from prunetool.errors import PrunetoolError, StepFailed, shown
 
 COMMANDS = (
     "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report",
-    "clean",
+    "upload", "clean",
 )  # fmt: skip
-RESUMED = ("convert", "calibrate", "score", "compensate", "export")  # evaluate with --work
+RESUMED = (
+    "convert",
+    "calibrate",
+    "score",
+    "compensate",
+    "export",
+    "upload",
+)  # evaluate with --work
 STREAMING = ("calibrate", "score", "compensate")  # what they write, a next step reads
 WRITES_FILES = ("convert", "export")  # and nothing to stdout
 WAIT_SECONDS = 5  # for the step before to clean up, at most

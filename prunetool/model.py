@@ -11,7 +11,7 @@ import numpy as np
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.index import Index, read_index, read_json
 from prunetool.checkpoint.reader import dtype_of, read_tensor, same_values
-from prunetool.checkpoint.source import locate
+from prunetool.checkpoint.source import fetch_weights, locate
 from prunetool.checkpoint.writer import write_json
 from prunetool.errors import CheckpointError, shown
 from prunetool.llama.config import LayerShape, LlamaConfig, parse_config
@@ -172,6 +172,7 @@ def open_model(name: str, revision: str | None = None) -> Model:
     directory = locate(name, revision)
     config_path = directory / "config.json"
     config = parse_config(read_json(config_path), config_path)
+    fetch_weights(name, directory)  # once it is known that they are of use
     index = read_index(directory)
     if config.tied and _has_own_head(index):
         config = replace(config, tied=False)

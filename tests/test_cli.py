@@ -442,7 +442,7 @@ def test_what_an_export_copies_along_is_downloaded_with_a_model(checkpoint, run,
     server.server_close()
     (snapshot,) = tmp_path.glob("hf/hub/*/snapshots/*")
     found = {path.name for path in snapshot.iterdir()}
-    assert found == {"config.json", "model.safetensors", *COMPANIONS}
+    assert found == {"config.json", "model.safetensors", "README.md", *COMPANIONS}
 
 
 def test_an_empty_stream_exits_1_with_one_line(run):
@@ -499,7 +499,7 @@ ALLOWED = {
     "tokenizer": {"checkpoint", "errors"},
     "console": {"errors"},
     "signals": set(),
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "signals"},
     "llama": {"errors"},
     "pruning": {"errors"},
     "errors": set(),

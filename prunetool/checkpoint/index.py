@@ -120,18 +120,8 @@ def read_index(directory: Path) -> Index:
             "give a directory of safetensors (pickled .bin files are never read)",
         )
 
-    listed = read_json(index_path).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(s, str) for s in listed.values()):
-        raise CheckpointError(index_path, "has no weight_map of names to files", "get it again")
-    headers: dict[str, dict[str, TensorInfo]] = {}
-    for shard in sorted(set(listed.values())):
-        if Path(shard).name != shard or shard in ("", "..", "."):
-            raise CheckpointError(
-                index_path,
-                f"names {shard!r}, outside the directory",
-                "do not trust this checkpoint",
-            )
-        headers[shard] = _read_header(directory / shard)
+    listed = read_weight_map(index_path)
+    headers = {shard: _read_header(directory / shard) for shard in sorted(set(listed.values()))}
     tensors = {name: info for header in headers.values() for name, info in header.items()}
     for name, shard in listed.items():
         if name not in headers[shard]:
@@ -140,6 +130,23 @@ def read_index(directory: Path) -> Index:
                 "get the shard again",
             )  # fmt: skip
     return Index(directory, tensors)
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The shard of every tensor, as an index lists it.
+
+    Raises:
+      CheckpointError: if it is no index, or names a file outside its directory.
+    """
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(s, str) for s in listed.values()):
+        raise CheckpointError(path, "has no weight_map of names to files", "get it again")
+    for shard in listed.values():
+        if Path(shard).name != shard or shard in ("", "..", "."):
+            raise CheckpointError(
+                path, f"names {shard!r}, outside the directory", "do not trust this checkpoint"
+            )
+    return listed
 
 
 def _read_header(shard: Path) -> dict[str, TensorInfo]:

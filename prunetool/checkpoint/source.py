@@ -1,57 +1,217 @@
 """A local directory or a Hub id, made a local directory."""
 
+import glob
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from prunetool.checkpoint.writer import LICENSE_FILES, TOKENIZER_FILES
-from prunetool.errors import CheckpointError, HubError
+from prunetool.checkpoint.hub import HUB_ID, asking, cached_id, without_secrets
+from prunetool.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json, read_weight_map
+from prunetool.checkpoint.writer import DATA_FILES, LICENSE_FILES, TOKENIZER_FILES
+from prunetool.errors import CheckpointError, ConfigError, HubError
 
-NEEDED_FILES = ["*.safetensors", "*.json", *TOKENIZER_FILES, *LICENSE_FILES]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What may be read of a checkpoint's directory.
+NEEDED_FILES = ["*.safetensors", "*.json", *TOKENIZER_FILES, *LICENSE_FILES, "README.md"]
+ADAPTER_NAME = "adapter_config.json"
+SMALL_FILES = (*DATA_FILES, *LICENSE_FILES, INDEX_NAME, ADAPTER_NAME, "README.md")
+NOT_GIVEN = "no such directory, and the Hub did not give it"
+NOT_THERE = "no such directory or Hub repository"
+
+README_BYTES = 1 << 18  # of those on the Hub nearly all are below 2¹⁷
+FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", re.DOTALL)
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# How repositories of quantised models are called, behind the name of the original.
+QUANTISED_NAME = re.compile(
+    r"[-_.](unsloth-bnb|bnb|awq|gptq|gguf|mlx|int[48]|fp[48]|nf4|w\d+a\d+|quantized|\d+bit|[348]-bit)"
+    r"([-_.]\w+)*$",
+    re.IGNORECASE,
+)
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """Return the directory of ``model``, downloading what is needed of a Hub repository.
+    """Return the directory of ``model``; of a Hub repository, download all but the weights.
 
     Args:
       model: a directory, or a Hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
       revision: branch, tag or commit of the Hub repository.
 
     Raises:
-      CheckpointError: if it is neither a directory nor of the form of a Hub id.
+      CheckpointError: if it is neither a directory nor of the form of a Hub id, or is a directory
+        of something else.
+      ConfigError: if its weights are quantised.
       HubError: if the Hub does not give the files. The token comes from the environment or the
         Hub's own login and is never printed.
     """
     directory = Path(model)
     if directory.is_dir():
-        return directory.resolve()
-    if directory.exists() or not HUB_ID.fullmatch(model):
-        raise CheckpointError(
-            model,
-            "is neither a directory nor a Hub id",
-            "give a directory or an id such as owner/name",
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+        directory = directory.resolve()
+        names = {path.name for path in directory.iterdir()}
+        if not _weight_files(directory, names) and (error := _not_a_model(model, directory, names)):
+            raise error
+    elif HUB_ID.fullmatch(model) and not directory.exists():
+        directory = _download_small(model, revision)
+    else:
+        raise _no_directory(model)
+    _refuse_quantised(model, directory)
+    return directory
+
+
+def _download_small(model: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    with asking(model, NOT_GIVEN, NOT_THERE, revision):
+        small = list(SMALL_FILES)
+        directory = Path(snapshot_download(model, revision=revision, allow_patterns=small))
+        if (directory / "config.json").exists():
+            return directory
+        names = set(HfApi().list_repo_files(model, revision=directory.name))
+    raise _not_a_model(model, directory, names) or HubError(
+        model, "has no config.json", "give a repository of a Llama model"
     )
 
+
+def fetch_weights(model: str, directory: Path) -> None:
+    """Download the weights of a Hub repository whose other files `locate` has put in a directory.
+
+    They are the files that `read_index` reads, and no second copy in another format. What is there
+    already is not asked for; of a file that a killed download left, the rest alone is.
+
+    Raises:
+      HubError: if the Hub does not give them, or has none that are read.
+    """
+    if Path(model).is_dir():
+        return
+    there = {path.name for path in directory.iterdir() if path.exists()}
+    needed = _weight_files(directory, there)
+    if needed and needed <= there:
+        return
+    from huggingface_hub import HfApi, snapshot_download
+
+    with asking(model, NOT_GIVEN, NOT_THERE):
+        names = set(HfApi().list_repo_files(model, revision=directory.name))
+    needed = _weight_files(directory, names)
+    if not needed:
+        raise _not_a_model(model, directory, names) or HubError(
+            model, f"holds neither {INDEX_NAME} nor {SINGLE_NAME}", "give one of safetensors"
+        )
+    if lacking := sorted(needed.difference(names)):
+        raise HubError(
+            model, f"lacks {lacking[0]}, which its index names", "take another revision of it"
+        )
+    with asking(model, NOT_GIVEN, NOT_THERE):
+        # The names come from outside, and the library reads patterns.
+        patterns = [glob.escape(name) for name in sorted(needed)]
+        snapshot_download(model, revision=directory.name, allow_patterns=patterns)
+
+
+def front_matter(directory: Path) -> dict[str, Any]:
+    """What README.md says of a model in its front matter; nothing if it cannot be read."""
+    path = directory / "README.md"
+    if not path.is_file() or path.stat().st_size > README_BYTES:
+        return {}
+    from huggingface_hub.repocard import metadata_load
+
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=NEEDED_FILES))
-    except GatedRepoError as error:
-        raise HubError(model, "is gated", "accept its terms on the Hub and set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            model, "no such directory or Hub repository", "check the name, or set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(model, f"no revision {revision!r}", "see its branches and tags") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(
-            model,
-            f"no such directory, and the Hub did not give it ({type(error).__name__})",
-            "check the path or the connection and run again; downloaded files are kept",
-        ) from error
+        found = FRONT_MATTER.match(path.read_text(encoding="utf-8-sig"))
+        # Merged keys can grow without bound.
+        said = metadata_load(path) if found and "<<" not in found[1] else None
+    except Exception:  # whatever YAML of somebody else's fails by
+        return {}
+    return said or {}
+
+
+def _weight_files(directory: Path, names: Collection[str]) -> set[str]:
+    """The files of weights that `read_index` reads if the directory holds those of these names."""
+    if SINGLE_NAME in names:
+        return {SINGLE_NAME}
+    if INDEX_NAME in names and (directory / INDEX_NAME).exists():
+        return set(read_weight_map(directory / INDEX_NAME).values())
+    return set()
+
+
+def _not_a_model(model: str, directory: Path, names: Collection[str]) -> CheckpointError | None:
+    """The error of a directory or repository without weights, by what its files' names say it is.
+
+    Args:
+      model: what the user called it.
+      directory: with its small files.
+      names: of all its files.
+    """
+    of = {Path(name).suffix: name for name in sorted(names, reverse=True) if "/" not in name}
+    root = directory.parent if directory.name == "snapshots" else directory
+    if ADAPTER_NAME in names:
+        base = read_json(directory / ADAPTER_NAME).get("base_model_name_or_path")
+        what = f"is an adapter{f' of {base}' if isinstance(base, str) else ''}, not a model"
+        todo = "merge it into its base: PeftModel.merge_and_unload(), then save_pretrained()"
+    elif (root / "snapshots").is_dir() and (name := cached_id(root)):
+        what, todo = f"is where the Hub's cache keeps {name}", f"give the id: {name}"
+    elif cached := sorted(filter(None, (cached_id(directory / name) for name in names))):
+        what, todo = "is the Hub's cache", f"give an id, such as {cached[0]}"
+    elif ".gguf" in of:
+        what = "holds GGUF files, no safetensors"
+        todo = "make one a checkpoint: prunetool convert FILE OUT"
+    elif of.keys() & set(PICKLED):
+        what = f"holds neither {INDEX_NAME} nor {SINGLE_NAME}, but pickled files, never read"
+        todo = "load it in transformers and save_pretrained it, or take another revision"
+    else:
+        return None
+    return CheckpointError(model, what, todo)
+
+
+def _no_directory(model: str) -> CheckpointError:
+    """The error of what is neither a directory nor an id."""
+    path = Path(model)
+    what, todo = (
+        "is neither a directory nor a Hub id",
+        "give a directory or an id such as owner/name",
+    )
+    if url := re.match(r"(?:https?://|hf://)(?:[^/]+\.[^/]+/)?([\w.-]+/[\w.-]+)", model):
+        todo = f"give the id: {url[1]}"
+    elif path.is_file() and path.suffix == ".gguf":
+        what, todo = "is a GGUF file", f"make it a checkpoint: prunetool convert {path.name} OUT"
+    elif path.is_file() and path.suffix == ".safetensors":
+        what, todo = "is one file of a checkpoint", f"give its directory: {path.parent}"
+    elif path.is_file() and path.suffix in PICKLED:
+        what = "is a pickled file, which is never read"
+        todo = "load it in transformers and save_pretrained it"
+    return CheckpointError(without_secrets(model), what, todo)
+
+
+def _refuse_quantised(model: str, directory: Path) -> None:
+    """Refuse quantised weights by what they were made of.
+
+    Raises:
+      ConfigError: with how they are quantised, and where the original usually is.
+    """
+    path = directory / "config.json"
+    config = read_json(path) if path.exists() else {}
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if config.get(key) is not None:
+            raise ConfigError(
+                model, f"is quantised{_method(config[key])}",
+                f"give the unquantised original{_original(directory)}",
+            )  # fmt: skip
+
+
+def _method(config: object) -> str:
+    """How weights were quantised, as far as their config says it in words."""
+    if not isinstance(config, dict):
+        return ""
+    method, bits = config.get("quant_method"), config.get("bits")
+    if bits is None:
+        bits = next((n for n in (4, 8) if config.get(f"load_in_{n}bit") is True), None)
+    said = [method] if isinstance(method, str) else []
+    said += [f"{bits} bits"] if type(bits) is int else []
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _original(directory: Path) -> str:
+    """Where the original of quantised weights is: what the card names, or the plain name."""
+    base = front_matter(directory).get("base_model")
+    base = base[0] if isinstance(base, list) and base else base
+    if isinstance(base, str):
+        return f": {base}, as its card says"
+    name = (cached_id(directory.parent.parent) or directory.name).rsplit("/")[-1]
+    plain = QUANTISED_NAME.sub("", name)
+    return f": probably {plain}" if plain != name else ", which its card may name"

@@ -359,6 +359,32 @@ def is_empty(directory: Path) -> bool:
     return all(map(_is_leftover, directory.iterdir()))
 
 
+def whole_files(directory: Path) -> list[str]:
+    """Names of the files of a checkpoint that a writer here finished, all as they were written.
+
+    README.md alone may have been edited since.
+
+    Raises:
+      WorkError: if it was not finished, is damaged, or is of another program.
+    """
+    if not directory.is_dir():
+        raise WorkError(directory, "no such directory", "name one that export wrote")
+    if _is_there(directory / UNFINISHED):
+        raise WorkError(directory, "was not finished", "run the command that writes it again")
+    sums = _sealed(directory / MANIFEST)["files"]
+    if INDEX_NAME not in sums:
+        raise WorkError(
+            directory, f"has no {MANIFEST} that tells whether it is whole",
+            "name a checkpoint that this version of prunetool wrote",
+        )  # fmt: skip
+    for name, total in sums.items():
+        path = directory / name
+        edited = name == "README.md" and path.is_file() and not path.is_symlink()
+        if not edited and not _is_whole(path, total):
+            raise WorkError(path, "is damaged or gone", "write the checkpoint again")
+    return sorted(sums)
+
+
 def _sealed(path: Path) -> dict[str, Any]:
     """Run, and checksums by file, of a checkpoint; of nobody if the file is missing or damaged."""
     with suppress(CheckpointError):

@@ -8,10 +8,11 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from huggingface_hub import EvalResult, ModelCard
 from safetensors.numpy import load_file, save_file
 
 from prunetool import records, workdir
-from prunetool.card import model_card, plain
+from prunetool.card import model_card, plain, published
 from prunetool.checkpoint import checksum, writer
 from prunetool.errors import CheckpointError, RecordError, WorkError
 from prunetool.model import open_model
@@ -622,8 +623,8 @@ class TestCard:
     def test_a_path_without_a_name_gives_the_name_of_the_directory(self, checkpoint, source):
         card = self.card(open_model(str(checkpoint())), source, "/models/tiny")
         assert "# tiny, pruned" in card
-        said = "/models/tiny" if source == "/models/tiny" else "tiny"
-        assert any(line.startswith(f"Made from {said} by ") for line in card)
+        assert any(line.startswith("Made from tiny by ") for line in card)
+        assert not any("/models" in line for line in card)
         assert not any(line.startswith("base_model") for line in card)
 
     @pytest.mark.parametrize("source", ["me/tiny", "/hub/models--me--tiny/snapshots/0a1b", "."])
@@ -646,6 +647,64 @@ class TestCard:
         card = self.card(open_model(str(checkpoint())), "me/tiny", directory)
         assert card[:2] == ["---", "library_name: transformers"]
         assert "# tiny, pruned" in card
+
+    def test_no_path_of_this_machine_is_in_it(self, checkpoint):
+        model = open_model(str(checkpoint()))
+        (model.directory / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
+        options = {"text": "/home/me/secret/wiki.txt", "more": ["~/secret/x", "C:\\secret\\y"],
+                   "method": "a\nb", "pattern": "2:4", "d": {"f": "file:///secret/z"}}  # fmt: skip
+        header = records.Header(
+            "/home/me/tiny", "../secret/tiny", "f", "/home/me/w", 3,
+            [{"command": "score", "version": "0", "options": options}],
+        )  # fmt: skip
+        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        for word in ("/home", "secret", "base_model"):
+            assert word not in card
+        for word in ("wiki.txt", '["x", "y"]', '"z"', "--pattern 2:4", "# tiny, pruned"):
+            assert word in card
+
+    def test_the_front_matter_is_the_bases(self, checkpoint):
+        model = open_model(str(checkpoint()))
+        front = {
+            "license": "other", "license_name": "a: b\u202e", "license_link": "LICENSE",
+            "language": ["en", "no", 3], "base_model": ["meta-llama/Llama-3.2-1B", "../x/y"],
+            "tags": ["evil"], "extra_gated_prompt": "agree",
+        }  # fmt: skip
+        (model.directory / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
+        step = {"command": "score", "version": "0", "options": {"method": "newton"}}
+        header = records.Header("/m/tiny", "tiny", "f", "/w", 3, [step, step])
+        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        data = ModelCard(card).data.to_dict()
+        assert data == {
+            "license": "other", "license_link": "LICENSE", "language": ["en", "no"],
+            "base_model": "meta-llama/Llama-3.2-1B", "library_name": "transformers",
+            "pipeline_tag": "text-generation", "tags": ["pruned", "prunetool", "newton"],
+        }  # fmt: skip
+        assert "The licence is the base model's: other." in card
+
+    def test_front_matter_cannot_be_broken_out_of(self, checkpoint):
+        model = open_model(str(checkpoint()))
+        front = {"license_name": "x: y\n---\n# H", "license": "'\"#[{&*!|>%@`", "language": "---"}
+        (model.directory / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
+        header = records.Header("/m/tiny", "tiny", "f", "/w", 3, [])
+        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        data = ModelCard(card).data
+        assert (data.license, data.language) == (front["license"], "---")
+        assert "\n# H" not in card
+
+    def test_what_is_measured_is_in_the_published_card(self, checkpoint):
+        header = records.Header("/m/tiny", "tiny", "f", "/w", 3, [])
+        model = open_model(str(checkpoint()))
+        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        result = EvalResult("text-generation", "wiki", "wiki|`x`", "perplexity", 12.5,
+                            metric_name="Perplexity")  # fmt: skip
+        page = ModelCard(published(card, "me/tiny-pruned", [result]))
+        (read,) = page.data.eval_results
+        assert (read.dataset_name, read.metric_value) == ("wiki|`x`", 12.5)
+        assert page.data.model_name == "tiny-pruned"
+        assert r"| wiki\|\`x\` | Perplexity | 12.5 |" in page.text
+        assert page.text.count('from_pretrained("me/tiny-pruned")') == 2
+        assert "## Evaluation" not in published(card, "me/tiny-pruned", [])
 
     def test_an_ordinary_name_stays_readable(self):
         assert plain("SmolLM2-135M") == "SmolLM2-135M"
