@@ -37,7 +37,9 @@ LICENSE_FILES = (
     "LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt", "Notice",
     "Notice.txt",
 )  # fmt: skip
-WRITTEN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|(modeling|mlx)_pruned_llama\.py")
+WRITTEN = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|(configuration|modeling|mlx)_pruned_llama\.py"
+)
 
 
 @contextmanager
