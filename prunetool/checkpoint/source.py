@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
-from prunetool.checkpoint.writer import LICENSE_FILES, TOKENIZER_FILES
+from prunetool.checkpoint.writer import LICENSE_FILES, TEMPLATES, TOKENIZER_FILES
 from prunetool.errors import CheckpointError, HubError
 
-NEEDED_FILES = ["*.safetensors", "*.json", *TOKENIZER_FILES, *LICENSE_FILES]
+NEEDED_FILES = [
+    "*.safetensors", "*.json", *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja", *LICENSE_FILES,
+]  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
