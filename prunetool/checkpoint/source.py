@@ -8,13 +8,18 @@ from typing import Any
 
 from prunetool.checkpoint.hub import HUB_ID, asking, cached_id, without_secrets
 from prunetool.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json, read_weight_map
-from prunetool.checkpoint.writer import DATA_FILES, LICENSE_FILES, TOKENIZER_FILES
+from prunetool.checkpoint.writer import DATA_FILES, LICENSE_FILES, TEMPLATES, TOKENIZER_FILES
 from prunetool.errors import CheckpointError, ConfigError, HubError
 
 # What may be read of a checkpoint's directory.
-NEEDED_FILES = ["*.safetensors", "*.json", *TOKENIZER_FILES, *LICENSE_FILES, "README.md"]
+NEEDED_FILES = [
+    "*.safetensors", "*.json", *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja", *LICENSE_FILES,
+    "README.md",
+]  # fmt: skip
 ADAPTER_NAME = "adapter_config.json"
-SMALL_FILES = (*DATA_FILES, *LICENSE_FILES, INDEX_NAME, ADAPTER_NAME, "README.md")
+SMALL_FILES = (
+    *DATA_FILES, f"{TEMPLATES}/*.jinja", *LICENSE_FILES, INDEX_NAME, ADAPTER_NAME, "README.md",
+)  # fmt: skip
 NOT_GIVEN = "no such directory, and the Hub did not give it"
 NOT_THERE = "no such directory or Hub repository"
 

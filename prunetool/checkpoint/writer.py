@@ -38,7 +38,12 @@ LICENSE_FILES = (
     "LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt", "Notice",
     "Notice.txt",
 )  # fmt: skip
-WRITTEN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|(modeling|mlx)_pruned_llama\.py")
+# Where transformers keeps chat templates besides the default one.
+TEMPLATES = "additional_chat_templates"
+TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
+WRITTEN = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|(configuration|modeling|mlx)_pruned_llama\.py"
+)
 
 
 @contextmanager
@@ -251,13 +256,17 @@ class CheckpointWriter:
         used = {path.absolute() for path in inputs} | {path.resolve() for path in inputs}
         if self.state == "begun":
             paths = [self.directory / name for name in self._files]
-            foreign = [p for p in paths if _is_there(p) and not _is_whole(p, sums.get(p.name))]
+            foreign = [
+                self.directory / name
+                for name in self._files
+                if not _is_whole(self.directory / name, sums.get(name))
+            ]
         else:
             owned = _owned(self.directory)
             names = {*self._shards, *self._files} - owned
             # Data of another checkpoint must not stay beside the new one; what is not replaced by
             # a file of its name may be of use to somebody.
-            left = {name for name in DATA_FILES if name not in names}
+            left = {*DATA_FILES, *templates(self.directory)} - names
             foreign = [self.directory / n for n in sorted((names - {*DATA_FILES}) | (left - owned))]
             paths = [self.directory / name for name in sorted(names | owned)]
         for path in paths:
@@ -265,7 +274,8 @@ class CheckpointWriter:
                 raise WorkError(
                     path, "is read by this run, which would replace it", "name another directory"
                 )
-        for path in filter(_is_there, foreign):
+        # Nothing is written through a link, and what it leads to would be loaded.
+        for path in filter(_is_there, [*foreign, self.directory / TEMPLATES]):
             raise WorkError(
                 path, "would be replaced or out of place, and is not of the checkpoint there",
                 "move it away, or name another directory",
@@ -294,6 +304,8 @@ class CheckpointWriter:
         (self.directory / INDEX_NAME).unlink(missing_ok=True)
         for name in (*old, MANIFEST):
             (self.directory / name).unlink(missing_ok=True)
+        with suppress(OSError):  # of somebody's, or not there
+            (self.directory / TEMPLATES).rmdir()
         self._mark(self._run, self._sums)
         sweep_old(self.directory)
         self.state = "begun"
@@ -328,6 +340,7 @@ class CheckpointWriter:
         """Write another file of the checkpoint."""
         self._sums[name] = checksum.of_bytes(data)
         self._mark(self._run, self._sums)  # before: a file that is there without is the user's
+        (self.directory / name).parent.mkdir(exist_ok=True)
         write_bytes(self.directory / name, data)
 
     def close(self) -> None:
@@ -410,13 +423,21 @@ def _owned(directory: Path) -> set[str]:
         named |= _sealed(path)["files"].keys()
     if _is_there(directory / UNFINISHED):
         named |= {path.name for path in directory.glob("model-?????-of-?????.safetensors")}
-    return {name for name in named if name == Path(name).name and _is_there(directory / name)}
+    inside = {name for name in named if name == Path(name).name} | named & templates(directory)
+    return {name for name in inside if _is_there(directory / name)}
+
+
+def templates(directory: Path) -> set[str]:
+    """Names of the chat templates in a checkpoint's directory of them; none if that is a link."""
+    where = directory / TEMPLATES
+    found = () if where.is_symlink() else where.glob("*.jinja")
+    return {name for path in found if TEMPLATE.fullmatch(name := f"{TEMPLATES}/{path.name}")}
 
 
 def _may_be_put(name: str) -> bool:
     """Whether a writer here ever writes a file of this name."""
     known = (INDEX_NAME, "README.md", *LICENSE_FILES, *DATA_FILES)
-    return name in known or bool(WRITTEN.fullmatch(name))
+    return name in known or bool(WRITTEN.fullmatch(name) or TEMPLATE.fullmatch(name))
 
 
 def _is_there(path: Path) -> bool:

@@ -14,6 +14,7 @@ from prunetool.llama.config import LayerShape, LlamaConfig
 WIDTH_MULTIPLE = 32  # loaders of unequal layers want MLP widths in these steps, and one at least
 OLDEST_TRANSFORMERS = "5.0.0"  # said in config.json; older values make readers warn for nothing
 LOADER_FILES = {
+    "configuration_pruned_llama.py": "transformers, vLLM",
     "modeling_pruned_llama.py": "transformers, vLLM",
     "mlx_pruned_llama.py": "MLX-LM",
 }
@@ -85,7 +86,7 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
     if form == "pruned_llama":
         module = "modeling_pruned_llama"
         raw["auto_map"] = {
-            "AutoConfig": f"{module}.PrunedLlamaConfig",
+            "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
             "AutoModel": f"{module}.PrunedLlamaModel",
             "AutoModelForCausalLM": f"{module}.PrunedLlamaForCausalLM",
         }

@@ -17,9 +17,20 @@ from mlx_lm.models.base import create_attention_mask
 class ModelArgs(llama.ModelArgs):
     per_layer_config: Dict[str, Dict[str, Any]] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, params):
+        """As transformers saves config.json again, the rotary embedding is in ``rope_parameters``."""
+        rope = params.get("rope_parameters") or {}
+        if rope:
+            theta = rope.get("rope_theta", params.get("rope_theta", 10000.0))
+            scaling = {key: value for key, value in rope.items() if value is not None}
+            params = {**params, "rope_theta": theta, "rope_scaling": scaling}
+        return super().from_dict(params)
+
     def of_layer(self, index):
-        own = self.per_layer_config.get(str(index), {})
-        return replace(self, per_layer_config={}, **own)
+        """The sizes of one layer, whose number may be padded with zeros, as in ``"07"``."""
+        sizes = {int(layer): own for layer, own in self.per_layer_config.items()}
+        return replace(self, per_layer_config={}, **sizes.get(index, {}))
 
 
 class PrunedBlock(nn.Module):

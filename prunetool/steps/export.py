@@ -1,8 +1,10 @@
 """The pruned checkpoint, from the records of all layers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
@@ -17,8 +19,9 @@ from prunetool.checkpoint.writer import (
     TOKENIZER_FILES,
     CheckpointWriter,
     json_bytes,
+    templates,
 )
-from prunetool.errors import RecordError, WorkError
+from prunetool.errors import RecordError, WorkError, shown
 from prunetool.llama import forms
 from prunetool.llama.config import LayerShape
 from prunetool.llama.weights import (
@@ -41,6 +44,8 @@ COMPANIONS = ("generation_config.json", *TOKENIZER_FILES, *LICENSE_FILES)
 # In a companion these name code of its repository, which a program would run.
 CODE_KEYS = ("auto_map", "custom_generate")
 LARGE_FILES = ("tokenizer.json", "vocab.json")  # of vocabulary alone
+TOKENIZER_CONFIG = "tokenizer_config.json"
+READS_TOKENIZER_JSON = "PreTrainedTokenizerFast"  # as it is; in every version of transformers
 
 
 class Export:
@@ -81,7 +86,9 @@ class Export:
         read |= {self.model.directory / name for name in ("config.json", *self.companions)}
         self.writer = CheckpointWriter(
             out, self.model.layers + 1, overwrite=overwrite, run=run, work=header.work,
-            files=["config.json", *self.companions, *forms.LOADER_FILES, "README.md"],
+            files=sorted({
+                "config.json", TOKENIZER_CONFIG, *self.companions, *forms.LOADER_FILES, "README.md"
+            }),
             inputs=[*inputs, *sorted(read)],
         )  # fmt: skip
 
@@ -143,10 +150,12 @@ class Export:
         writer.write(lambda: {name: read() for name, read in ends.items()})
 
         writer.put("config.json", json_bytes(forms.config_json(target, kind)))
+        along: Mapping[str, bytes] = self.companions
         if kind == "pruned_llama":
+            along = with_tokenizer_class(along, model.config.raw)
             for name in forms.LOADER_FILES:
                 writer.put(name, resources.files("prunetool.loaders").joinpath(name).read_bytes())
-        for name, data in self.companions.items():
+        for name, data in along.items():
             writer.put(name, data)
         label = "dense" if dense else kind
         card = model_card(
@@ -172,11 +181,15 @@ def companions(directory: Path) -> dict[str, bytes]:
       CheckpointError: if one of them is not what its name says.
     """
     found = {}
-    for name in COMPANIONS:
+    if code := sorted(path.name for path in directory.glob("*.py")):
+        console.log.warning(
+            "%s: code, which does not go along: %s", directory, shown(", ".join(code))
+        )
+    for name in (*COMPANIONS, *sorted(templates(directory))):
         path = directory / name
         if not path.exists():
             continue
-        if not _belongs(path):
+        if not _belongs(path, directory):
             console.log.warning(
                 "%s: a link out of the checkpoint, or not a file; it does not go along", path
             )
@@ -190,14 +203,29 @@ def companions(directory: Path) -> dict[str, bytes]:
     return found
 
 
-def _belongs(path: Path) -> bool:
+def with_tokenizer_class(
+    along: Mapping[str, bytes], config: Mapping[str, Any]
+) -> Mapping[str, bytes]:
+    """The companions of a model whose type transformers does not know.
+
+    For a type that it knows, it knows the tokenizer's class. Here version 4 finds none if
+    tokenizer_config.json names none, and asks whether it may run the model's code.
+    """
+    said = json.loads(along.get(TOKENIZER_CONFIG, b"{}"))
+    if "tokenizer.json" not in along or said.get("tokenizer_class"):
+        return along
+    name = config.get("tokenizer_class") or READS_TOKENIZER_JSON
+    console.log.info("%s: tokenizer_class is %s, for it named none", TOKENIZER_CONFIG, shown(name))
+    return {**along, TOKENIZER_CONFIG: json_bytes({**said, "tokenizer_class": name})}
+
+
+def _belongs(path: Path, directory: Path) -> bool:
     """Whether a file is the checkpoint's own: regular, or a Hub cache's link to its blobs."""
     if not path.is_symlink():
         return path.is_file()
-    revision = path.parent  # .../models--owner--name/snapshots/REVISION
-    blobs = revision.parent.parent / "blobs"
+    blobs = directory.parent.parent / "blobs"  # of .../models--owner--name/snapshots/REVISION
     target = path.resolve()
-    cached = revision.parent.name == "snapshots" and target.parent == blobs.resolve()
+    cached = directory.parent.name == "snapshots" and target.parent == blobs.resolve()
     return cached and not blobs.is_symlink() and target.is_file()
 
 

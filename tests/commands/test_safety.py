@@ -589,7 +589,7 @@ class TestCompanions:
         call("export", "out", "c.jsonl")
         out = tmp_path / "out"
         assert {path.name for path in out.glob("*.py")} <= {
-            "modeling_pruned_llama.py", "mlx_pruned_llama.py"
+            "configuration_pruned_llama.py", "modeling_pruned_llama.py", "mlx_pruned_llama.py"
         }  # fmt: skip
         said = json.loads((out / "tokenizer_config.json").read_text())
         assert said == {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -1,0 +1,44 @@
+"""Configuration of a Llama whose decoder layers differ in attention heads and MLP width.
+
+Needs transformers (4.48 and later) and no torch, so that whoever reads config.json or the tokenizer
+alone needs none either. The sizes of each layer are under ``per_layer_config``, the key that
+transformers 5.14 and later define themselves; earlier versions are served from the raw dictionary.
+Written by prunetool; Apache-2.0.
+"""
+
+import copy
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+def config_of_layer(config, index):
+    """The plain Llama config of one layer, on every version of transformers."""
+    if getattr(config, "is_heterogeneous", False):
+        return copy.copy(config.per_layer_config[index])
+    own = copy.copy(config)
+    stated = config.__dict__.get("per_layer_config") or {}
+    for layer, sizes in stated.items():
+        if int(layer) == index:
+            for name, value in sizes.items():
+                setattr(own, name, value)
+    return own
+
+
+class PrunedLlamaConfig(LlamaConfig):
+    model_type = "pruned_llama"
+
+    def validate_architecture(self):
+        """Replaces Llama's check that hidden_size is a multiple of the heads: head_dim is given."""
+        if getattr(self, "head_dim", None) is None:
+            raise ValueError("pruned_llama needs head_dim in config.json")
+        for index in range(self.num_hidden_layers):
+            own = config_of_layer(self, index)
+            if own.num_attention_heads % own.num_key_value_heads:
+                raise ValueError(f"layer {index}: heads are not a multiple of key-value heads")
+
+
+if hasattr(LlamaConfig, "__class_validators__"):
+    # From transformers 5.4 on configs are strict dataclasses, which collect their checks once.
+    from huggingface_hub.dataclasses import strict
+
+    PrunedLlamaConfig = strict(PrunedLlamaConfig)
