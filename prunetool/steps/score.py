@@ -87,7 +87,9 @@ class Scoring:
 
         rows, worst = [], []
         each = zip(taken, units, energies, seconds, strict=True)
-        for record, unit, energy, spent in console.progress(each, header.layers, what="loss of"):
+        for record, unit, energy, spent in console.progress(
+            each, header.layers, what="loss of layer"
+        ):
             lost = {HEADS: counts.groups, CHANNELS: counts.channels}
             kept = {t: budget.keep(unit[t].order, int(lost[t][record.index])) for t in self.targets}
             shape = self.model.config.layer_shapes[record.index]
