@@ -115,15 +115,15 @@ def front_matter(directory: Path) -> dict[str, Any]:
     path = directory / "README.md"
     if not path.is_file() or path.stat().st_size > README_BYTES:
         return {}
-    from huggingface_hub.repocard import metadata_load
+    from huggingface_hub import RepoCard
 
     try:
         found = FRONT_MATTER.match(path.read_text(encoding="utf-8-sig"))
-        # Merged keys can grow without bound.
-        said = metadata_load(path) if found and "<<" not in found[1] else None
+        if found and "<<" not in found[1]:  # merged keys can grow without bound
+            return dict(vars(RepoCard(found[0]).data))
     except Exception:  # whatever YAML of somebody else's fails by
         return {}
-    return said or {}
+    return {}
 
 
 def _weight_files(directory: Path, names: Collection[str]) -> set[str]:

@@ -650,7 +650,9 @@ class TestCard:
 
     def test_no_path_of_this_machine_is_in_it(self, checkpoint):
         model = open_model(str(checkpoint()))
-        (model.directory / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
+        (model.directory / "README.md").write_text(
+            "---\nbase_model: /home/me/base\nlicense_link: /home/me/LICENSE\n---\n"
+        )
         options = {"text": "/home/me/secret/wiki.txt", "more": ["~/secret/x", "C:\\secret\\y"],
                    "method": "a\nb", "pattern": "2:4", "d": {"f": "file:///secret/z"}}  # fmt: skip
         header = records.Header(
