@@ -13,7 +13,7 @@ from prunetool.checkpoint.index import Index, read_index, read_json
 from prunetool.checkpoint.reader import dtype_of, read_tensor, same_values
 from prunetool.checkpoint.source import fetch_weights, locate
 from prunetool.checkpoint.writer import write_json
-from prunetool.errors import CheckpointError, shown
+from prunetool.errors import CheckpointError, ConfigError, shown
 from prunetool.llama.config import LayerShape, LlamaConfig, parse_config
 from prunetool.llama.weights import (
     EMBEDDING,
@@ -96,6 +96,21 @@ class Model:
         """Number of decoder layers."""
         return self.config.layers
 
+    def check_length(self, length: int) -> None:
+        """Refuse sequences of more tokens than a window of attention holds.
+
+        Raises:
+          ConfigError: with the window.
+        """
+        window = self.config.window
+        if window is not None and length > window:
+            raise ConfigError(
+                self.directory / "config.json",
+                f"sliding_window = {window}, and windows are not computed here",
+                f"give sequences of {window} tokens at most (--sequence-length), which it does not "
+                "change",
+            )
+
     def layer(self, number: int) -> Layer:
         """Read a decoder layer in its stored dtype."""
         parts = part_shapes(self.config, self.config.layer_shapes[number])
@@ -173,7 +188,7 @@ def open_model(name: str, revision: str | None = None) -> Model:
     config_path = directory / "config.json"
     config = parse_config(read_json(config_path), config_path)
     fetch_weights(name, directory)  # once it is known that they are of use
-    index = read_index(directory)
+    index = read_index(directory, unstored=[HEAD] if config.tied else [])
     if config.tied and _has_own_head(index):
         config = replace(config, tied=False)
     expected = tensor_shapes(config)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,11 +100,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_index(directory: Path) -> Index:
+def read_index(directory: Path, unstored: Container[str] = ()) -> Index:
     """Read the headers of every shard of a checkpoint.
 
     As transformers does, a single file is taken before an index, and of an index's shards every
     tensor, listed or not. Of a tensor that lies in two of them, it is that in the last.
+
+    Args:
+      directory: of the checkpoint.
+      unstored: names that its index may list and no shard holds, as of a tied head.
 
     Raises:
       CheckpointError: no safetensors here, a shard missing or truncated, a tensor not where the
@@ -124,7 +128,7 @@ def read_index(directory: Path) -> Index:
     headers = {shard: _read_header(directory / shard) for shard in sorted(set(listed.values()))}
     tensors = {name: info for header in headers.values() for name, info in header.items()}
     for name, shard in listed.items():
-        if name not in headers[shard]:
+        if name not in headers[shard] and name not in unstored:
             raise CheckpointError(
                 shard, f"no tensor {shown(name)}, which the index lists here",
                 "get the shard again",

@@ -92,7 +92,7 @@ ROPE_KEYS: dict[str, dict[str, Value]] = {
 
 # Keys that change what some program makes of the weights, with the values that leave a plain Llama.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "partial_rotary_factor": (None, 1, 1.0),
@@ -163,7 +163,9 @@ class Rope:
 class LlamaConfig:
     """A Llama model's sizes; layers may differ in `LayerShape` (a pruned model).
 
-    ``raw`` is config.json as read, for whoever writes a new one.
+    ``window`` is the number of positions, its own among them, that a position attends to; sequences
+    no longer than that are attended to whole, and no longer ones are computed here. ``raw`` is
+    config.json as read, for whoever writes a new one.
     """
 
     vocab_size: int
@@ -176,6 +178,7 @@ class LlamaConfig:
     attention_bias: bool
     mlp_bias: bool
     max_position_embeddings: int
+    window: int | None
     raw: Mapping[str, Any]
 
     @property
@@ -223,12 +226,19 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
         stated = {**MISTRAL_DEFAULTS, **raw}
         # transformers' Mistral has no biases, whatever its config.json says.
         plain |= {"attention_bias": (None, False), "mlp_bias": (None, False)}
+        del plain["sliding_window"]
+    elif raw.get("use_sliding_window") is False:
+        del plain["sliding_window"]
+    window = (
+        _read(stated, "sliding_window", OPTIONAL_COUNT, where) if model_type == "mistral" else None
+    )
     given = {key: _read(stated, key, value, where) for key, value in KEYS.items()}
     layers, heads, hidden_size = (
         given[key] for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
     )
     plain["layer_types"] += (["full_attention"] * layers,)
     plain["mlp_layer_types"] += (["dense"] * layers,)
+    plain["no_rope_layers"] += ([], [1] * layers)  # a 1 is a layer with rotary embedding
     _refuse_others(stated, plain, where)
 
     if given["head_dim"] is None and hidden_size % heads:
@@ -267,6 +277,7 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
         attention_bias=given["attention_bias"],
         mlp_bias=given["mlp_bias"],
         max_position_embeddings=given["max_position_embeddings"],
+        window=window,
         raw=raw,
     )
 

@@ -2,8 +2,8 @@
 
 | counts of the layers | form | loads in |
 |---|---|---|
-| equal, hidden size a multiple of the heads | ``llama`` | everything that loads Llama |
-| equal, otherwise, no biases | ``mistral`` without a window | the same; it does not check |
+| equal, hidden size a multiple of the heads, no window | ``llama`` | all that loads Llama |
+| equal, otherwise, no biases | ``mistral`` with the window, or none | the same; it does not check |
 | unequal | ``pruned_llama`` with its own loader files | transformers, vLLM, MLX-LM |
 """
 
@@ -28,7 +28,9 @@ DROPPED = (
     # They name other weights.
     "_name_or_path", "name_or_path", "speculators_config",
     # Said anew, or in one place only.
-    "per_layer_config", "rope_parameters", "original_max_position_embeddings",
+    "per_layer_config", "rope_parameters", "original_max_position_embeddings", "sliding_window",
+    # They say that all layers are alike in kind; with it transformers takes mistral for ministral.
+    "layer_types", "mlp_layer_types",
 )  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def choose_form(config: LlamaConfig) -> str:
     shapes = set(config.layer_shapes)
     if len(shapes) > 1:
         return "pruned_llama"
-    if config.hidden_size % shapes.pop().heads == 0:
+    if config.window is None and config.hidden_size % shapes.pop().heads == 0:
         return "llama"
     return "pruned_llama" if config.attention_bias or config.mlp_bias else "mistral"
 
@@ -53,17 +55,22 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
 
     What it does not name is the source's. The rotary embedding is said once, as ``rope_theta`` and
     ``rope_scaling``, which every program reads: transformers 4 and MLX-LM take theta 10000 if only
-    ``rope_parameters`` is there, and of two spellings a later edit may change one.
+    ``rope_parameters`` is there, and of two spellings a later edit may change one. A form that
+    cannot say the window of attention is of a model whose positions end with the window.
     """
     raw = {key: value for key, value in config.raw.items() if key not in DROPPED}
     widest, rope = config.widest, config.rope
     scaling = None if rope.type == "default" else {"rope_type": rope.type, **rope.parameters}
     theta = int(rope.theta) if rope.theta.is_integer() else rope.theta
+    positions = config.max_position_embeddings
+    if config.window is not None and form != "mistral":
+        positions = min(positions, config.window)
     raw |= {  # the values with defaults too: the other forms have other defaults
         "attention_bias": config.attention_bias,
         "head_dim": config.head_dim,
+        "hidden_act": "silu",
         "hidden_size": config.hidden_size,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": positions,
         "mlp_bias": config.mlp_bias,
         "num_attention_heads": widest.heads,
         "num_key_value_heads": widest.kv_heads,
@@ -82,7 +89,7 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
     }
     raw |= {"model_type": form, "architectures": [architectures[form]]}
     if form == "mistral":
-        raw["sliding_window"] = None  # absent means 4096
+        raw["sliding_window"] = config.window  # absent means 4096
     if form == "pruned_llama":
         module = "modeling_pruned_llama"
         raw["auto_map"] = {

@@ -156,6 +156,17 @@ def test_a_head_that_the_index_does_not_list_is_the_own_head_of_a_tied_model(che
     np.testing.assert_array_equal(open_model(str(model)).head(), theirs["lm_head.weight"])
 
 
+def test_a_head_that_a_tied_model_lists_and_does_not_store_is_the_embedding(checkpoint):
+    model = checkpoint(shards=2)
+    for shard in model.glob("*.safetensors"):
+        rewrite(shard, **{"lm_head.weight": None})
+    says(model, "no tensor lm_head.weight, which the index lists here; get the shard again")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    theirs = same_as_transformers(model)
+    np.testing.assert_array_equal(open_model(str(model)).head(), theirs["lm_head.weight"])
+
+
 def test_a_shard_that_the_index_does_not_name_is_not_read(checkpoint):
     model = checkpoint(shards=2)
     save_file({NAME: np.zeros((96, 64), np.float32)}, model / "model-00003-of-00003.safetensors")

@@ -40,7 +40,14 @@ def own(**changes):
 REFUSED = {
     "model type": ({"model_type": "gpt2"}, "model_type 'gpt2'"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    "mistral's default window": ({"model_type": "mistral"}, "sliding_window = 4096"),
+    "a window of llama": ({"sliding_window": 4096}, "sliding_window = 4096"),
+    "a window of mistral": (
+        {"model_type": "mistral", "sliding_window": 0}, f"sliding_window = 0; it must be {COUNTS}"
+    ),
+    "a window of mistral that is said to be off": (
+        {"model_type": "mistral", "sliding_window": True, "use_sliding_window": False},
+        "sliding_window = True; it must be",
+    ),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     "experts": ({"num_local_experts": 8}, "num_local_experts = 8"),
@@ -232,6 +239,38 @@ def test_unknown_keys_that_change_nothing_are_let_through():
     assert config.layers == 3
 
 
+@pytest.mark.parametrize(
+    ("said", "window"),
+    [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 64}, 64),
+     ({"sliding_window": 64, "use_sliding_window": False}, 64)],
+)  # fmt: skip
+def test_a_mistral_has_the_window_that_transformers_gives_it(said, window):
+    raw = tiny_config(model_type="mistral", **said)
+    assert parse_config(raw, "").window == MistralConfig(**raw).sliding_window == window
+    assert parse_config(raw, "").identity()["window"] == window
+
+
+LIKE_PLAIN = {
+    "a window that is off": {"sliding_window": 4096, "use_sliding_window": False},
+    "another name": {"hidden_act": "swish"},
+    "rotary in all layers": {"no_rope_layers": [1, 1, 1]},
+    "rotary in all layers, said by none": {"no_rope_layers": []},
+    "of training and of the cache": {
+        "attention_dropout": 0.1, "pretraining_tp": 2, "use_cache": False, "initializer_range": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", LIKE_PLAIN.values(), ids=LIKE_PLAIN)
+def test_what_computes_the_same_is_the_same_model(changes):
+    config = parse_config(tiny_config(**changes), "")
+    assert config.identity() == parse_config(tiny_config(), "").identity()
+    for form in ("llama", "mistral", "pruned_llama"):
+        written = config_json(config, form)
+        assert parse_config(written, "").identity() == config.identity()
+        assert written["hidden_act"] == "silu"
+
+
 def test_layers_may_differ():
     own = {"1": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}}
     config = parse_config(tiny_config(model_type="pruned_llama", per_layer_config=own), "")
@@ -393,8 +432,9 @@ def test_an_identity_is_json_and_every_change_of_the_result_changes_it():
         {"rms_norm_eps": 1e-6}, {"rope_theta": 500.0}, {"tie_word_embeddings": True},
         {"attention_bias": True}, {"mlp_bias": True}, {"max_position_embeddings": 64},
         own(intermediate_size=64), scaled(LINEAR), scaled(LINEAR, factor=2),
-        scaled(LINEAR, rope_type="dynamic"), scaled(LLAMA3), scaled(YARN),
-        scaled(YARN, truncate=False), scaled(YARN, beta_slow=2), scaled(YARN, attention_factor=1),
+        {"model_type": "mistral"}, scaled(LINEAR, rope_type="dynamic"), scaled(LLAMA3),
+        scaled(YARN), scaled(YARN, truncate=False), scaled(YARN, beta_slow=2),
+        scaled(YARN, attention_factor=1),
     ]  # fmt: skip
     identities = [parse_config(tiny_config(**one), "").identity() for one in changes]
     assert [json.loads(json.dumps(one)) for one in identities] == identities
