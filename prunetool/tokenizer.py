@@ -7,14 +7,15 @@ fails by is one line.
 import base64
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Encoding, Tokenizer, models
 
+from prunetool import pieces
 from prunetool.checkpoint.index import read_json
 from prunetool.errors import CorpusError
 
@@ -65,15 +66,22 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return Tokenizer.from_str(json.dumps(document))
 
 
-def tokenize(text: str, directory: Path) -> np.ndarray:
-    """Token ids of ``text`` by the checkpoint's tokenizer.json, (n,), int32, without a BOS.
+def tokenize(parts: Iterable[str], directory: Path) -> Iterator[np.ndarray]:
+    """Token ids of a text by the checkpoint's tokenizer, part by part, int32, without a BOS.
+
+    They are those of the whole text (see `pieces`); no more of it is read than they need.
 
     Raises:
       CorpusError: see `load_tokenizer`; or the tokenizer fails on this text.
     """
     tokenizer = load_tokenizer(directory)
-    with _library(directory / "tokenizer.json", "cannot tokenise the text"):
-        return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode(texts: Sequence[str]) -> Sequence[Encoding]:
+        with _library(directory / "tokenizer.json", "cannot tokenise the text"):
+            encodings: list[Encoding] = tokenizer.encode_batch(texts, add_special_tokens=False)
+            return encodings
+
+    yield from pieces.token_ids(parts, tokenizer, encode)
 
 
 @contextmanager

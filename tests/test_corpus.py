@@ -6,14 +6,20 @@ import os
 import random
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import zstandard
 from safetensors.numpy import save_file
 
-from prunetool import corpus
+from prunetool import corpus, pieces, text
 from prunetool.errors import CorpusError
+from tests.conftest import byte_tokenizer
+
+
+def read_text(paths, field):
+    return "".join(corpus.read_text(paths, field))
 
 
 def cut(ids, samples, length, **more):
@@ -54,15 +60,15 @@ def test_ids_beyond_the_vocabulary():
 def test_text_files_are_joined_as_they_are(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\n")
     (tmp_path / "b.txt").write_bytes("zwei ü".encode())
-    assert corpus.read_text([tmp_path / "a.txt", tmp_path / "b.txt"], "text") == "one\r\nzwei ü"
+    assert read_text([tmp_path / "a.txt", tmp_path / "b.txt"], "text") == "one\r\nzwei ü"
 
 
 def test_fields_of_json_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"body": word}) for word in ("one", "two")) + "\n\n")
-    assert corpus.read_text([path], "body") == "one\n\ntwo"
+    assert read_text([path], "body") == "one\n\ntwo"
     with pytest.raises(CorpusError, match=r"a.jsonl: line 1: has no text field 'text'"):
-        corpus.read_text([path], "text")
+        read_text([path], "text")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +78,12 @@ def test_fields_of_json_lines(tmp_path):
 def test_text_that_is_none(tmp_path, content, says):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(CorpusError, match=says):
-        corpus.read_text([tmp_path / "a.txt"], "text")
+        read_text([tmp_path / "a.txt"], "text")
 
 
 def test_a_text_file_that_is_not_there(tmp_path):
     with pytest.raises(CorpusError, match=r"a.txt: cannot be read \(No such file"):
-        corpus.read_text([tmp_path / "a.txt"], "text")
+        read_text([tmp_path / "a.txt"], "text")
 
 
 def test_token_files(tmp_path):
@@ -101,7 +107,7 @@ FROM_JSON_LINES = "one\u2028two\x85\n\ndrei"
 
 def read(path, content, field="text"):
     path.write_bytes(content)
-    return corpus.read_text([path], field)
+    return read_text([path], field)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,7 @@ def test_a_byte_order_mark_is_not_text_in_any_file(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
     (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + JSON_LINES)
     paths = [tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl")]
-    assert corpus.read_text(paths, "text") == "one two" + FROM_JSON_LINES
+    assert read_text(paths, "text") == "one two" + FROM_JSON_LINES
 
 
 def test_a_text_that_begins_with_a_brace_is_text(tmp_path):
@@ -194,7 +200,7 @@ def test_a_pipe_is_read_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(JSON_LINES,))
     writer.start()
-    assert corpus.read_text([tmp_path / "pipe"], "text") == FROM_JSON_LINES
+    assert read_text([tmp_path / "pipe"], "text") == FROM_JSON_LINES
     writer.join()
 
 
@@ -314,13 +320,13 @@ def test_data_that_is_not_text_and_named_as_brotli_is_so_called(tmp_path):
 
 
 def test_a_text_about_a_format_is_text(tmp_path):
-    for text in ("WARC/1 is", "Obj 1", "{rtf}", "%! PS", "version https://git", "]"):
-        assert read(tmp_path / "a.txt", text.encode()) == text
+    for about in ("WARC/1 is", "Obj 1", "{rtf}", "%! PS", "version https://git", "]"):
+        assert read(tmp_path / "a.txt", about.encode()) == about
 
 
 def test_a_directory_is_not_text(tmp_path):
     with pytest.raises(CorpusError, match=r"cannot be read .Is a directory"):
-        corpus.read_text([tmp_path], "text")
+        read_text([tmp_path], "text")
 
 
 def header(text):
@@ -406,3 +412,140 @@ def test_shuffled_windows_with_a_bos_are_those_of_one_token_fewer():
 def test_whole_sequences_take_no_bos():
     with pytest.raises(CorpusError, match="holds whole sequences, which a BOS would lengthen"):
         cut([[1, 2], [3, 4]], 1, 2, bos=99)
+
+
+def shuffled(ids, samples, own, seed, part=10**9):
+    ids = np.asarray(ids)
+    parts = (ids[at : at + part] for at in range(0, len(ids), part))
+    return corpus.sequences(parts, samples, own, 10**6, "here", shuffle=seed)
+
+
+def test_shuffled_windows_do_not_depend_on_the_parts_that_ids_come_in():
+    ids = np.random.default_rng(0).integers(0, 1000, 3000)
+    expected = corpus.sequences(ids, 40, 7, 1000, "here", shuffle=3)
+    for part in (1, 6, 7, 8, 100, 2999):
+        assert (shuffled(ids, 40, 7, 3, part) == expected).all()
+
+
+def test_shuffled_windows_are_spread_evenly_and_drawn_independently():
+    starts = np.array([shuffled(range(103), 10, 4, seed)[:, 0] for seed in range(400)])
+    counts = np.bincount(starts.ravel(), minlength=100)
+    assert counts.size == 100  # every start that leaves room, and no other
+    assert ((counts - 40) ** 2 / 40).sum() < 149  # chi-squared of 99 degrees: 1 in 1000 exceeds it
+    pairs = np.bincount((starts[:, 0] // 10) * 10 + starts[:, 1] // 10, minlength=100)
+    assert ((pairs - 4) ** 2 / 4).sum() < 149
+
+
+def test_more_shuffled_windows_than_there_are_take_no_memory():
+    with pytest.raises(CorpusError, match="gives 3 of 1000000000000 sequences"):
+        shuffled(range(10), 10**12, 3, 0)
+
+
+def test_a_file_is_read_only_as_far_as_its_text_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "HEAD", 1000)
+    monkeypatch.setattr(text, "READ_BYTES", 1000)
+    tail = {"a.txt": b"\xff\0", "a.jsonl": b"no JSON\n", "a.txt.gz": b"\xff"}
+    for name, damage in tail.items():
+        line = b'{"text": "a b"}\n' if "json" in name else b"some words "
+        data = line * 1000 + damage
+        (tmp_path / name).write_bytes(gzip.compress(data)[:-8] if "gz" in name else data)
+        parts = corpus.read_text([tmp_path / name], "text")
+        assert next(parts)
+        with pytest.raises(CorpusError, match=r"is not (UTF-8|JSON) \("):
+            list(parts)
+
+
+def test_what_a_part_cuts_is_put_together_again(tmp_path, monkeypatch):
+    content = "漢字 é 🙂\n" * 50 + '"\u2028'
+    (tmp_path / "a.txt").write_text(content, newline="")
+    lines = "".join(json.dumps({"text": line}) + "\n" for line in content.split("\n"))
+    (tmp_path / "b.txt").write_text(lines)
+    (tmp_path / "c.gz").write_bytes(gzip.compress(content.encode()))
+    for size in (1, 2, 3, 7, 600):
+        for name in ("HEAD", "READ_BYTES", "SLICE_BYTES"):
+            monkeypatch.setattr(text, name, size)
+        assert read_text([tmp_path / "a.txt"], "text") == content
+        assert read_text([tmp_path / "b.txt"], "text") == content.replace("\n", "\n\n")
+        assert read_text([tmp_path / "c.gz"], "text") == content
+
+
+def test_where_utf_8_ends_is_said_in_bytes_of_the_file(tmp_path, monkeypatch):
+    for size in (1, 10, 10**6):
+        monkeypatch.setattr(text, "READ_BYTES", size)
+        with pytest.raises(CorpusError, match=r"is not UTF-8 \(invalid start byte at byte 2,005\)"):
+            read(tmp_path / "a.txt", "é".encode() * 1001 + b"\xef\xbb\xbf\xff")
+        with pytest.raises(CorpusError, match=r"\(unexpected end of data at byte 2,002\)"):
+            read(tmp_path / "a.txt", "é".encode() * 1001 + b"\xe6\xbc")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", '[{"text": "some words"},\n', r"is one JSON array, .* jq -c '\.\[\]' FILE"),
+        ("a.json", '["some words",\n', r"is one JSON array, .* jq -c '\.\[\] \| \{text: \.\}'"),
+        ("a.json", "[1,\n", r"is one JSON array, not JSON lines; give JSON lines"),
+        ("a.json", '{\n"text": "some words",\n', r"is JSON over several lines, .* jq -c \. FILE"),
+    ],
+)
+def test_a_long_json_document_is_known_by_its_beginning(tmp_path, monkeypatch, name, content, says):
+    rest = content[content.startswith(("[", "{\n")) :] * 100
+    for size in range(60, 90):
+        monkeypatch.setattr(text, "HEAD", size)
+        monkeypatch.setattr(text, "READ_BYTES", 1)
+        with pytest.raises(CorpusError, match=f"{name}: {says}"):
+            read(tmp_path / name, (content + rest).encode())
+
+
+def test_a_long_text_that_only_begins_as_an_array_is_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "HEAD", 50)
+    monkeypatch.setattr(text, "READ_BYTES", 1)
+    for content in ("[{in prose}] and more " * 10, '[{"text": "a"}] and more ' * 10):
+        assert read(tmp_path / "a.txt", content.encode()) == content
+
+
+def test_a_first_line_longer_than_the_head_is_taken_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "HEAD", 50)
+    monkeypatch.setattr(text, "READ_BYTES", 7)
+    line = json.dumps({"text": "some words " * 100})
+    assert read(tmp_path / "a.txt", f"\n{line}\n{line}".encode()) == "\n\n".join(
+        ["some words " * 100] * 2
+    )
+
+
+@pytest.mark.parametrize("compress", [bytes, *COMPRESSORS.values()])
+def test_memory_does_not_grow_with_the_file(tmp_path, compress):
+    """Nor by how much little may become: many megabytes of one letter are a few bytes."""
+    varied = random.Random(0).randbytes(30_000).hex().encode() * 50
+    (tmp_path / "a.txt").write_bytes(compress(varied + b"a" * 60_000_000))
+    tracemalloc.start()
+    try:
+        characters = sum(map(len, corpus.read_text([tmp_path / "a.txt"], "text")))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert characters == 63_000_000
+    assert peak < 25e6
+
+
+def test_memory_for_windows_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    for module, name, size in (
+        (text, "HEAD", 4000), (text, "READ_BYTES", 4000), (pieces, "PIECE", 2000),
+        (pieces, "OVERLAP", 200),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, size)
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    peaks = {}
+    for lines in (2000, 8000):
+        (tmp_path / "a.txt").write_bytes(b"some words of a text\n" * lines)
+        for seed in (None, 0):
+            tracemalloc.start()
+            try:
+                tokens = corpus.load(
+                    tmp_path, 260, [tmp_path / "a.txt"], "text", None,
+                    samples=4, length=64, shuffle=seed,
+                )  # fmt: skip
+                peaks[lines, seed] = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert tokens.shape == (4, 64)
+    assert max(peaks.values()) < 1.5 * min(peaks.values()), peaks

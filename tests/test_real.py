@@ -13,9 +13,13 @@ from prunetool.steps.evaluate import mean_loss
 from tests.llama.test_forward import logits
 
 
+def ids_of(path, model):
+    return np.concatenate(list(corpus.tokenize(corpus.read_text([path], "text"), model)))
+
+
 @pytest.fixture(scope="module")
 def tokens(smollm2, wikitext):
-    ids = corpus.tokenize(corpus.read_text([wikitext / "wiki.test.raw"], "text"), smollm2)
+    ids = ids_of(wikitext / "wiki.test.raw", smollm2)
     assert len(ids) == 303_415
     return ids[:1024].reshape(2, 512)
 
@@ -26,8 +30,7 @@ def judge(smollm2):
 
 
 def test_the_validation_split_has_as_many_tokens_as_the_original_tokenizer_gives(smollm2, wikitext):
-    text = corpus.read_text([wikitext / "wiki.valid.raw"], "text")
-    assert len(corpus.tokenize(text, smollm2)) == 266_981
+    assert len(ids_of(wikitext / "wiki.valid.raw", smollm2)) == 266_981
 
 
 def test_logits_are_within_1e_3_of_transformers(smollm2, tokens, judge):

@@ -15,12 +15,16 @@ from prunetool.model import open_model
 from tests.conftest import byte_tokenizer, error_of, tiny_config
 
 
+def tokenize(text, directory):
+    return np.concatenate(list(prunetool.tokenizer.tokenize([text], directory)))
+
+
 def test_a_tokenizer_that_is_none(tmp_path):
     with pytest.raises(CorpusError, match=r"tokenizer.json: no such file; give token ids"):
-        prunetool.tokenizer.tokenize("text", tmp_path)
+        tokenize("text", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CorpusError, match="is not a tokenizer"):
-        prunetool.tokenizer.tokenize("text", tmp_path)
+        tokenize("text", tmp_path)
 
 
 def save_tokenizer(directory, tokenizer=None, **changes):
@@ -47,12 +51,12 @@ def test_truncation_padding_and_dropout_in_the_file_change_nothing(tmp_path):
     tokenizer.enable_truncation(16)
     tokenizer.enable_padding(length=1000)
     save_tokenizer(tmp_path / "cut", tokenizer)
-    assert prunetool.tokenizer.tokenize(text, tmp_path / "cut").tolist() == expected
+    assert tokenize(text, tmp_path / "cut").tolist() == expected
     assert judge(tmp_path / "cut")(text, add_special_tokens=False).input_ids == expected
 
     merging = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     save_tokenizer(tmp_path / "random", merging, model={"dropout": 0.5})
-    assert prunetool.tokenizer.tokenize(text, tmp_path / "random").tolist() == [2] * 300
+    assert tokenize(text, tmp_path / "random").tolist() == [2] * 300
 
 
 def test_padding_to_more_than_all_memory_is_never_done(tmp_path):
@@ -61,7 +65,7 @@ def test_padding_to_more_than_all_memory_is_never_done(tmp_path):
         "pad_id": 0, "pad_type_id": 0, "pad_token": "<bos>",
     }  # fmt: skip
     save_tokenizer(tmp_path, padding=padding)
-    assert prunetool.tokenizer.tokenize("ab", tmp_path).size == 2
+    assert tokenize("ab", tmp_path).size == 2
 
 
 def replace(pattern, content, kind="String"):
@@ -172,7 +176,7 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, capfd):
         prunetool.tokenizer.load_tokenizer(tmp_path)
     save_tokenizer(tmp_path, pre_tokenizer={"type": "FixedLength", "length": 0})  # on a text
     with pytest.raises(CorpusError, match=r"cannot tokenise the text .*must be non-zero"):
-        prunetool.tokenizer.tokenize("ab", tmp_path)
+        tokenize("ab", tmp_path)
     assert capfd.readouterr().err == ""
 
 
@@ -253,7 +257,7 @@ def test_smollm2_begins_without_a_bos(smollm2):
     assert prunetool.tokenizer.bos_id(smollm2, 49152, "always") == 1
     theirs = AutoTokenizer.from_pretrained(smollm2)
     text = "A text of some words,  and 2 spaces.\n"
-    assert prunetool.tokenizer.tokenize(text, smollm2).tolist() == theirs(text).input_ids
+    assert tokenize(text, smollm2).tolist() == theirs(text).input_ids
 
 
 def test_a_llama_2_tokenizer_gives_the_ids_and_the_bos_that_it_does_in_transformers(tmp_path):
@@ -277,7 +281,7 @@ def test_a_llama_2_tokenizer_gives_the_ids_and_the_bos_that_it_does_in_transform
     theirs = judge(tmp_path, "LlamaTokenizer", add_bos_token=False, **special)
     assert type(theirs).__name__ == "LlamaTokenizer"
     text = "ab c  abcé\nab " * 9
-    ids = prunetool.tokenizer.tokenize(text, tmp_path).tolist()
+    ids = tokenize(text, tmp_path).tolist()
     assert ids == theirs(text, add_special_tokens=False).input_ids
     assert [1, *ids] == theirs(text).input_ids
     assert find(tmp_path, "auto", vocab_size=len(vocabulary)) == 1

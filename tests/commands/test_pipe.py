@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunetool import cli, corpus
+from prunetool import cli
 from prunetool.llama.weights import tensor_name
 from prunetool.pruning import gram
 from tests import references
@@ -55,7 +55,7 @@ def loss_in_transformers(directory, tokens):
 @pytest.fixture
 def held_out(text, tmp_path):
     """Sequences that were not calibrated on, as ids and as a file."""
-    ids = corpus.read_text([text], "text").encode()[3000:3192]
+    ids = text.read_bytes()[3000:3192]
     tokens = (np.frombuffer(ids, np.uint8).astype(np.int32) % 250).reshape(4, 48)
     np.save(tmp_path / "ids.npy", tokens)
     return tokens
