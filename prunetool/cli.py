@@ -20,14 +20,8 @@ COMMANDS = (
     "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report",
     "upload", "clean",
 )  # fmt: skip
-RESUMED = (
-    "convert",
-    "calibrate",
-    "score",
-    "compensate",
-    "export",
-    "upload",
-)  # evaluate with --work
+# evaluate with --work
+RESUMED = ("convert", "calibrate", "score", "compensate", "export", "upload")
 STREAMING = ("calibrate", "score", "compensate")  # what they write, a next step reads
 WRITES_FILES = ("convert", "export")  # and nothing to stdout
 WAIT_SECONDS = 5  # for the step before to clean up, at most

@@ -1,5 +1,6 @@
 """``prunetool export``."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -37,3 +38,23 @@ def export(out: Path, source: str, form: str, overwrite: bool) -> None:
         with workdir.lock(out.absolute()):
             job = Export(header, out, dense=form == "dense", overwrite=overwrite, inputs=inputs)
             said += job.write(list(layers))
+    _say_next(out, Path(header.work))
+
+
+def _say_next(out: Path, work: Path) -> None:
+    """What a user may want to do with the result."""
+    from prunetool import workdir
+    from prunetool.checkpoint.index import read_json
+
+    form = read_json(out / "config.json")["model_type"]
+    trust = ", trust_remote_code=True" if form == "pruned_llama" else ""
+    size = workdir.size_bytes(work, *workdir.EVERYTHING)
+    name = shlex.quote(str(out))
+    for what, how in {
+        "Load it": f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})",
+        "Measure it": f"prunetool evaluate {name} --text OTHER.txt",
+        "See what was kept": f"prunetool report {name}",
+        "Put it on the Hub": f"prunetool upload {name} OWNER/NAME",
+        f"Delete {size / 1e6:,.1f} MB of work files": f"prunetool clean {name}",
+    }.items():
+        console.log.info("%s: %s", what, how)
