@@ -77,3 +77,15 @@ def test_clean_refuses_what_is_not_its_own(finished, call, checkpoint, tmp_path)
     with workdir.lock(work / "score-0123456789ab"), pytest.raises(WorkError, match="being written"):
         call("clean", work)
     assert (work / "run.json").exists()
+
+
+def test_a_finished_export_says_what_next(finished, run):
+    out, work = finished
+    size = workdir.size_bytes(work, *workdir.EVERYTHING) / 1e6
+    lines = run("export", "out", "c.jsonl").stderr.splitlines()
+    assert [line.split(": ", 1)[1] for line in lines[-5:]] == [
+        "AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True)",
+        "prunetool evaluate out --text OTHER.txt", "prunetool report out",
+        "prunetool upload out OWNER/NAME", "prunetool clean out",
+    ]  # fmt: skip
+    assert lines[-1].startswith(f"Delete {size:,.1f} MB of work files")
