@@ -140,7 +140,7 @@ def sequences(
             where,
             f"gives {have} of {wanted} sequences of {length} tokens, "
             f"{(wanted - have) * own:,} tokens short",
-            "give more text, fewer --samples or a shorter --sequence-length",
+            f"give {f'--samples {have}, ' if have else ''}more text or a shorter --sequence-length",
         )
     windows = windows[:wanted]
     if bos is not None:
