@@ -37,7 +37,7 @@ def test_too_little_text_says_how_much_is_missing():
         CorpusError, match="3 of 5 sequences of 3 tokens, 6 tokens short; give --samples 3, "
     ):
         cut(range(10), 5, 3)
-    with pytest.raises(CorpusError, match="0 of 1 sequences of 30 tokens, .*; give more text or"):
+    with pytest.raises(CorpusError, match=r"0 of 1 sequences of 30 tokens, .*; give more text or"):
         cut(range(10), None, 30)
 
 

@@ -80,7 +80,7 @@ def test_clean_refuses_what_is_not_its_own(finished, call, checkpoint, tmp_path)
 
 
 def test_a_finished_export_says_what_next(finished, run):
-    out, work = finished
+    _, work = finished
     size = workdir.size_bytes(work, *workdir.EVERYTHING) / 1e6
     lines = run("export", "out", "c.jsonl").stderr.splitlines()
     assert [line.split(": ", 1)[1] for line in lines[-5:]] == [
