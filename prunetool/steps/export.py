@@ -181,7 +181,7 @@ def companions(directory: Path) -> dict[str, bytes]:
       CheckpointError: if one of them is not what its name says.
     """
     found = {}
-    if code := sorted(path.name for path in directory.glob("*.py")):
+    if code := sorted({path.name for path in directory.glob("*.py")} - {*forms.LOADER_FILES}):
         console.log.warning(
             "%s: code, which does not go along: %s", directory, shown(", ".join(code))
         )

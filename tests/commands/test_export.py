@@ -87,6 +87,11 @@ def test_code_that_stays_behind_is_named(kept, caplog):
     assert "modeling_evil.py" not in companions(kept)
     assert "code, which does not go along: modeling_evil.py" in caplog.text
 
+    caplog.clear()
+    (kept / "modeling_evil.py").rename(kept / "modeling_pruned_llama.py")  # written anew
+    assert "modeling_pruned_llama.py" not in companions(kept)
+    assert not caplog.text
+
 
 @pytest.mark.parametrize(
     ("said", "config", "written"),
