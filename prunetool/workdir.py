@@ -21,6 +21,7 @@ read or deleted, below a directory whose run.json is of that stream, and never t
 """
 
 import hashlib
+import io
 import json
 import re
 import time
@@ -335,11 +336,12 @@ def layer_file(directory: str, layer: int, kind: str = "") -> str:
 
 @contextmanager
 def records_copy(work: Path, directory: str) -> Iterator[IO[str]]:
-    """Give a file for a copy of a step's records, which appears when they are whole."""
+    """Give a place for a copy of a step's records; once they are whole, write it to a file."""
+    copy = io.StringIO()
+    yield copy
     path = below(work, f"{directory}/{RECORDS_NAME}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic(path) as partial, partial.open("w", encoding="utf-8") as file:
-        yield file
+    path.parent.mkdir(exist_ok=True)
+    files.write_bytes(path, copy.getvalue().encode())
 
 
 def of(place: Path) -> Path:

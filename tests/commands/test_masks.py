@@ -228,7 +228,7 @@ def test_a_score_that_was_cut_makes_only_what_is_missing_and_the_same(calibrated
     words = ["score", records, "--target", "qk", "--method", "attention-gd", "--iterations", 5,
              "--refine", 5, "--sparsity", ".5"]  # fmt: skip
     stream = run(*words).stdout
-    made = sorted((tmp_path / "dense.work").glob("score-*/*"))
+    made = sorted((tmp_path / "dense.work").glob("score-*/layer-*"))
     assert len(made) == 3
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in made]
     made[1].unlink()

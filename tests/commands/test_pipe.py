@@ -26,10 +26,11 @@ PRUNETOOL = f"{shlex.quote(sys.executable)} -m prunetool"
 
 
 def contents(directory):
+    """Checksums of all files but those that name the work directory."""
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in ("records.jsonl", ".prunetool.json")
     }
 
 

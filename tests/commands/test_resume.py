@@ -229,7 +229,7 @@ def test_what_is_read_last_can_be_discarded(checkpoint, text, run, tmp_path):
         run("compensate", *discard, "--damping", "auto" if discard else "0.01,1", "b.jsonl",
             "-o", "c.jsonl")  # fmt: skip
         run("export", name, "c.jsonl")
-    assert not list(work.glob("stats/*"))
+    assert not list(work.glob("stats/layer-*"))
     # The same without files of the run before, and killed on its way.
     shutil.rmtree(work)
     words = commands(checkpoint(), text)[0]
@@ -245,7 +245,7 @@ def test_what_is_read_last_can_be_discarded(checkpoint, text, run, tmp_path):
     stop.wait()
     subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
     assert contents(tmp_path / "again") == contents(tmp_path / "gone")
-    assert not list(work.glob("stats/*"))
+    assert not list(work.glob("stats/layer-*"))
     # The steps before still give their records, and what needs the stats says where they went.
     assert run(*calibrate[:-2]).stdout == (tmp_path / "a.jsonl").read_text()
     run("score", "--sparsity", ".2", "--multiple-of", 8, "a.jsonl")
