@@ -234,4 +234,6 @@ def _drawn(
 
 def fingerprint(tokens: np.ndarray) -> str:
     """SHA-256 of the sequences' shape and ids, in hexadecimal."""
-    return hashlib.sha256(repr(tokens.shape).encode() + tokens.tobytes()).hexdigest()
+    found = hashlib.sha256(repr(tokens.shape).encode())
+    found.update(np.ascontiguousarray(tokens).data)
+    return found.hexdigest()

@@ -44,12 +44,13 @@ class Model:
     recorded: Path | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another, from headers, config.json and tokenizer.json."""
-        tokenizer = self.directory / "tokenizer.json"
+        """What tells this checkpoint from another: headers, config.json and its tokenizer."""
+        files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model")]
+        tokenizer = next((path for path in files if path.is_file()), None)
         return {
             "tensors": self.index.fingerprint(),
             "config": self.config.identity(),
-            "tokenizer": checksum.of_file(tokenizer) if tokenizer.is_file() else None,
+            "tokenizer": checksum.of_file(tokenizer) if tokenizer else None,
         }
 
     def read(self, name: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint: text -> token ids, and the token that a text begins with.
 
-tokenizer.json comes from outside: its rules are weighed before they run, and whatever the library
-fails by is one line.
+Its file comes from outside: the rules are weighed before they run, and whatever the library fails
+by is one line.
 """
 
 import base64
@@ -17,6 +17,7 @@ from tokenizers import Encoding, Tokenizer, models
 
 from prunetool import pieces
 from prunetool.checkpoint.index import read_json
+from prunetool.checkpoint.sentencepiece_model import build_tokenizer, read_sentencepiece
 from prunetool.errors import CorpusError
 
 TOKENIZER_BYTES = 128 << 20  # the largest in use have about 35 MB
@@ -26,16 +27,23 @@ MOST_GROWTH = 100  # T5's and ALBERT's rules, counted as `_growth` does, come to
 FORMS = {"NFC": 3.0, "NFD": 4.0, "NFKC": 18.0, "NFKD": 18.0, "Lowercase": 2.0}
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's tokenizer.json, as it is at inference.
+def tokenizer_path(directory: Path) -> Path:
+    """tokenizer.json, or tokenizer.model where that alone is there."""
+    path, model = directory / "tokenizer.json", directory / "tokenizer.model"
+    return model if model.exists() and not path.exists() else path
 
-    What a training run left in the file is switched off: truncation, padding, and BPE's dropout,
-    which is random. Its rules may multiply a text's length by `MOST_GROWTH` at most.
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's tokenizer.json or tokenizer.model, as it is at inference.
+
+    What a training run left in tokenizer.json is switched off: truncation, padding, and BPE's
+    dropout, which is random. Rules may multiply a text's length by `MOST_GROWTH` at most.
 
     Raises:
-      CorpusError: if there is no tokenizer.json, it is damaged, or it would take up all memory.
+      CorpusError: if there is neither, it is damaged, or it would take up all memory.
+      ConfigError: a tokenizer.model that is damaged or not read, see `read_sentencepiece`.
     """
-    path = directory / "tokenizer.json"
+    path = tokenizer_path(directory)
     if not path.exists():
         raise CorpusError(path, "no such file", "give token ids by --tokens instead of --text")
     if not path.is_file():  # a named pipe would be waited for
@@ -46,7 +54,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             "get it again",
         )  # fmt: skip
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(
+            path.read_bytes() if path.suffix == ".json" else _sentencepiece(path).to_str()
+        )
         growth = max(
             _growth(_rules([document.get("normalizer"), document.get("pre_tokenizer")])),
             _growth(_rules([document.get("decoder")])),
@@ -66,6 +76,21 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return Tokenizer.from_str(json.dumps(document))
 
 
+def _sentencepiece(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.model, with BOS as LlamaTokenizer adds it: by default."""
+    model = read_sentencepiece(path)
+    config_path = path.with_name("tokenizer_config.json")
+    config = read_json(config_path) if config_path.exists() else {}
+    bos = None
+    if config.get("add_bos_token") is not False:
+        texts = model.vocabulary.texts
+        own = texts[model.bos] if 0 <= model.bos < len(texts) else None
+        named = _bos_token(config)
+        bos = named if named in model.vocabulary.ids else own
+    with _no_stderr():
+        return build_tokenizer(path, model, bos)
+
+
 def tokenize(parts: Iterable[str], directory: Path) -> Iterator[np.ndarray]:
     """Token ids of a text by the checkpoint's tokenizer, part by part, int32, without a BOS.
 
@@ -74,10 +99,10 @@ def tokenize(parts: Iterable[str], directory: Path) -> Iterator[np.ndarray]:
     Raises:
       CorpusError: see `load_tokenizer`; or the tokenizer fails on this text.
     """
-    tokenizer = load_tokenizer(directory)
+    path, tokenizer = tokenizer_path(directory), load_tokenizer(directory)
 
     def encode(texts: Sequence[str]) -> Sequence[Encoding]:
-        with _library(directory / "tokenizer.json", "cannot tokenise the text"):
+        with _library(path, "cannot tokenise the text"):
             encodings: list[Encoding] = tokenizer.encode_batch(texts, add_special_tokens=False)
             return encodings
 
@@ -196,9 +221,9 @@ def bos_id(
       directory: the checkpoint's.
       vocab_size: of the checkpoint.
       how: ``never``; ``auto``: as the template in tokenizer.json does, which alone counts to
-        transformers (it ignores add_bos_token where there is a tokenizer.json); ``always``: also
-        if the template adds none, by bos_token of tokenizer_config.json or bos_token_id of
-        config.json.
+        transformers (it ignores add_bos_token where there is a tokenizer.json), of a
+        tokenizer.model if add_bos_token does not deny it; ``always``: also if that adds none, by
+        bos_token of tokenizer_config.json or bos_token_id of config.json.
       tokens_path: a token file given instead of text, to which ``auto`` adds nothing.
 
     Raises:
@@ -206,7 +231,7 @@ def bos_id(
     """
     if how == "never" or (how == "auto" and tokens_path):
         return None
-    path = directory / "tokenizer.json"
+    path = tokenizer_path(directory)
     tokenizer = load_tokenizer(directory) if how == "auto" or path.exists() else None
     with _library(path, "has a template that does not work"):
         start = _template_start(tokenizer) if tokenizer else []
@@ -236,12 +261,18 @@ def _template_start(tokenizer: Tokenizer) -> list[int]:
     return list(whole.ids[: whole.special_tokens_mask.index(0)])
 
 
-def _named_bos(directory: Path, tokenizer: Tokenizer | None) -> int | None:
-    path = directory / "tokenizer_config.json"
-    token = read_json(path).get("bos_token") if path.exists() else None
+def _bos_token(config: dict[str, Any]) -> str | None:
+    """The BOS that a tokenizer_config.json names."""
+    token = config.get("bos_token")
     if isinstance(token, dict):
         token = token.get("content")
-    found = tokenizer.token_to_id(token) if tokenizer and isinstance(token, str) else None
+    return token if isinstance(token, str) else None
+
+
+def _named_bos(directory: Path, tokenizer: Tokenizer | None) -> int | None:
+    path = directory / "tokenizer_config.json"
+    token = _bos_token(read_json(path)) if path.exists() else None
+    found = tokenizer.token_to_id(token) if tokenizer and token is not None else None
     if found is None:
         found = read_json(directory / "config.json").get("bos_token_id")
     return found if isinstance(found, int) and not isinstance(found, bool) else None

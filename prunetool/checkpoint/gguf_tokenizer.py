@@ -8,6 +8,7 @@ are llama.cpp's (src/llama-vocab.cpp).
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import (
@@ -64,7 +65,7 @@ def build_tokenizer(model: GGUFModel) -> Tokenizer:
     bos, eos = _ends_added(model)
     first = [] if bos is None else [vocabulary.texts[bos]]
     last = [] if eos is None else [vocabulary.texts[eos]]
-    with _refusals(model):
+    with refusals(model.path):
         tokenizer.add_tokens(added)
         if first or last:
             pair = [*first, "$A:0", *last, *(f"{text}:1" for text in first), "$B:1"]
@@ -165,7 +166,7 @@ def _byte_level(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
             )
         merges.append(merge)
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=word not in LLAMA3)
-    with _refusals(model):
+    with refusals(model.path):
         # Llama 3 takes a word that is a token as it is, whatever the merges would give.
         tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=word in LLAMA3))
         if word in LLAMA3:
@@ -188,23 +189,12 @@ def _sentencepiece(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
             raise ConfigError(
                 model.path, f"token {text!r} has the score {score}", "download it again"
             )
-    normal = {t for t, type_ in zip(texts, types, strict=True) if type_ in (NORMAL, USER_DEFINED)}
-    # SentencePiece merges the pair whose result scores best; every way to make a piece is a merge.
-    # Of equal scores it takes the leftmost in the text; a list of merges can only take the lower
-    # id, which is the same if a vocabulary's scores differ, as those of its trainer do.
-    ranked = []
-    for text in normal:
-        for cut in range(1, len(text)):
-            left, right = text[:cut], text[cut:]
-            if left in normal and right in normal:
-                rank = (-scores[ids[text]], ids[text], ids[left], ids[right])
-                ranked.append((rank, (left, right)))
-    merges = [pair for _, pair in sorted(ranked)]
+    merges = merges_by_score(vocabulary, scores)
     unknown = next((t for t, type_ in zip(texts, types, strict=True) if type_ == UNKNOWN), None)
     prefix = model.value("tokenizer.ggml.add_space_prefix", bool, True)
     replace = normalizers.Replace(" ", SPACE)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    with _refusals(model):
+    with refusals(model.path):
         tokenizer = Tokenizer(
             models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
         )
@@ -217,8 +207,27 @@ def _sentencepiece(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
+def merges_by_score(vocabulary: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
+    """The merges of SentencePiece's BPE, first those to try first.
+
+    It merges the pair whose result scores best; every way to make a piece is a merge. Of equal
+    scores it takes the leftmost in the text; a list of merges can only take the lower id, which is
+    the same if a vocabulary's scores differ, as those of its trainer do.
+    """
+    texts, types, ids = vocabulary
+    normal = {t for t, type_ in zip(texts, types, strict=True) if type_ in (NORMAL, USER_DEFINED)}
+    ranked = []
+    for text in normal:
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in normal and right in normal:
+                rank = (-scores[ids[text]], ids[text], ids[left], ids[right])
+                ranked.append((rank, (left, right)))
+    return [pair for _, pair in sorted(ranked)]
+
+
 @contextmanager
-def _refusals(model: GGUFModel) -> Iterator[None]:
+def refusals(path: Path) -> Iterator[None]:
     """One line for what the tokenizers library refuses.
 
     It raises bare exceptions, and its panics are not even derived from `Exception`.
@@ -229,5 +238,5 @@ def _refusals(model: GGUFModel) -> Iterator[None]:
         if type(error) not in (Exception, ValueError) and type(error).__name__ != "PanicException":
             raise
         raise ConfigError(
-            model.path, f"its tokenizer cannot be built ({error})", "download it again"
+            path, f"its tokenizer cannot be built ({error})", "download it again"
         ) from error

@@ -22,7 +22,8 @@ ATTENTION_LENGTH = 512  # the cost of learning grows with its square
 @options.bos_opt
 @click.option(
     "--shuffle", type=click.IntRange(0), metavar="SEED",
-    help="Draw windows at random positions, instead of consecutive ones from the start.",
+    help="Draw windows at random positions of all the text, and so tokenise all of it, instead of "
+    "consecutive ones from the start.",
 )  # fmt: skip
 @click.option(
     "--held-out", type=click.IntRange(0), show_default="an eighth of --samples, at least 1 of 2",
