@@ -8,7 +8,7 @@ saved in the dtype that MODEL has, with its tokenizer's files. OUT is measured a
 any checkpoint:
 
     prunetool evaluate OUT --text wiki.test.raw
-    prunetool run OUT OUT-pruned --text wiki.valid.raw --sparsity 0.1
+    examples/pipe.sh OUT wiki.valid.raw OUT-pruned 0.1
 """
 
 import argparse
