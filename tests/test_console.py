@@ -237,6 +237,12 @@ class TestPipe:
         assert steps_of(said)[:1] == ["calibrate"], said
         warning = re.compile("layer .*: no damping served the held-out tokens; ")
         lines = [line for line in shown(said) if line and not warning.match(line)]
+        *lines, load, measure, report, upload, clean = lines
+        assert "from_pretrained" in load
+        for line, command in {
+            measure: "evaluate", report: "report", upload: "upload", clean: "clean"
+        }.items():  # fmt: skip
+            assert f": prunetool {command} out" in line
         assert max(map(len, (line for line in lines if not line[0].isascii()))) <= COLUMNS
         text = "\n".join(lines)
         row = r"│ +\d+ │ .* │"

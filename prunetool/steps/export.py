@@ -215,7 +215,7 @@ def with_tokenizer_class(
     if "tokenizer.json" not in along or said.get("tokenizer_class"):
         return along
     name = config.get("tokenizer_class") or READS_TOKENIZER_JSON
-    console.log.info("%s: tokenizer_class is %s, for it named none", TOKENIZER_CONFIG, shown(name))
+    console.log.debug("%s: tokenizer_class is %s, for it named none", TOKENIZER_CONFIG, shown(name))
     return {**along, TOKENIZER_CONFIG: json_bytes({**said, "tokenizer_class": name})}
 
 

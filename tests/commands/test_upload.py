@@ -235,7 +235,7 @@ class TestPlaces:
             upload(out, "me/x", "--overwrite")
             assert set(server.files("me/x")) == {*names(out), ".gitattributes", "notes.md"}
         with pytest.raises(
-            HubError, match=r"me/x: holds another checkpoint \(mlx_pruned_llama.py\)"
+            HubError, match=r"me/x: holds another checkpoint \(configuration_pruned_llama.py\)"
         ):
             upload(made / "llama", "me/x")
         upload(made / "llama", "me/x", "--overwrite")
