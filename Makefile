@@ -62,7 +62,7 @@ demo: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT)
 	BIN=$(abspath $(BIN)) examples/demo.sh $(MODEL) $(TEXT) $(HELD_OUT) $(SPARSITY) $(DEMO)
 
 examples: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT)
-	PATH=$(abspath $(BIN)):$$PATH $(MAKE) -C examples MODEL=../$(MODEL) TEXT=../$(TEXT)
+	PATH=$(abspath $(BIN)):$$PATH $(MAKE) -C examples MODEL=../$(MODEL) TEXT=../$(TEXT) LENGTH=1024
 
 bench: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT)
 	$(BIN)/python examples/bench.py $(MODEL) $(TEXT)
