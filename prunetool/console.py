@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import resource
+import stat
 import sys
 import threading
 import time
@@ -96,6 +97,14 @@ def write(sink: IO[str], text: str) -> None:
     with no_bar() if sink.isatty() else nullcontext():
         sink.write(text)
         sink.flush()
+
+
+def is_pipe(stream: IO[str]) -> bool:
+    """Whether a stream is an end of a pipe."""
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):  # not a stream of the system, or closed
+        return False
 
 
 class _Step:

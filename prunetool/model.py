@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prunetool.checkpoint import checksum
-from prunetool.checkpoint.index import Index, read_index, read_json
+from prunetool.checkpoint.index import Index, read_index, read_json, tokenizer_path
 from prunetool.checkpoint.reader import dtype_of, read_tensor, same_values
 from prunetool.checkpoint.source import fetch_weights, locate
 from prunetool.checkpoint.writer import write_json
@@ -45,12 +45,11 @@ class Model:
 
     def identity(self) -> dict[str, Any]:
         """What tells this checkpoint from another: headers, config.json and its tokenizer."""
-        files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model")]
-        tokenizer = next((path for path in files if path.is_file()), None)
+        tokenizer = tokenizer_path(self.directory)
         return {
             "tensors": self.index.fingerprint(),
             "config": self.config.identity(),
-            "tokenizer": checksum.of_file(tokenizer) if tokenizer else None,
+            "tokenizer": checksum.of_file(tokenizer) if tokenizer.is_file() else None,
         }
 
     def read(self, name: str) -> np.ndarray:

@@ -44,7 +44,7 @@ class Command(click.Command):
 
 def reads_pipe(ctx: click.Context) -> bool:
     """Whether a command's records come from a pipe."""
-    return ctx.params.get("source") == "-" and stat.S_ISFIFO(os.fstat(0).st_mode)
+    return ctx.params.get("source") == "-" and console.is_pipe(sys.stdin)
 
 
 class Finite(click.FloatRange):

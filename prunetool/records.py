@@ -16,9 +16,7 @@ one says that its stream is cut off.
 """
 
 import json
-import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -104,15 +102,8 @@ def _line(kind: str, fields: dict[str, Any]) -> str:
 def tell_failed(sink: IO[str]) -> None:
     """End a stream, if it goes to a pipe, with the record that says that this step failed."""
     with suppress(OSError):  # nobody reads any more
-        if _is_pipe(sink):
+        if console.is_pipe(sink):
             console.write(sink, _line("failed", {}))
-
-
-def _is_pipe(stream: IO[str]) -> bool:
-    try:
-        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError, AttributeError):  # not a stream of the system, or closed
-        return False
 
 
 def read(source: IO[str]) -> tuple[Header, Iterator[LayerRecord]]:
@@ -272,7 +263,7 @@ def _lines(source: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(value, dict):
                 raise ValueError("not an object")
             if value.get("record") == "failed":
-                kind = StepFailed if _is_pipe(source) else RecordError
+                kind = StepFailed if console.is_pipe(source) else RecordError
                 raise kind(f"{_name(source)}: line {number}", "its step failed", AGAIN)
             yield number, value
     except (ValueError, RecursionError, MemoryError) as error:

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, models
 
 from prunetool import pieces
-from prunetool.checkpoint.index import read_json
+from prunetool.checkpoint.index import read_json, tokenizer_path
 from prunetool.checkpoint.sentencepiece_model import build_tokenizer, read_sentencepiece
 from prunetool.errors import CorpusError
 
@@ -25,12 +25,6 @@ MOST_GROWTH = 100  # T5's and ALBERT's rules, counted as `_growth` does, come to
 
 # The most characters that Unicode's own rules make of one: properties of Unicode 15.
 FORMS = {"NFC": 3.0, "NFD": 4.0, "NFKC": 18.0, "NFKD": 18.0, "Lowercase": 2.0}
-
-
-def tokenizer_path(directory: Path) -> Path:
-    """tokenizer.json, or tokenizer.model where that alone is there."""
-    path, model = directory / "tokenizer.json", directory / "tokenizer.model"
-    return model if model.exists() and not path.exists() else path
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

@@ -79,6 +79,12 @@ class Index(Mapping[str, TensorInfo]):
         return total.hexdigest()
 
 
+def tokenizer_path(directory: Path) -> Path:
+    """tokenizer.json, or tokenizer.model where that alone is there."""
+    path, model = directory / "tokenizer.json", directory / "tokenizer.model"
+    return model if model.exists() and not path.exists() else path
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of a checkpoint.
 

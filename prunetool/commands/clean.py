@@ -23,7 +23,7 @@ def clean(place: Path) -> None:
 
     with console.summary("clean") as said:
         work = workdir.of(place)
-        with workdir.lock(work.absolute()):
+        with workdir.lock(work):
             before = workdir.size_bytes(work, *workdir.EVERYTHING)
             workdir.clear(work)
             freed = before - workdir.size_bytes(work, *workdir.EVERYTHING)
