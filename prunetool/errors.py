@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SHOWN = 100  # characters of a foreign text that a message, a table or a card shows
+LONGEST = 3 * 80 - len("Error: ")  # characters of a message: three lines of a terminal
 
 
 def shown(value: object, limit: int = SHOWN) -> str:
@@ -36,8 +37,8 @@ def _escaped(letter: str) -> str:
 class PrunetoolError(Exception):
     """The work failed for a reason that the user can act on.
 
-    Every part is shown escaped and cut (`shown`): file names, tensor names and values in it may
-    come from a file of somebody else.
+    Every part is shown escaped, and cut (`shown`) to `LONGEST` characters in all: file names,
+    tensor names and values in it may come from a file of somebody else.
 
     Args:
       where: the file, layer, matrix or option at fault.
@@ -46,8 +47,10 @@ class PrunetoolError(Exception):
     """
 
     def __init__(self, where: object, what: str, todo: str) -> None:
-        parts = shown(where, 100), shown(what, 170), shown(todo, 110)
-        super().__init__("{}: {}; {}".format(*parts))
+        end = f"; {shown(todo, SHOWN)}"
+        where_least = min(len(str(where)), 60)
+        middle = f": {shown(what, LONGEST - len(end) - where_least - 2)}"
+        super().__init__(shown(where, LONGEST - len(middle) - len(end)) + middle + end)
         self.where, self.what, self.todo = where, what, todo
 
 

@@ -4,7 +4,7 @@
     python tests/fuzz.py --seed 0 --only 1234
 
 A case is decided by its seed and number. It may end well, in a usage error, in a PrunetoolError
-that is one line of at most 400 characters which a terminal can show, or in an OSError, of which
+that is one line of at most LONGEST characters which a terminal can show, or in an OSError, of which
 the command line makes such a line. Anything else is a failure; ``--only`` shows its traceback.
 """
 
@@ -41,7 +41,7 @@ if __name__ == "__main__":  # run by hand
 
 from prunetool import cli, console, corpus, streaming, workdir
 from prunetool.checkpoint import checksum
-from prunetool.errors import PrunetoolError
+from prunetool.errors import LONGEST, PrunetoolError
 from prunetool.model import open_model
 from tests.checkpoint.test_gguf import write_gguf
 from tests.conftest import tiny_config, write_checkpoint
@@ -50,7 +50,6 @@ SECONDS = 5.0  # of computing for one case, and six times that of waiting; most 
 TIMERS = (
     (signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, 6 * SECONDS)
 )  # fmt: skip
-LONGEST = 400  # characters of a message
 
 CONFIG = tiny_config(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4,

@@ -478,6 +478,16 @@ def test_a_message_is_one_line():
         raise errors.NumericalError("A", "is bad", "do")
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_message_fits_three_lines_of_a_terminal_and_cuts_the_part_that_is_too_long(part):
+    parts = ["model.safetensors", "is damaged", "download it again"]
+    whole = parts.pop(part)
+    said = str(errors.CheckpointError(*parts[:part], whole * 100, *parts[part:]))
+    assert len(f"Error: {said}") <= 240
+    assert all(other in said for other in parts)
+    assert said.count("…") == 1
+
+
 ALLOWED = {
     "cli": {"commands", "console", "options", "records", "signals", "errors"},
     "commands": {"options", "records", "console", "corpus", "checkpoint", "model", "steps",

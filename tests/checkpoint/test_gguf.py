@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
 from prunetool.checkpoint.gguf import GGUFModel
-from prunetool.errors import ConfigError
+from prunetool.errors import LONGEST, ConfigError
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_shapes
 from prunetool.steps.convert import convert_gguf
@@ -118,7 +118,7 @@ def refusal(path, dtype="float32"):
     assert not out.exists()
     line = str(caught.value)
     assert "\n" not in line
-    assert len(line) <= 400
+    assert len(line) <= LONGEST
     return line
 
 

@@ -59,7 +59,7 @@ def says(model, *parts, kind=errors.PrunetoolError):
     line = str(caught.value)
     for part in parts:
         assert part in line
-    assert len(line) <= 400
+    assert len(line) <= errors.LONGEST
     assert "Error(" not in line
     return line
 

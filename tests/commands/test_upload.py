@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants
 
 from prunetool import card, cli
 from prunetool.checkpoint import writer
-from prunetool.errors import HubError, RecordError, WorkError
+from prunetool.errors import LONGEST, HubError, RecordError, WorkError
 from tests import hub
 from tests.conftest import tiny_config, write_checkpoint
 
@@ -83,7 +83,7 @@ def upload(tmp_path, monkeypatch, capsys):
         for token in (TOKEN, READER, hub.SIGNATURE):
             assert token not in said.out + said.err + str(error)
         if error:
-            assert len(str(error)) <= 400
+            assert len(str(error)) <= LONGEST
             raise error
         return said
 

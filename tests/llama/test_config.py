@@ -7,7 +7,7 @@ from hypothesis import example, given
 from transformers import LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from prunetool.errors import ConfigError
+from prunetool.errors import LONGEST, ConfigError
 from prunetool.llama.config import (
     KEYS,
     MAX_LAYERS,
@@ -472,4 +472,4 @@ def test_any_config_is_read_or_refused_in_one_line(changes, rope, kind):
         said = str(error)
     assert said.startswith("somewhere: ")
     assert len(said.splitlines()) == 1
-    assert len(said) <= 400
+    assert len(said) <= LONGEST
