@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-mx = pytest.importorskip("mlx.core", reason='mlx is not here; pip install "mlx[cpu]" mlx-lm')
-utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not here; pip install mlx-lm")
+mx = pytest.importorskip("mlx.core", reason="mlx is not here")
+utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not here")
 
 
 def loss_in_mlx(directory, token_ids):
