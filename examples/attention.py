@@ -158,7 +158,7 @@ def pruned(method: str, case: Case, rho: float, lam: float) -> np.ndarray:
     if method == "sparsegpt":
         return unstructured.sparsegpt(W.T, A, damping=0.01, sparsity=rho)[1].T
     if method == "wanda":
-        return W * unstructured.keep(unstructured.wanda(W.T, norms**2), rho, "per-output").T
+        return W * unstructured.keep(unstructured.wanda(W.T, A), rho, "per-output").T
     if method == "gd-refined":
         score = tuned_score(case, BASE["relative lambda"])
         return np.asarray(refine(X, W, unstructured.keep(score, rho)))

@@ -22,8 +22,7 @@ import numpy as np
 import xxhash
 from synthetic import SHAPES, make_checkpoint
 
-from prunetool import console, plan, records, streaming
-from prunetool.devices import Team
+from prunetool import console, devices, plan, records, streaming
 from prunetool.model import Model, open_model
 from prunetool.profiling import Profile
 from prunetool.pruning import newton
@@ -87,7 +86,7 @@ def calibration(model: Model, samples: int, length: int, work: Path) -> Calibrat
     work.mkdir()
     return Calibration(
         model, tokens, samples // 4, "structural", Precision("bfloat16", "float32"), work,
-        AttentionSamples(0, 0), streaming.batch_size(length), Team(), Profile(None),
+        AttentionSamples(0, 0), streaming.batch_size(length), devices.start("auto"), Profile(None),
     )  # fmt: skip
 
 

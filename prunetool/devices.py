@@ -126,6 +126,8 @@ def start(
 ) -> Team:
     """Choose where JAX computes and join the other processes, before JAX makes any array.
 
+    From here on JAX has float64, which sums over tokens need; everything else names its dtype.
+
     Args:
       device: ``cpu``, ``gpu``, or ``auto``: what JAX finds.
       coordinator: ``HOST:PORT`` of process 0; ``auto`` finds all three as JAX does, from SLURM,
@@ -136,6 +138,7 @@ def start(
     Raises:
       ConfigError: if JAX has no GPU, the address is in use, or the processes do not come together.
     """
+    jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
     if coordinator is not None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
@@ -22,9 +21,6 @@ from prunetool.errors import NumericalError, WorkError
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer, map_layer
 from prunetool.model import Model
-
-# Sums over tokens are float64; everything else names its dtype.
-jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
 
 SUM_BYTES = 16  # of the checksum behind a stream's bytes: XXH3-128
 BATCH_TOKENS = 2048  # a batch is as many whole sequences as fit, and at least one

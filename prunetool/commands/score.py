@@ -8,19 +8,13 @@ from click.core import ParameterSource
 
 from prunetool import __version__, console, options, records
 from prunetool.errors import RecordError
+from prunetool.methods import NAMES, PATTERNS, QK, UNITS, WEIGHTS, default_of, methods_of
 
-UNIT_METHODS = (
-    "newton", "newton-box", "newton-tied", "obs", "flap", "wanda-sp", "magnitude", "random"
-)  # fmt: skip
-WEIGHT_METHODS = ("wanda", "sparsegpt", "magnitude", "random")
-ATTENTION_METHODS = ("attention-gd", "attention-diag")
-METHODS = tuple(dict.fromkeys((*UNIT_METHODS, *ATTENTION_METHODS, *WEIGHT_METHODS)))
 OF_UNITS = ("allocation", "weighting", "multiple_of", "min_channels", "newton_iterations")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "published", "refine")
-UNITS = ("heads", "channels")
+UNIT_TARGETS = ("heads", "channels")
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = {"qk": MATRICES[:2], "weights": MATRICES}
-PATTERNS = ("unstructured", "per-output", "2:4")
 
 
 @click.command(cls=options.Command)
@@ -31,9 +25,9 @@ PATTERNS = ("unstructured", "per-output", "2:4")
     "matrices; of weights, in each matrix (or row, see --pattern).",
 )  # fmt: skip
 @click.option(
-    "--method", type=click.Choice(METHODS), default="newton", show_default=True,
-    help=f"How they are ranked. heads and channels: {', '.join(UNIT_METHODS)}. Weights: "
-    f"{', '.join(WEIGHT_METHODS)}; of q,k also {', '.join(ATTENTION_METHODS)}.",
+    "--method", type=click.Choice(NAMES), default="newton", show_default=True,
+    help=f"How they are ranked. heads and channels: {', '.join(UNITS)}. Weights: "
+    f"{', '.join(WEIGHTS)}; of q,k also {', '.join(QK)}.",
 )  # fmt: skip
 @click.option(
     "--target", default="heads,channels", show_default=True, metavar="LIST",
@@ -68,12 +62,13 @@ PATTERNS = ("unstructured", "per-output", "2:4")
     help="Run the paper's Algorithm 1 for T steps instead of its closed form (same result).",
 )  # fmt: skip
 @click.option(
-    "--damping", default=None, show_default="1e-4; sparsegpt: 0.01", type=options.Finite(0),
-    help="Of newton's, obs's and sparsegpt's systems, as a fraction of their diagonal.",
+    "--damping", default=None, show_default=default_of("damping"), type=options.Finite(0),
+    help="What the solves of newton, obs and sparsegpt add to the diagonal, as a fraction of its "
+    "mean; newton's systems are scaled to a diagonal of ones first.",
 )  # fmt: skip
 @click.option(
     "--pattern", type=click.Choice(PATTERNS),
-    show_default="per-output for wanda, else unstructured",
+    show_default=default_of("pattern"),
     help="Where the ratio of weights is met: in the matrix, in each row, or as two of every four "
     "neighbours along the input.",
 )  # fmt: skip
@@ -121,9 +116,9 @@ def score(
         prunetool score --target v,o,gate,up,down --method wanda --sparsity .5 > masked.jsonl
     """
     targets = _targets(target)
-    units = targets[0] in UNITS
+    units = targets[0] in UNIT_TARGETS
     _check(targets, how)
-    how = _resolved(units, how)
+    how = _resolved(targets, how)
     options.keep_inputs([sink, profile], [source])
 
     from prunetool import devices, plan, workdir
@@ -160,43 +155,42 @@ def score(
 def _targets(target: str) -> tuple[str, ...]:
     """The units, or the matrices in the order of a layer, that a --target names."""
     named = [part for name in target.split(",") for part in GROUPS.get(name, (name,))]
-    for known in (UNITS, MATRICES):
+    for known in (UNIT_TARGETS, MATRICES):
         if set(named) <= set(known) and len(set(named)) == len(named):
             return tuple(part for part in known if part in named)
     raise click.BadParameter(
-        f"{target!r}: name some of {', '.join(UNITS)}, or some of "
+        f"{target!r}: name some of {', '.join(UNIT_TARGETS)}, or some of "
         f"{', '.join((*MATRICES, *GROUPS))}, with commas"
     )
 
 
 def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
     """Refuse options that do not go together."""
-    method = how["method"]
-    if targets[0] in UNITS:
-        allowed: tuple[str, ...] = UNIT_METHODS
-    else:
-        allowed = (*WEIGHT_METHODS, *(ATTENTION_METHODS if targets == GROUPS["qk"] else ()))
+    method, allowed = how["method"], methods_of(targets)
     if method not in allowed:
         raise click.UsageError(
             f"--method {method} does not score {','.join(targets)}; give {', '.join(allowed)}"
         )
-    if how["newton_iterations"] and (method != "newton" or how["lam"] == float("inf")):
+    takes = allowed[method].options
+    if how["newton_iterations"] and (
+        "newton_iterations" not in takes or how["lam"] == float("inf")
+    ):
         raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
     if how["refine"] and targets != GROUPS["qk"]:
         raise click.UsageError("--refine goes with --target qk")
-    if how["published"] and (method != "attention-gd" or how["lam"] or how["learning_rate"]):
+    if how["published"] and ("published" not in takes or how["lam"] or how["learning_rate"]):
         raise click.UsageError("--published goes with --method attention-gd, and sets λ and η")
     if how["pattern"] == "2:4" and how["sparsity"] != 0.5:
         raise click.UsageError("--pattern 2:4 removes half: give --sparsity 0.5")
 
 
-def _resolved(units: bool, how: dict[str, Any]) -> dict[str, Any]:
+def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
     """The options that matter to units or to weights, with the defaults of the method.
 
     Raises:
       click.UsageError: where one was given that does not.
     """
-    context = click.get_current_context()
+    context, units = click.get_current_context(), targets[0] in UNIT_TARGETS
     for key in OF_WEIGHTS if units else OF_UNITS:
         if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
             raise click.UsageError(
@@ -204,11 +198,11 @@ def _resolved(units: bool, how: dict[str, Any]) -> dict[str, Any]:
                 "and --target names others"
             )
         how.pop(key)
-    method = how["method"]
+    method = methods_of(targets)[how["method"]]
     if units and how["lam"] is None:
         how["lam"] = 1.0
     if how["damping"] is None:
-        how["damping"] = 1e-2 if method == "sparsegpt" else 1e-4
+        how["damping"] = method.damping
     if not units and how["pattern"] is None:
-        how["pattern"] = "per-output" if method == "wanda" else "unstructured"
+        how["pattern"] = method.pattern
     return how

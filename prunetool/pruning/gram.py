@@ -41,6 +41,8 @@ def zeros(size: int, *, blocks: int = 0, diagonal: bool = False, full: bool = Fa
       blocks: how many diagonal blocks of the token-weighted Gram matrix to keep; 0 for none.
       diagonal, full: keep its diagonal, all of it.
     """
+    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise AssertionError("JAX has no float64: call devices.start first")
 
     def of(*shape: int) -> jax.Array:
         return jnp.zeros(shape, jnp.float64)

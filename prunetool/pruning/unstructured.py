@@ -8,13 +8,14 @@ Here W is a matrix as a checkpoint stores it, output = X Wᵀ, so that a row mak
 | A | Gram matrix XᵀX of its inputs | (D, D) |
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.linalg import cholesky
 
 from prunetool.errors import NumericalError
 from prunetool.pruning.solve import damped_inverse, definite
 
-PATTERNS = ("unstructured", "per-output", "2:4")
 COLUMN_BLOCK = 128  # inputs whose mask SparseGPT chooses at a time, as in its paper
 
 
@@ -54,14 +55,26 @@ def keep(score: np.ndarray, sparsity: float, pattern: str = "unstructured") -> n
     return np.asarray(above | (tied & (np.cumsum(tied, axis=1) <= room))).reshape(score.shape)
 
 
-def wanda(W: np.ndarray, second_moment: np.ndarray) -> np.ndarray:
-    """|W_ij| ‖X_j‖, (D', D) (Sun et al., arXiv 2306.11695, eq. 1).
+def magnitude(W: np.ndarray, A: np.ndarray | None = None) -> np.ndarray:
+    """|W_ij|, (D', D)."""
+    return np.asarray(np.abs(W))
 
-    Args:
-      W: the weight.
-      second_moment: A's diagonal, (D,).
-    """
-    return np.asarray(np.abs(W) * np.sqrt(second_moment))
+
+def random(W: np.ndarray, A: np.ndarray | None = None, *, seed: Sequence[int]) -> np.ndarray:
+    """Uniform numbers, (D', D)."""
+    return np.random.default_rng(seed).random(W.shape)
+
+
+def wanda(W: np.ndarray, A: np.ndarray) -> np.ndarray:
+    """|W_ij| ‖X_j‖, (D', D) (Sun et al., arXiv 2306.11695, eq. 1)."""
+    return np.asarray(np.abs(W) * np.sqrt(np.diagonal(A)))
+
+
+def chosen_by_sparsegpt(
+    W: np.ndarray, A: np.ndarray, *, sparsity: float, pattern: str, damping: float
+) -> np.ndarray:
+    """The mask that `sparsegpt` chooses, (D', D) bool."""
+    return sparsegpt(W, A, damping=damping, sparsity=sparsity, pattern=pattern)[0]
 
 
 def sparsegpt(

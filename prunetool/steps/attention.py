@@ -29,12 +29,11 @@ class Learned(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Of Algorithm 1: λ, η, T, and whether the published order (raw M) is used."""
+    """Of Algorithm 1: λ, η and T; None if the layer's curvature decides."""
 
     lam: float | None
     learning_rate: float | None
     iterations: int
-    published: bool
 
 
 class AttentionLayer:
@@ -96,8 +95,8 @@ class AttentionLayer:
         diagonal = attention_loss.hessian_diagonal(self.turn, self.w, self.fit, self.key)
         return self.w[0] ** 2 * diagonal[0], self.w[1] ** 2 * diagonal[1]
 
-    def descend(self, how: Settings) -> tuple[Learned, float, float]:
-        """Algorithm 1 from M = 1; stops early where the held-out loss rises, unless as published.
+    def descend(self, how: Settings, to_the_end: bool) -> tuple[Learned, float, float]:
+        """Algorithm 1 from M = 1; stops if the held-out loss rises, unless it runs to the end.
 
         Returns:
           Both masks, real-valued; λ and η used.
@@ -134,7 +133,7 @@ class AttentionLayer:
                     f"steps of {rate:.3g}", "lower --learning-rate",
                 )  # fmt: skip
             held_out = self._mask_loss(M, lam, held_out=True)
-            if held_out > lowest and not how.published:
+            if held_out > lowest and not to_the_end:
                 break
             lowest, best, used = held_out, M, done
         return Learned(best, used), lam, rate
@@ -189,18 +188,25 @@ def rotary(model: Model, length: int) -> Turn:
     return turn
 
 
-def learn(layer: AttentionLayer, method: str, how: Settings) -> tuple[Pair, dict[str, float]]:
-    """Scores of W_q's and W_k's weights by ``attention-diag`` or ``attention-gd``, and the steps.
+def saliency(layer: AttentionLayer) -> tuple[Pair, dict[str, float]]:
+    """Scores of W_q's and W_k's weights by the method ``attention-diag``."""
+    return layer.saliency(), {}
 
-    `attention_mask` says which parts of ``attention-gd`` are the paper's.
+
+def learned_by_descent(
+    layer: AttentionLayer, *, published: bool, **how: Any
+) -> tuple[Pair, dict[str, float]]:
+    """Scores by ``attention-gd``, and its steps. `attention_mask` says what of it is the paper's.
+
+    Args:
+      layer: the layer.
+      published: as printed in the paper, whatever ``how`` says.
+      how: the other `Settings`.
     """
-    if method == "attention-diag":
-        return layer.saliency(), {}
-    if how.published:
-        how = Settings(*attention_mask.PUBLISHED, published=True)
-    (M, steps), lam, rate = layer.descend(how)
+    settings = Settings(*attention_mask.PUBLISHED) if published else Settings(**how)
+    (M, steps), lam, rate = layer.descend(settings, to_the_end=published)
     said = {"iterations": float(steps), "lambda": lam, "learning_rate": rate}
-    if how.published:
+    if published:
         return M, said
     curvature = layer.saliency()
     return (M[0] ** 2 * curvature[0], M[1] ** 2 * curvature[1]), said

@@ -11,13 +11,13 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import NumericalError, RecordError, naming
 from prunetool.llama.weights import MATRICES
+from prunetool.methods import QK, methods_of
 from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruned import Extent, Mask, Stats, extents, kept_units, pack_mask
 from prunetool.pruning import compensation, gram, unstructured
-from prunetool.steps.attention import AttentionLayer, Settings, learn, rotary
+from prunetool.steps.attention import AttentionLayer, rotary
 
-GRAM_METHODS = ("wanda", "sparsegpt")
 # Whose Gram matrix a matrix's inputs have.
 GIVEN = {"q": "attention", "k": "attention", "v": "attention", "o": "o",
          "gate": "mlp", "up": "mlp", "down": "down"}  # fmt: skip
@@ -45,6 +45,8 @@ class Masking:
 
     def __post_init__(self) -> None:
         self._turns = cache(partial(rotary, self.model))
+        self._method = methods_of(self.parts)[self.how["method"]]
+        self._scorer = self._method.load()
         self.said: list[str] = []  # what was reached, once all layers are given
 
     @property
@@ -53,7 +55,7 @@ class Masking:
 
     @property
     def _learns(self) -> bool:
-        return bool(self.how["method"].startswith("attention-"))
+        return self.how["method"] in QK
 
     def layers(
         self, header: records.Header, source: Iterator[records.LayerRecord]
@@ -98,7 +100,7 @@ class Masking:
 
     def _check_kept(self, calibration: dict[str, Any]) -> None:
         missing = [f"{part}_proj" for part in self.parts if GIVEN[part] in ("attention", "mlp")]
-        if missing and self.how["method"] in GRAM_METHODS and calibration.get("stats") != "all":
+        if missing and self._method.needs_gram and calibration.get("stats") != "all":
             raise RecordError(
                 f"--method {self.how['method']}",
                 f"calibrate kept no sums of the inputs of {', '.join(missing)}",
@@ -163,9 +165,10 @@ class Masking:
                 pair, steps = attention.refine(list(masks.values()), self.how["refine"])
                 values = dict(zip(self.parts, map(np.asarray, pair), strict=True))
                 said["refine_steps"] = steps
-            said["calibration"], said["held_out"] = attention.errors(
-                values.values() or [W * m for W, m in zip(attention.w, masks.values(), strict=True)]
-            )
+            now = values.values() or [
+                np.where(mask, W, 0) for W, mask in zip(attention.w, masks.values(), strict=True)
+            ]
+            said["calibration"], said["held_out"] = attention.errors(now)
         for part, mask in masks.items():
             place = np.ix_(*kept[part])
             whole = np.zeros([len(side) for side in kept[part]], bool)
@@ -200,8 +203,7 @@ class Masking:
         """Scores of q and k by an attention method, and what the descent says of itself."""
         if attention is None or not self._learns or not self.how["sparsity"]:
             return {}, {}
-        settings = Settings(*(self.how[name] for name in Settings._fields))
-        scores, said = learn(attention, self.how["method"], settings)
+        scores, said = self._scorer(attention, **self._method.given(self.how))
         return dict(zip(self.parts, map(np.asarray, scores), strict=True)), said
 
     def _gram(self, stats: Stats, part: str, kept: Extent, layer: int) -> np.ndarray | None:
@@ -210,7 +212,7 @@ class Masking:
         if name in stats:
             A = gram.unpack(stats[name])
             return A if kept.columns.all() else A[np.ix_(kept.columns, kept.columns)]
-        if self.how["method"] in GRAM_METHODS:
+        if self._method.needs_gram:
             raise RecordError(
                 f"layer {layer}", f"has no sums of the inputs of {part}_proj",
                 "run calibrate with --stats all",
@@ -226,25 +228,19 @@ class Masking:
         layer: int,
     ) -> np.ndarray:
         """The mask of one matrix."""
-        method, sparsity, pattern = (self.how[key] for key in ("method", "sparsity", "pattern"))
+        sparsity, pattern = self.how["sparsity"], self.how["pattern"]
         if pattern == "2:4" and W.shape[1] % 4:
             raise NumericalError(
                 f"{W.shape[1]} inputs", "are no multiple of 4", "take another --pattern"
             )
-        if A is not None and method == "sparsegpt":
-            return unstructured.sparsegpt(
-                W, A, damping=self.how["damping"], sparsity=sparsity, pattern=pattern
-            )[0]
-        if learned is not None:
-            score = learned
-        elif A is not None and method == "wanda":
-            score = unstructured.wanda(W, np.diagonal(A))
-        elif method == "random":
-            seed = [self.how["seed"], layer, MATRICES.index(part)]
-            score = np.random.default_rng(seed).random(W.shape)
+        if self._learns:
+            # Nothing was learned if nothing is to go, or all KV groups are gone.
+            score = np.ones(W.shape) if learned is None else learned
         else:
-            score = np.abs(W)
-        return unstructured.keep(score, sparsity, pattern)
+            place = [layer, MATRICES.index(part)]
+            how = self.how | {"seed": [self.how["seed"], *place]}
+            score = self._scorer(W, A, **self._method.given(how))
+        return score if self._method.cuts else unstructured.keep(score, sparsity, pattern)
 
     def _row(self, layer: int, values: dict[str, Any]) -> list[object]:
         """A layer's row of the table."""

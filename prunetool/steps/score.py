@@ -9,14 +9,12 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
+from prunetool.methods import methods_of
 from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruned import CHANNELS, HEADS, Stats, extents, kept_units, used_weight
-from prunetool.pruning import budget, compensation, gram, newton, structural
+from prunetool.pruning import budget, compensation, gram, structural, units
 
-# These scores are a loss in output units: between units of different size, loss a parameter
-# counts. The others' are already relative to their layer.
-LOSS_METHODS = ("obs", "wanda-sp", "magnitude")
 MATRICES = ("o_proj", "down_proj")  # whose inputs the units make
 
 
@@ -51,6 +49,8 @@ class Scoring:
     ) -> None:
         self.model, self.work, self.targets, self.how = model, work, targets, how
         self.profile, self.discard = profile, discard
+        self._method = methods_of(targets)[how["method"]]
+        self._rank_units = self._method.load()
         self.said: list[str] = []  # what was reached, once all layers are given
 
     def layers(
@@ -63,11 +63,10 @@ class Scoring:
             key: self.how[key]
             for key in ("method", "lam", "newton_iterations", "damping", "seed", "weighting")
         }
-        # The paper's mask depends on the sparsity too.
-        shared["sparsity"] = self.how["sparsity"] if "newton" in self.how["method"] else None
+        shared["sparsity"] = self.how["sparsity"] if self._method.uses_sparsity else None
         scores_name = f"scores-{workdir.digest([header.history[:-1], shared])}"
         kept_name = workdir.step_directory(header)
-        taken, units, energies, seconds = [], [], [], []
+        taken, ranked, energies, seconds = [], [], [], []
         for record in console.progress(source, header.layers):
             name = workdir.layer_file(scores_name, record.index)
             # Several sparsities at once: the first to come makes the scores that all read.
@@ -80,13 +79,13 @@ class Scoring:
             taken.append(record)
             seconds.append(self.profile.take("score", record.values))
             energies.append({m: float(arrays[f"{m}.energy"][0]) for m in MATRICES})
-            units.append(
+            ranked.append(
                 {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}
             )
-        counts = self._share_out(units)
+        counts = self._share_out(ranked)
 
         rows, worst = [], []
-        each = zip(taken, units, energies, seconds, strict=True)
+        each = zip(taken, ranked, energies, seconds, strict=True)
         for record, unit, energy, spent in console.progress(
             each, header.layers, what="loss of layer"
         ):
@@ -151,14 +150,14 @@ class Scoring:
         total = sum(self.model.layer_parameters(shape) for shape in config.layer_shapes)
         return groups, 3 * D, total
 
-    def _share_out(self, units: Sequence[dict[str, _Units]]) -> budget.Counts:
+    def _share_out(self, ranked: Sequence[dict[str, _Units]]) -> budget.Counts:
         group_costs, channel_cost, total = self._costs()
         target = round(self.how["sparsity"] * total)
         limits = budget.Limits(self.how["multiple_of"], self.how["min_channels"])
         if self.how["allocation"] == "global":
             empty = np.zeros(0)
-            groups = [u[HEADS].compared if HEADS in u else empty for u in units]
-            channels = [u[CHANNELS].compared if CHANNELS in u else empty for u in units]
+            groups = [u[HEADS].compared if HEADS in u else empty for u in ranked]
+            channels = [u[CHANNELS].compared if CHANNELS in u else empty for u in ranked]
             return budget.allocate_global(
                 groups, channels, group_costs, channel_cost, target, limits
             )
@@ -185,11 +184,11 @@ class Scoring:
             W = used_weight(self.model, record.index, matrix)
             where = f"layer {record.index}, {matrix}_proj"
             with naming(where), self.profile.phase(f"rank {matrix}_proj"):
-                units, energy = self._rank(
+                found, energy = self._rank(
                     W, stats, matrix, blocks, cost, (record.index, blocks > 0)
                 )
             console.within(1 if blocks else 2, 2, "matrix")
-            out[f"{kind}.order"], out[f"{kind}.compared"] = units.order, units.compared
+            out[f"{kind}.order"], out[f"{kind}.compared"] = found.order, found.compared
             out[f"{matrix}_proj.energy"] = np.array([energy])
         return out
 
@@ -200,7 +199,7 @@ class Scoring:
         matrix: str,
         blocks: int,
         cost: int,
-        seed: tuple[int, bool],
+        place: tuple[int, bool],
     ) -> tuple[_Units, float]:
         """Score the rows of W, or its ``blocks`` blocks of rows, by the method asked.
 
@@ -210,77 +209,31 @@ class Scoring:
         Returns:
           The units, and the output energy of all together, ‖XW‖².
         """
-        method, token = self.how["method"], self.how["weighting"] == "token"
+        token = self.how["weighting"] == "token"
         A = gram.unpack_lower(stats[f"{matrix}.gram"])
         second = np.diagonal(A) / stats.tokens
         mean = stats[f"{matrix}.total"] / stats.tokens
-        if token:
-            if blocks:
-                weighted = structural.block_energy(W, stats[f"{matrix}.token_blocks"])
-            else:
-                weighted = structural.wanda(W, stats[f"{matrix}.token_diagonal"])
+        weighted = None
+        if token and blocks:
+            weighted = structural.block_energy(W, stats[f"{matrix}.token_blocks"])
+        elif token:
+            weighted = structural.wanda(W, stats[f"{matrix}.token_diagonal"])
 
-        def by_block(rows: np.ndarray, merge: Any = np.sum) -> np.ndarray:
-            return merge(rows.reshape(blocks, -1), axis=1) if blocks else rows
-
-        # Newton's K takes the place of A, and its sum is the energy where A is of plain tokens.
         weighted_gram = f"{matrix}.token_gram" if token else ""
-        by_sum = method.startswith("newton") and weighted_gram not in stats
-        energy = 0.0 if by_sum else compensation.output_energy(gram.mirror(A), W)
+        # A method may give it in passing, where A is of plain tokens.
+        by_method = self._method.sums_energy and weighted_gram not in stats
+        energy = None if by_method else compensation.output_energy(gram.mirror(A), W)
         if weighted_gram in stats:
             A = gram.unpack(stats[weighted_gram])
-
-        if method == "wanda-sp":
-            order = weighted if token else by_block(structural.wanda(W, second))
-        elif method == "magnitude":
-            order = by_block(structural.energy(W))
-        elif method == "flap":
-            order = by_block(structural.flap(W, second, mean), np.mean)
-        elif method == "random":
-            order = np.random.default_rng([self.how["seed"], *map(int, seed)]).random(
-                blocks or len(W)
-            )
-        elif method == "obs":
-            order = structural.obs(W, A, damping=self.how["damping"], blocks=blocks)
-        else:
-            norm = newton.spectral_norm(A)
-            K = newton.contribution_gram(W, A, norm)
-            energy = norm * newton.total(K) if by_sum else energy
-            order = self._newton(K, blocks)
-        if token:
+        evidence = units.Evidence(W, A, second, mean, blocks, weighted, place)
+        ranking = self._rank_units(evidence, **self._method.given(self.how))
+        if ranking.warning:
+            console.log.warning("%s", ranking.warning)
+        energy = ranking.energy if energy is None else energy
+        order = ranking.scores
+        if weighted is not None:
             return _Units(order, weighted / cost), energy
-        return _Units(order, order / cost if method in LOSS_METHODS else order), energy
-
-    def _newton(self, K: np.ndarray, blocks: int) -> np.ndarray:
-        """Newton scores from the lower triangle of K, whose place the solves take."""
-        lam, damping = self.how["lam"], self.how["damping"]
-        s = self.how["sparsity"] * len(K)
-        if self.how["method"] != "newton" or self.how["newton_iterations"]:
-            gram.mirror(K)
-        if self.how["method"] == "newton-tied" and blocks:
-            K, s = newton.tie(K, blocks), self.how["sparsity"] * blocks
-        if self.how["method"] == "newton":
-            steps = self.how["newton_iterations"]
-            z = (
-                newton.newton_iterated(K, s, lam=lam, damping=damping, steps=steps)
-                if steps
-                else newton.newton(K, s, lam=lam, damping=damping, overwrite=True)
-            )
-        else:
-            _, z, info = newton.newton_box(K, s, lam=lam, damping=damping)
-            if not info.converged:
-                console.log.warning(
-                    "the box solve stopped after %d steps at residual %.1e; the order is that of "
-                    "its last step, raise --damping",
-                    info.steps,
-                    info.residual,
-                )
-        if not blocks or len(z) == blocks:
-            return z
-        by_group = z.reshape(blocks, -1)
-        live = np.isfinite(by_group)
-        means = np.where(live, by_group, 0).sum(axis=1) / np.maximum(live.sum(axis=1), 1)
-        return np.where(live.any(axis=1), means, -np.inf)
+        return _Units(order, order / cost if self._method.raw_loss else order), energy
 
     def _lost(
         self, record: records.LayerRecord, kept: dict[str, np.ndarray]

@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunetool import cli
+from prunetool import cli, methods
 from prunetool.llama.weights import tensor_name
 from prunetool.pruning import gram
 from tests import references
@@ -279,11 +279,8 @@ def test_a_loss_is_compared_between_heads_and_channels_by_the_parameter(
     assert any(gone[layer, "down"] for layer in range(3))
 
 
-METHODS = ["newton", "newton-box", "newton-tied", "obs", "flap", "wanda-sp", "magnitude", "random"]
-
-
 @pytest.mark.parametrize("weighting", ["none", "token"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods.UNITS)
 def test_every_method_removes_what_is_asked(calibrated, run, method, weighting):
     _, records = calibrated(stats="token" if weighting == "token" else "structural")
     for allocation in ("global", "uniform"):

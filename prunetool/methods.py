@@ -1,0 +1,101 @@
+"""The methods of ``prunetool score``: one row each, and nothing else names them.
+
+Choices, help, defaults, checks, what a score is kept under and the tests read these tables. To add
+a method, write its function (`units` and `unstructured` have examples) and its row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class Method(NamedTuple):
+    """A way to score what could be removed.
+
+    Attributes:
+      function: ``module:name`` in prunetool, imported when it is used.
+      options: those of ``score`` that the function takes, as keywords by these names.
+      needs_gram: it cannot do without the Gram matrix of the inputs.
+      raw_loss: its scores are a loss in output units. Layers are then compared by loss per
+        parameter; the scores of other methods are already relative to their layer.
+      sums_energy: it gives the output energy of all units together, in passing.
+      cuts: it gives a mask rather than scores to cut.
+      damping: its default, as a fraction of the mean diagonal of the system that it solves.
+      pattern: its default.
+    """
+
+    function: str
+    options: tuple[str, ...] = ()
+    needs_gram: bool = False
+    raw_loss: bool = False
+    sums_energy: bool = False
+    cuts: bool = False
+    damping: float = 1e-4
+    pattern: str = "unstructured"
+
+    @property
+    def uses_sparsity(self) -> bool:
+        """Whether its scores are for one sparsity only, so that a sweep cannot share them."""
+        return "sparsity" in self.options
+
+    def load(self) -> Callable[..., Any]:
+        """The function."""
+        module, _, name = self.function.partition(":")
+        function: Callable[..., Any] = getattr(import_module(f"prunetool.{module}"), name)
+        return function
+
+    def given(self, how: Mapping[str, Any]) -> dict[str, Any]:
+        """The function's keywords, of all options of ``score``."""
+        return {name: how[name] for name in self.options}
+
+
+_NEWTON = ("sparsity", "lam", "damping")
+
+# Functions of `units.Evidence` that give a `units.Ranking`.
+UNITS = {
+    "newton": Method("pruning.units:newton", (*_NEWTON, "newton_iterations"), sums_energy=True),
+    "newton-box": Method("pruning.units:newton_box", _NEWTON, sums_energy=True),
+    "newton-tied": Method("pruning.units:newton_tied", _NEWTON, sums_energy=True),
+    "obs": Method("pruning.units:obs", ("damping",), raw_loss=True),
+    "flap": Method("pruning.units:flap"),
+    "wanda-sp": Method("pruning.units:wanda_sp", raw_loss=True),
+    "magnitude": Method("pruning.units:magnitude", raw_loss=True),
+    "random": Method("pruning.units:random", ("seed",)),
+}
+# Functions of W and the Gram matrix of its inputs (or None) that give scores, or a mask.
+WEIGHTS = {
+    "wanda": Method("pruning.unstructured:wanda", needs_gram=True, pattern="per-output"),
+    "sparsegpt": Method(
+        "pruning.unstructured:chosen_by_sparsegpt", ("sparsity", "pattern", "damping"),
+        needs_gram=True, cuts=True, damping=1e-2,
+    ),
+    "magnitude": Method("pruning.unstructured:magnitude"),
+    "random": Method("pruning.unstructured:random", ("seed",)),
+}  # fmt: skip
+# Of q and k together: functions of `steps.attention.AttentionLayer` that give scores of both.
+QK = {
+    "attention-gd": Method(
+        "steps.attention:learned_by_descent", ("lam", "learning_rate", "iterations", "published")
+    ),
+    "attention-diag": Method("steps.attention:saliency"),
+}
+PATTERNS = ("unstructured", "per-output", "2:4")
+NAMES = tuple(dict.fromkeys((*UNITS, *QK, *WEIGHTS)))
+
+
+def methods_of(targets: Sequence[str]) -> dict[str, Method]:
+    """The methods that score these targets of ``score``, by name."""
+    if {"heads", "channels"} & set(targets):
+        return UNITS
+    return WEIGHTS | QK if set(targets) == {"q", "k"} else WEIGHTS
+
+
+def default_of(option: str) -> str:
+    """The defaults of ``damping`` or ``pattern`` in words, for ``--help``."""
+    usual = Method._field_defaults[option]
+    others = {
+        name: getattr(method, option)
+        for name, method in (UNITS | QK | WEIGHTS).items()
+        if getattr(method, option) != usual
+    }
+    return "; ".join([str(usual), *(f"{name}: {value}" for name, value in others.items())])

@@ -1,0 +1,141 @@
+"""Methods that rank a layer's units: KV groups by their rows of o_proj, channels by down_proj's.
+
+Each takes the `Evidence` of one of the two matrices, and the options of its row in
+`prunetool.methods`. Symbols: `prunetool.pruning`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from prunetool.pruning import gram, structural
+from prunetool.pruning import newton as numerical
+
+
+class Evidence(NamedTuple):
+    """What is known of a matrix whose inputs are made by the units.
+
+    Attributes:
+      W: (D, D'), float64.
+      A: Gram matrix of the inputs, (D, D), float64, of which the lower triangle holds. A method
+        may overwrite it.
+      second: E[x_i²], (D,), each token counting alike.
+      mean: E[x_i], (D,).
+      blocks: KV groups, each a block of rows of W; 0 if each row is a unit.
+      weighted: output energy of each unit alone with tokens weighted; None without --weighting.
+      place: layer, and whether units are blocks: what a random draw depends on besides its seed.
+    """
+
+    W: np.ndarray
+    A: np.ndarray
+    second: np.ndarray
+    mean: np.ndarray
+    blocks: int
+    weighted: np.ndarray | None
+    place: Sequence[int]
+
+    def by_unit(self, rows: np.ndarray, merge: Callable[..., np.ndarray] = np.sum) -> np.ndarray:
+        """Scores of rows as scores of units: of a block, their sum or another ``merge``."""
+        return merge(rows.reshape(self.blocks, -1), axis=1) if self.blocks else rows
+
+
+class Ranking(NamedTuple):
+    """Scores of the units, of which the lowest go first.
+
+    Attributes:
+      scores: one each.
+      energy: ‖XW‖² of all units together, from a method with ``sums_energy``.
+      warning: what to tell the user.
+    """
+
+    scores: np.ndarray
+    energy: float | None = None
+    warning: str = ""
+
+
+def magnitude(of: Evidence) -> Ranking:
+    """‖w_i‖², summed over a block."""
+    return Ranking(of.by_unit(structural.energy(of.W)))
+
+
+def wanda_sp(of: Evidence) -> Ranking:
+    """The output energy of each unit alone, with tokens weighted if they are."""
+    if of.weighted is not None:
+        return Ranking(of.weighted)
+    return Ranking(of.by_unit(structural.wanda(of.W, of.second)))
+
+
+def flap(of: Evidence) -> Ranking:
+    """`structural.flap`, a block's mean; each token counts alike, however they are weighted."""
+    return Ranking(of.by_unit(structural.flap(of.W, of.second, of.mean), np.mean))
+
+
+def random(of: Evidence, *, seed: int) -> Ranking:
+    """Uniform numbers."""
+    generator = np.random.default_rng([seed, *map(int, of.place)])
+    return Ranking(generator.random(of.blocks or len(of.W)))
+
+
+def obs(of: Evidence, *, damping: float) -> Ranking:
+    """`structural.obs`."""
+    return Ranking(structural.obs(of.W, of.A, damping=damping, blocks=of.blocks))
+
+
+def newton(
+    of: Evidence, *, sparsity: float, lam: float, damping: float, newton_iterations: int | None
+) -> Ranking:
+    """The paper's numerical score of the rows, its mean over a block (`newton.newton`)."""
+    K, energy = _contributions(of)
+    s = sparsity * len(K)
+    if newton_iterations:
+        z = numerical.newton_iterated(
+            gram.mirror(K), s, lam=lam, damping=damping, steps=newton_iterations
+        )
+    else:
+        z = numerical.newton(K, s, lam=lam, damping=damping, overwrite=True)
+    return Ranking(_means(of, z), energy)
+
+
+def newton_box(of: Evidence, *, sparsity: float, lam: float, damping: float) -> Ranking:
+    """The same with every z in [0, 1] (`newton.newton_box`)."""
+    K, energy = _contributions(of)
+    z, warning = _in_box(gram.mirror(K), sparsity * len(K), lam, damping)
+    return Ranking(_means(of, z), energy, warning)
+
+
+def newton_tied(of: Evidence, *, sparsity: float, lam: float, damping: float) -> Ranking:
+    """The same with one z for all rows of a block."""
+    K, energy = _contributions(of)
+    K = gram.mirror(K)
+    if of.blocks:
+        K = numerical.tie(K, of.blocks)
+    z, warning = _in_box(K, sparsity * len(K), lam, damping)
+    return Ranking(z, energy, warning)
+
+
+def _contributions(of: Evidence) -> tuple[np.ndarray, float]:
+    """K of inputs of spectral norm 1, in A's place, and the output energy."""
+    norm = numerical.spectral_norm(of.A)
+    K = numerical.contribution_gram(of.W, of.A, norm)
+    return K, norm * numerical.total(K)
+
+
+def _in_box(K: np.ndarray, s: float, lam: float, damping: float) -> tuple[np.ndarray, str]:
+    _, scores, info = numerical.newton_box(K, s, lam=lam, damping=damping)
+    if info.converged:
+        return scores, ""
+    return scores, (
+        f"the box solve stopped after {info.steps} steps at residual {info.residual:.1e}; the "
+        "order is that of its last step, raise --damping"
+    )
+
+
+def _means(of: Evidence, z: np.ndarray) -> np.ndarray:
+    """Of a block, the mean over the rows that are alive; −∞ if none is."""
+    if not of.blocks:
+        return z
+    by_group = z.reshape(of.blocks, -1)
+    live = np.isfinite(by_group)
+    means = np.where(live, by_group, 0).sum(axis=1) / np.maximum(live.sum(axis=1), 1)
+    return np.where(live.any(axis=1), means, -np.inf)
