@@ -22,12 +22,13 @@ import numpy as np
 import xxhash
 from synthetic import SHAPES, make_checkpoint
 
-from prunetool import console, devices, plan, records, streaming
+from prunetool import console, devices, plan, records, streaming, workdir
 from prunetool.model import Model, open_model
 from prunetool.profiling import Profile
 from prunetool.pruning import newton
 from prunetool.steps import compensate
 from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
+from prunetool.steps.run import Run
 from prunetool.steps.score import Scoring
 
 HOW = {
@@ -129,18 +130,19 @@ def achieved(directory: Path, tokens: int) -> None:
     history = [{"command": "calibrate"}, {"command": "score", "options": HOW}]
     header = records.Header(**{**vars(header), "history": history})
     before = float64_peak()
-    scoring = Scoring(model, work, ("heads", "channels"), HOW, Profile(None), False)
+
+    def run() -> Run:
+        return Run(header, model, work, workdir.step_directory(header), Profile(None), False)
+
     started = time.perf_counter()
-    scored = list(scoring.layers(header, iter(made)))
+    scored = list(Scoring(run(), ("heads", "channels"), HOW).layers(iter(made)))
     seconds = [(time.perf_counter() - started) / layers]
     line("score", plan.score(model, "float32").solves, seconds, [before, float64_peak()])
 
     header = records.Header(**{**vars(header), "history": [*history, {"command": "compensate"}]})
     before, grid = float64_peak(), (0.1,)
     started = time.perf_counter()
-    list(compensate.refit_layers(
-        model, header, iter(scored), grid, [], Profile(None), discard=False
-    ))  # fmt: skip
+    list(compensate.refit_layers(run(), iter(scored), grid, []))
     seconds = [(time.perf_counter() - started) / layers]
     need = plan.compensate(model, HOW["sparsity"], len(grid))
     line("compensate", need.solves, seconds, [before, float64_peak()])

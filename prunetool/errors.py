@@ -24,7 +24,7 @@ def shown(value: object, limit: int = SHOWN) -> str:
     text = "".join(map(_escaped, text))
     if len(text) <= limit:
         return text
-    tail = limit // 3
+    tail = limit // 2  # a file's name is at its end
     return f"{text[: limit - tail - 1]}…{text[-tail:]}"
 
 

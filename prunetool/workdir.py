@@ -55,8 +55,7 @@ FILES = re.compile(r"(hidden-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discar
 RECORDS_NAME = "records.jsonl"
 STEP_FILES = re.compile(rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}")
 AGAIN = (
-    "run the step that made it again; if it was discarded, delete the work directory and "
-    "calibrate again"
+    "run the step that made it again; if discarded, delete the work directory and calibrate again"
 )
 
 
@@ -457,7 +456,7 @@ class TensorFile:
             with safe_open(self._path, "numpy", backend="pread") as file:
                 yield file
         except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise self._error(f"cannot be read ({error})") from error
+            raise self._error(f"cannot be read ({shown(error, 60)})") from error
 
 
 def _sums_of(metadata: Any) -> dict[str, str]:

@@ -50,12 +50,12 @@ def test_a_row_is_all_that_a_method_of_weights_needs(toy, calibrated, call):
     assert (mask["method"], mask["removed"]) == ("toy", 0.25)
 
 
-def test_a_name_without_a_row_scores_nothing(calibrated, call, tmp_path):
+def test_a_name_without_a_row_scores_nothing(calibrated, call):
     _, records = calibrated()
     for targets in (("heads",), ("up",), ("q", "k")):
         job = Scoring if targets == ("heads",) else Masking
         with pytest.raises(KeyError, match="taylor"):
-            job(None, tmp_path, targets, {"method": "taylor"}, None, False)
+            job(types.SimpleNamespace(model=None, work=None), targets, {"method": "taylor"})
     with pytest.raises(click.UsageError, match="'taylor' is not one of 'newton', "):
         call("score", records, "--method", "taylor", "--sparsity", ".3")
 

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from prunetool import __version__, console, options, records
-from prunetool.errors import RecordError
 
 COLUMNS = ("layer", "matrix", "removed → refitted", "held out", "damping")
 
@@ -35,35 +34,20 @@ def compensate(
       prunetool compensate kept.jsonl > refitted.jsonl
     """
     options.keep_inputs([sink, profile], [source])
-    from prunetool import plan, workdir
-    from prunetool.checkpoint.writer import need_room
-    from prunetool.profiling import Profile
-    from prunetool.pruned import reopen
+    from prunetool import plan
     from prunetool.steps import compensate as step
+    from prunetool.steps.run import Run
 
     grid = dampings or step.DAMPING_GRID
     with console.summary("compensate") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
         options.keep_inputs([sink, profile], [header.source])
-        if len(grid) > 1 and not header.calibration.get("held_out"):
-            raise RecordError(
-                "--damping", "no tokens were held out to choose it on",
-                "give one number, such as 0.01, or calibrate with 2 samples or more",
-            )  # fmt: skip
         header = header.after(options.history_step("compensate", __version__, damping=list(grid)))
-        model = reopen(header)
-        work, directory = Path(header.work), workdir.step_directory(header)
+        run = Run.of(header, profile, discard)
         rows: list[tuple[Any, ...]] = []
-        profiled = Profile(profile)
-        with workdir.lock(work / directory), profiled.trace():
-            need = plan.refit_bytes(model, layers=1 if discard else model.layers)
-            need_room(work, need - workdir.size_bytes(work, f"{directory}/*"))
-            with options.open_sink(sink) as out, workdir.records_copy(work, directory) as copy:
-                refitted = step.refit_layers(
-                    model, header, layers, grid, rows, profiled, discard=discard
-                )
-                bar = console.progress(refitted, header.layers)
-                records.write(out, header, bar, copy)
+        need = plan.refit_bytes(run.model, layers=1 if discard else run.model.layers)
+        with options.open_sink(sink) as out:
+            run.write(out, step.refit_layers(run, layers, grid, rows), need)
         console.table(
             "Relative output error of the refits",
             COLUMNS,

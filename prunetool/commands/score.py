@@ -121,11 +121,9 @@ def score(
     how = _resolved(targets, how)
     options.keep_inputs([sink, profile], [source])
 
-    from prunetool import devices, plan, workdir
-    from prunetool.checkpoint.writer import need_room
-    from prunetool.profiling import Profile
-    from prunetool.pruned import reopen
+    from prunetool import devices, plan
     from prunetool.steps.mask import Masking
+    from prunetool.steps.run import Run
     from prunetool.steps.score import Scoring
 
     with console.summary("score") as said, options.open_source(source) as stream:
@@ -137,18 +135,12 @@ def score(
                 source, "was refitted for what is kept so far",
                 "put compensate behind the last score",
             )  # fmt: skip
-        header = header.after(
-            options.history_step("score", __version__, target=",".join(targets), **how)
-        )
-        model, work = reopen(header), Path(header.work)
-        directory = workdir.step_directory(header)
-        profiled = Profile(profile)
-        job = (Scoring if units else Masking)(model, work, targets, how, profiled, discard)
-        need = plan.units_bytes(model) if units else plan.masks_bytes(model, targets)
-        with workdir.lock(work / directory), profiled.trace():
-            need_room(work, need - workdir.size_bytes(work, f"{directory}/*"))
-            with options.open_sink(sink) as out, workdir.records_copy(work, directory) as copy:
-                records.write(out, header, job.layers(header, layers), copy)
+        step = options.history_step("score", __version__, target=",".join(targets), **how)
+        run = Run.of(header.after(step), profile, discard)
+        job = (Scoring if units else Masking)(run, targets, how)
+        need = plan.units_bytes(run.model) if units else plan.masks_bytes(run.model, targets)
+        with options.open_sink(sink) as out:
+            run.write(out, job.layers(layers), need)
         said += job.said
 
 

@@ -1,6 +1,7 @@
 """The refit of a layer's o_proj and down_proj to the units kept, and of masked weights."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,48 +10,39 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
 from prunetool.model import Model
-from prunetool.profiling import Profile
 from prunetool.pruned import Extent, Stats, extents, kept_units, masks, used_weight
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.pruning.gram import Partition
 from prunetool.steps.mask import GIVEN
+from prunetool.steps.run import Run
 
 # Decades: the held-out error is flat around its minimum.
 DAMPING_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def refit_layers(
-    model: Model,
-    header: records.Header,
+    run: Run,
     source: Iterator[records.LayerRecord],
     grid: tuple[float, ...],
     rows: list[tuple[Any, ...]],
-    profile: Profile,
-    *,
-    discard: bool,
 ) -> Iterator[records.LayerRecord]:
     """Refit every layer of a stream, and add a row for each refit to ``rows``.
 
     Args:
-      model, header, source: the dense checkpoint and the stream.
+      run: the run.
+      source: the records.
       grid: dampings to choose from.
       rows: layer, matrix, and the numbers of `_REPORT`.
-      profile: takes the seconds.
-      discard: delete a layer's stats once it is refitted.
+
+    Raises:
+      RecordError: before the first layer, if no tokens were held out to choose the damping on.
     """
-    work, directory = Path(header.work), workdir.step_directory(header)
-    for record in source:
-        if not any(name.startswith(("kept.", "mask.")) for name in record.files):
-            raise RecordError(
-                f"layer {record.index}", "nothing to keep", "put prunetool score before this step"
-            )
-        name = workdir.layer_file(directory, record.index)
-        with naming(f"layer {record.index}"):
-            arrays = workdir.make_once(
-                work,
-                name,
-                lambda record=record: _refit(model, work, record, grid, profile),  # type: ignore[misc]
-            )
+    if len(grid) > 1 and not run.header.calibration.get("held_out"):
+        raise RecordError(
+            "--damping", "no tokens were held out to choose it on",
+            "give one number, such as 0.01, or calibrate with 2 samples or more",
+        )  # fmt: skip
+    for record, name, arrays in run.layers(source, partial(_refit, run, grid)):
         report = {
             name.removesuffix(".report"): {
                 key: None if np.isnan(value) else float(value)
@@ -60,25 +52,16 @@ def refit_layers(
             if name.endswith(".report")
         }
         if not report.keys() >= {"o_proj", "down_proj"}:
-            raise RecordError(work / name, "lacks the report of a refit", workdir.AGAIN)
+            raise RecordError(run.work / name, "lacks the report of a refit", workdir.AGAIN)
         rows += [(record.index, name, *of.values()) for name, of in report.items()]
-        if discard:
-            workdir.discard_stats(work, record)
-        yield record.adding(
-            {"refit": name}, {"refit": report} | profile.take("compensate", record.values)
-        )
+        seconds = run.profile.take("compensate", record.values)
+        yield record.adding({"refit": name}, {"refit": report} | seconds)
 
 
 _REPORT = ("removed", "refitted", "held_out_removed", "held_out_refitted", "damping")
 
 
-def _refit(
-    model: Model,
-    work: Path,
-    record: records.LayerRecord,
-    grid: tuple[float, ...],
-    profile: Profile,
-) -> dict[str, np.ndarray]:
+def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> dict[str, np.ndarray]:
     """The refitted weights of a layer, and what they gain.
 
     Returns:
@@ -88,6 +71,11 @@ def _refit(
       output errors and the damping (`_REPORT`), NaN where there is none, of each refit, and of
       each mask's update (``….masked``).
     """
+    if not any(name.startswith(("kept.", "mask.")) for name in record.files):
+        raise RecordError(
+            f"layer {record.index}", "nothing to keep", "put prunetool score before this step"
+        )
+    model, work = run.model, run.work
     shape = model.config.layer_shapes[record.index]
     kept = extents(kept_units(work, record, shape), shape, model.config)
     stats = Stats(work, record, model.config)
@@ -99,7 +87,7 @@ def _refit(
             out[f"{matrix}_proj.report"] = np.array([0.0, 0.0, 0.0, 0.0, np.nan])
             continue
         with naming(f"{matrix}_proj"):
-            with profile.phase("read"):
+            with run.profile.phase("read"):
                 W = used_weight(model, record.index, matrix)
                 sums = [
                     _Sums.of(Stats(work, record, model.config, (p,)), matrix, rows)
@@ -111,7 +99,7 @@ def _refit(
                 else None
             )
             energy = record.values["energy"][f"{matrix}_proj"] or 1.0
-            with profile.phase("solve"):
+            with run.profile.phase("solve"):
                 parts = _refit_matrix(W, bias, rows, sums, energy, grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
             console.within(1 if matrix == "o" else 2, 3, "matrix")
@@ -122,7 +110,7 @@ def _refit(
                 record.index,
                 matrix,
             )
-    with profile.phase("update masked"):
+    with run.profile.phase("update masked"):
         return out | _update_masked(model, work, record, kept, stats, out)
 
 

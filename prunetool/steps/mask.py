@@ -1,52 +1,40 @@
 """Masks of single weights, matrix by matrix and layer by layer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prunetool import console, records, workdir
+from prunetool import console, records
 from prunetool.errors import NumericalError, RecordError, naming
 from prunetool.llama.weights import MATRICES
 from prunetool.methods import QK, methods_of
-from prunetool.model import Model
-from prunetool.profiling import Profile
 from prunetool.pruned import Extent, Mask, Stats, extents, kept_units, pack_mask
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.steps.attention import AttentionLayer, rotary
+from prunetool.steps.run import Run
 
 # Whose Gram matrix a matrix's inputs have.
 GIVEN = {"q": "attention", "k": "attention", "v": "attention", "o": "o",
          "gate": "mlp", "up": "mlp", "down": "down"}  # fmt: skip
 
 
-@dataclass
 class Masking:
     """One scoring of single weights: all that its layers share.
 
     Args:
-      model: the dense checkpoint.
-      work: the work directory.
+      run: the run.
       parts: the matrices, of `MATRICES`.
       how: the command's other options, by their names.
-      profile: takes the seconds.
-      discard: delete a layer's stats once it is masked.
     """
 
-    model: Model
-    work: Path
-    parts: tuple[str, ...]
-    how: dict[str, Any]
-    profile: Profile
-    discard: bool
-
-    def __post_init__(self) -> None:
-        self._turns = cache(partial(rotary, self.model))
-        self._method = methods_of(self.parts)[self.how["method"]]
+    def __init__(self, run: Run, parts: tuple[str, ...], how: dict[str, Any]) -> None:
+        self.run, self.parts, self.how = run, parts, how
+        self.model, self.work = run.model, run.work
+        self._method = methods_of(parts)[how["method"]]
         self._scorer = self._method.load()
+        self._turns = cache(partial(rotary, run.model))
         self.said: list[str] = []  # what was reached, once all layers are given
 
     @property
@@ -57,25 +45,17 @@ class Masking:
     def _learns(self) -> bool:
         return self.how["method"] in QK
 
-    def layers(
-        self, header: records.Header, source: Iterator[records.LayerRecord]
-    ) -> Iterator[records.LayerRecord]:
+    def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         """Mask every layer, and give its record at once.
 
         Raises:
           RecordError: before the first layer, if calibrate did not keep what the method needs.
         """
-        self._check_kept(header.calibration)
-        directory, rows, worst = workdir.step_directory(header), [], []
+        self._check_kept(self.run.header.calibration)
+        make = self.run.profile.phase("mask")(self._make)
+        rows, worst = [], []
         lost = total = 0
-        for record in console.progress(source, header.layers):
-            name = workdir.layer_file(directory, record.index)
-            with naming(f"layer {record.index}"), self.profile.phase("mask"):
-                arrays = workdir.make_once(
-                    self.work, name, lambda record=record: self._make(record)  # type: ignore[misc]
-                )  # fmt: skip
-            if self.discard:
-                workdir.discard_stats(self.work, record)
+        for record, name, arrays in self.run.layers(source, make):
             values = self._values(arrays)
             for part in self.parts:
                 lost += int(arrays[f"{part}.count"][0])
@@ -85,7 +65,7 @@ class Masking:
             if not {"q", "k"} & set(self.parts):
                 del values["attention"]  # what an earlier step learned still holds
             values["masks"] = {**record.values.get("masks", {}), **values["masks"]}
-            values |= self.profile.take("score", record.values)
+            values |= self.run.profile.take("score", record.values)
             yield record.adding({f"mask.{part}": name for part in self.parts}, values)
         title, columns = "Relative output error by plain removal", ["layer", *self.parts]
         if self._of_attention:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,9 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
 from prunetool.methods import methods_of
-from prunetool.model import Model
-from prunetool.profiling import Profile
 from prunetool.pruned import CHANNELS, HEADS, Stats, extents, kept_units, used_weight
 from prunetool.pruning import budget, compensation, gram, structural, units
+from prunetool.steps.run import Run
 
 MATRICES = ("o_proj", "down_proj")  # whose inputs the units make
 
@@ -26,110 +25,93 @@ class _Units:
     compared: np.ndarray
 
 
+@dataclass
+class _Scored:
+    """A layer's record, its units by target, and the output energy by matrix."""
+
+    record: records.LayerRecord
+    units: dict[str, _Units]
+    energy: dict[str, float]
+    seconds: dict[str, Any]
+
+
 class Scoring:
     """One scoring: all that its layers share.
 
     Args:
-      model: the dense checkpoint.
-      work: the work directory.
+      run: the run.
       targets: ``heads``, ``channels`` or both.
       how: the command's other options, by their names.
-      profile: takes the seconds.
-      discard: delete a layer's stats once its losses are known.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        work: Path,
-        targets: tuple[str, ...],
-        how: dict[str, Any],
-        profile: Profile,
-        discard: bool,
-    ) -> None:
-        self.model, self.work, self.targets, self.how = model, work, targets, how
-        self.profile, self.discard = profile, discard
+    def __init__(self, run: Run, targets: tuple[str, ...], how: dict[str, Any]) -> None:
+        self.run, self.targets, self.how = run, targets, how
+        self.model, self.work = run.model, run.work
         self._method = methods_of(targets)[how["method"]]
         self._rank_units = self._method.load()
         self.said: list[str] = []  # what was reached, once all layers are given
 
-    def layers(
-        self, header: records.Header, source: Iterator[records.LayerRecord]
-    ) -> Iterator[records.LayerRecord]:
+    def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         """Score every layer, share the budget out, then give each layer's record."""
         self._check_budget()
-        # The scores do not depend on how the budget is shared: a sweep makes them once.
+        scored = list(self._scored(source))
+        counts = self._share_out([layer.units for layer in scored])
+        lost = {HEADS: counts.groups, CHANNELS: counts.channels}
+
+        def kept(record: records.LayerRecord) -> dict[str, np.ndarray]:
+            units = scored[record.index].units
+            return {
+                target: budget.keep(units[target].order, int(lost[target][record.index]))
+                for target in self.targets
+            }
+
+        def make(record: records.LayerRecord) -> dict[str, np.ndarray]:
+            return kept(record) | self._lost(record, self._masks(record) | kept(record))
+
+        rows, worst = [], []
+        records_in = [layer.record for layer in scored]
+        for record, name, arrays in self.run.layers(records_in, make, "loss of layer"):
+            layer, shape = scored[record.index], self.model.config.layer_shapes[record.index]
+            masks = self._masks(record) | kept(record)
+            losses = {m: float(arrays[f"{m}.lost"][0]) / (layer.energy[m] or 1.0) for m in MATRICES}
+            groups, channels = int(masks[HEADS].sum()), int(masks[CHANNELS].sum())
+            heads = groups * shape.group_size
+            now = {"heads": heads, "kv_heads": groups, "channels": channels}
+            worst.append(max(losses.values()))
+            ratios = [f"{heads}/{shape.heads}", f"{channels}/{shape.channels}"]
+            rows.append([record.index, *ratios, *(f"{losses[m]:.4f}" for m in MATRICES)])
+            yield record.adding(
+                {f"kept.{t}": name for t in self.targets},
+                {"kept": now, "loss": losses, "energy": layer.energy, **layer.seconds},
+            )
+        columns = ["layer", "heads", "channels", *MATRICES]
+        console.table("Relative output error by plain removal", columns, rows, by=worst)
+        self._say_ratio(counts)
+
+    def _scored(self, source: Iterator[records.LayerRecord]) -> Iterator[_Scored]:
+        """The scores of each layer. A sweep of sparsities makes them once, if they allow it."""
+        header = self.run.header
         shared = {
             key: self.how[key]
             for key in ("method", "lam", "newton_iterations", "damping", "seed", "weighting")
         }
         shared["sparsity"] = self.how["sparsity"] if self._method.uses_sparsity else None
-        scores_name = f"scores-{workdir.digest([header.history[:-1], shared])}"
-        kept_name = workdir.step_directory(header)
-        taken, ranked, energies, seconds = [], [], [], []
+        directory = f"scores-{workdir.digest([header.history[:-1], shared])}"
         for record in console.progress(source, header.layers):
-            name = workdir.layer_file(scores_name, record.index)
+            name = workdir.layer_file(directory, record.index)
             # Several sparsities at once: the first to come makes the scores that all read.
             with workdir.lock(self.work / name, wait=True):
-                arrays = workdir.make_once(
-                    self.work,
-                    name,
-                    lambda record=record: self._scores(record),  # type: ignore[misc]
-                )
-            taken.append(record)
-            seconds.append(self.profile.take("score", record.values))
-            energies.append({m: float(arrays[f"{m}.energy"][0]) for m in MATRICES})
-            ranked.append(
-                {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets}
+                arrays = workdir.make_once(self.work, name, partial(self._scores, record))
+            yield _Scored(
+                record,
+                {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets},
+                {m: float(arrays[f"{m}.energy"][0]) for m in MATRICES},
+                self.run.profile.take("score", record.values),
             )
-        counts = self._share_out(ranked)
 
-        rows, worst = [], []
-        each = zip(taken, ranked, energies, seconds, strict=True)
-        for record, unit, energy, spent in console.progress(
-            each, header.layers, what="loss of layer"
-        ):
-            lost = {HEADS: counts.groups, CHANNELS: counts.channels}
-            kept = {t: budget.keep(unit[t].order, int(lost[t][record.index])) for t in self.targets}
-            shape = self.model.config.layer_shapes[record.index]
-            masks = kept_units(self.work, record, shape) | kept
-            name = workdir.layer_file(kept_name, record.index)
-            arrays = workdir.make_once(
-                self.work,
-                name,
-                lambda record=record, kept=kept, masks=masks: (  # type: ignore[misc]
-                    kept | self._lost(record, masks)
-                ),
-            )
-            if self.discard:
-                workdir.discard_stats(self.work, record)
-            losses = {m: float(arrays[f"{m}.lost"][0]) / (energy[m] or 1.0) for m in MATRICES}
-            groups = int(masks[HEADS].sum())
-            now = {
-                "heads": groups * shape.group_size,
-                "kv_heads": groups,
-                "channels": int(masks[CHANNELS].sum()),
-            }
-            worst.append(max(losses.values()))
-            rows.append(
-                [
-                    record.index,
-                    f"{now['heads']}/{shape.heads}",
-                    f"{now['channels']}/{shape.channels}",
-                    *(f"{losses[matrix]:.4f}" for matrix in MATRICES),
-                ]
-            )
-            yield record.adding(
-                {f"kept.{t}": name for t in self.targets},
-                {"kept": now, "loss": losses, "energy": energy, **spent},
-            )
-        console.table(
-            "Relative output error by plain removal",
-            ["layer", "heads", "channels", *MATRICES],
-            rows,
-            by=worst,
-        )
-        self._say_ratio(counts)
+    def _masks(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
+        """The units that the layer kept before this step."""
+        return kept_units(self.work, record, self.model.config.layer_shapes[record.index])
 
     def _check_budget(self) -> None:
         """Refuse an impossible sparsity before any layer is scored."""
@@ -183,7 +165,7 @@ class Scoring:
         ):
             W = used_weight(self.model, record.index, matrix)
             where = f"layer {record.index}, {matrix}_proj"
-            with naming(where), self.profile.phase(f"rank {matrix}_proj"):
+            with naming(where), self.run.profile.phase(f"rank {matrix}_proj"):
                 found, energy = self._rank(
                     W, stats, matrix, blocks, cost, (record.index, blocks > 0)
                 )

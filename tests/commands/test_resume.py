@@ -250,7 +250,7 @@ def test_what_is_read_last_can_be_discarded(checkpoint, text, run, tmp_path):
     assert run(*calibrate[:-2]).stdout == (tmp_path / "a.jsonl").read_text()
     run("score", "--sparsity", ".2", "--multiple-of", 8, "a.jsonl")
     line = error_of(run("score", "--sparsity", ".3", "a.jsonl", ok=False))
-    assert "if it was discarded, delete the work directory and calibrate again" in line
+    assert "if discarded, delete the work directory and calibrate again" in line
 
 
 def test_stats_can_be_stored_in_float64(checkpoint, text, run, tmp_path):

@@ -1,0 +1,86 @@
+"""What the steps that read records and write records have in common: score and compensate."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from prunetool import console, records, workdir
+from prunetool.checkpoint.writer import need_room
+from prunetool.errors import naming
+from prunetool.model import Model
+from prunetool.profiling import Profile
+from prunetool.pruned import reopen
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Run:
+    """One run of a step over the layers of a stream.
+
+    Attributes:
+      header: of the stream that it writes, with the step in its history.
+      model: the dense checkpoint.
+      work: the work directory.
+      directory: the name, below ``work``, of what this step makes there.
+      profile: takes the seconds.
+      discard: delete a layer's stats once its record is written.
+    """
+
+    header: records.Header
+    model: Model
+    work: Path
+    directory: str
+    profile: Profile
+    discard: bool
+
+    @classmethod
+    def of(cls, header: records.Header, profile: Path | None, discard: bool) -> "Run":
+        """Open the checkpoint and work directory that a stream names.
+
+        Raises:
+          WorkError: if the work directory is not the stream's.
+          CheckpointError: if the checkpoint has changed.
+        """
+        directory = workdir.step_directory(header)
+        return cls(header, reopen(header), Path(header.work), directory, Profile(profile), discard)
+
+    def write(
+        self, sink: IO[str], layers: Iterable[records.LayerRecord], needed_bytes: int
+    ) -> None:
+        """Write the records of all layers, and a copy of them, while no other process does.
+
+        Args:
+          sink: where.
+          layers: makes them.
+          needed_bytes: of disk, for all that the step makes.
+        """
+        with workdir.lock(self.work / self.directory), self.profile.trace():
+            there = workdir.size_bytes(self.work, f"{self.directory}/*")
+            need_room(self.work, needed_bytes - there)
+            with workdir.records_copy(self.work, self.directory) as copy:
+                records.write(sink, self.header, layers, copy)
+
+    def layers(
+        self,
+        source: Iterable[records.LayerRecord],
+        make: Callable[[records.LayerRecord], Arrays],
+        what: str = "layer",
+    ) -> Iterator[tuple[records.LayerRecord, str, Arrays]]:
+        """Give each layer's record, and the name and arrays of the file that the step makes of it.
+
+        Args:
+          source: the records.
+          make: makes the arrays; not called if the file is there, and whole.
+          what: the word for a layer on the bar.
+        """
+        for record in console.progress(source, self.header.layers, what=what):
+            name = workdir.layer_file(self.directory, record.index)
+            with naming(f"layer {record.index}"):
+                arrays = workdir.make_once(self.work, name, lambda: make(record))  # noqa: B023
+            yield record, name, arrays
+            if self.discard:
+                workdir.discard_stats(self.work, record)
