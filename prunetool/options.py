@@ -61,8 +61,8 @@ class Finite(click.FloatRange):
         try:
             number = super().convert(value, param, ctx)
         except click.BadParameter as error:
-            if self.max == 1 and re.fullmatch(r"[1-9]\d?(\.\d*)?", str(value)):
-                self.fail(f"{error.message} Did you mean {float(value) / 100:g}?", param, ctx)
+            if self.max == 1 and (percent := re.fullmatch(r"([1-9]\d?(\.\d*)?)%?", str(value))):
+                self.fail(f"{error.message} Did you mean {float(percent[1]) / 100:g}?", param, ctx)
             raise
         if math.isnan(number) or (math.isinf(number) and not self.infinity):
             self.fail(f"{value} is not a finite number", param, ctx)

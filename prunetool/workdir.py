@@ -354,7 +354,10 @@ def of(place: Path) -> Path:
         checksum.read_sealed(work / RUN_NAME)
         return work
     if work != place.absolute():
-        raise WorkError(work, "the work directory of this checkpoint, is gone", "calibrate again")
+        raise WorkError(
+            place, f"its work directory {work} is gone",
+            "a report or another sparsity needs another calibration",
+        )  # fmt: skip
     raise WorkError(
         place, "is neither a work directory nor a checkpoint of export", "name one of these"
     )

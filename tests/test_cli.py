@@ -62,6 +62,7 @@ def test_every_command_has_help_and_an_example(command):
         (["score"], "Missing option '--sparsity'"),
         (["score", "--sparsity", "1"], "not in the range"),
         (["score", "--sparsity", "20"], "not in the range 0<=x<1. Did you mean 0.2?"),
+        (["score", "--sparsity", "12.5%"], "not a valid float range. Did you mean 0.125?"),
         (["score", "--sparsity", ".2", "--target", "layers"], "name some of heads, channels"),
         (["score", "--sparsity", ".2", "--target", "heads,q"], "name some of heads, channels"),
         (["score", "--sparsity", ".2", "--target", "qk"], "newton does not score q,k; give wanda"),

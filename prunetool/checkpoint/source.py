@@ -175,7 +175,7 @@ def _no_directory(model: str) -> CheckpointError:
         todo = f"give the id: {url[1]}"
     elif path.is_file() and path.suffix == ".gguf":
         what, todo = "is a GGUF file", f"make it a checkpoint: prunetool convert {path.name} OUT"
-    elif path.is_file() and path.suffix == ".safetensors":
+    elif path.is_file() and path.suffix in (".safetensors", ".json"):
         what, todo = "is one file of a checkpoint", f"give its directory: {path.parent}"
     elif path.is_file() and path.suffix in PICKLED:
         what = "is a pickled file, which is never read"

@@ -116,7 +116,7 @@ def evaluate(
         console.write(sys.stdout, json.dumps(result) + "\n")
         if work:
             workdir.clear(work)
-        said += [f"perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]
+        said += [f"{model}, perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]
         if compared:
             _say(compared["against"], said)
 
@@ -178,7 +178,9 @@ def _say(compared: dict[str, Any], said: list[str]) -> None:
     said.append(f"{_shown(compared)} before")
     said.append(f"KL {compared['kl']:.4f} nats")
     for name, label in (("own", "own input"), ("same_input", "dense input")):
-        if errors[name]["mean"] is not None:
+        if errors[name]["worst"] == 0:  # of the same input: q and k were not pruned
+            said.append(f"no attention error on {label}")
+        elif errors[name]["mean"] is not None:
             said.append(
                 f"attention error on {label} {errors[name]['mean']:.4f} (worst "
                 f"{errors[name]['worst']:.4f}, layer {errors[name]['worst_layer']} head "

@@ -320,7 +320,8 @@ class TestOtherThings:
             tmp_path / "gguf",
             "holds GGUF files, no safetensors; make one a checkpoint: prunetool c",
         )
-        says(model / "model.safetensors", "is one file of a checkpoint; give its directory: ")
+        for name in ("model.safetensors", "config.json"):
+            says(model / name, "is one file of a checkpoint; give its directory: ")
         says(model / "pytorch_model.bin", "is a pickled file, which is never read; load it in")
         says(tmp_path / "notes", "is neither a directory nor a Hub id")
         says("https://huggingface.co/me/tiny/tree/main", "neither a directory nor a Hub id; give th"

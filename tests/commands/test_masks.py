@@ -42,9 +42,12 @@ def masked(run, records, out, *steps, compensate=False):
 
 
 def compared(run, out, dense, tmp_path):
-    done = run("evaluate", out, "--against", dense, "--tokens", tmp_path / "ids.npy",
+    return json.loads(evaluated(run, out, dense, tmp_path).stdout)
+
+
+def evaluated(run, out, dense, tmp_path):
+    return run("evaluate", out, "--against", dense, "--tokens", tmp_path / "ids.npy",
                "--sequence-length", 48, "--dtype", "float32")  # fmt: skip
-    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1, "attention_bias": True}],
@@ -119,8 +122,11 @@ def test_against_is_what_transformers_attention_says(
 
 def test_a_model_against_itself_has_no_error(checkpoint, run, tmp_path, held_out):  # noqa: F811
     dense = checkpoint()
-    against = compared(run, dense, dense, tmp_path)["against"]
+    done = evaluated(run, dense, dense, tmp_path)
+    against = json.loads(done.stdout)["against"]
     assert against["kl"] == 0
+    assert f"evaluate: {dense}, perplexity " in done.stderr
+    assert "no attention error on own input, no attention error on dense input" in done.stderr
     assert against["attention_error"]["own"]["worst"] == 0
     other = checkpoint("other", vocab_size=300)
     done = run("evaluate", dense, "--against", other, "--tokens", tmp_path / "ids.npy",
