@@ -65,10 +65,8 @@ def main() -> None:
     from prunetool.model import open_model
 
     config = open_model(str(given.model)).config
-    tokens = corpus.load(
-        given.model, config.vocab_size, [given.text], "text", None,
-        samples=given.samples, length=given.sequence_length,
-    )  # fmt: skip
+    text = corpus.Text([given.text], length=given.sequence_length)
+    tokens, _ = text.load(given.model, config.vocab_size, given.samples)
     with tempfile.TemporaryDirectory() as directory:
         ids, work = f"{directory}/ids.npy", f"{directory}/work"
         np.save(ids, tokens)

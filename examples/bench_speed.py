@@ -87,7 +87,8 @@ def calibration(model: Model, samples: int, length: int, work: Path) -> Calibrat
     work.mkdir()
     return Calibration(
         model, tokens, samples // 4, "structural", Precision("bfloat16", "float32"), work,
-        AttentionSamples(0, 0), streaming.batch_size(length), devices.start("auto"), Profile(None),
+        AttentionSamples(0, 0), streaming.batch_size(length), devices.start("auto"),
+        Profile(None), {},
     )  # fmt: skip
 
 

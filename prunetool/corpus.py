@@ -11,40 +11,64 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import safe_open
 
 from prunetool.errors import CorpusError
 from prunetool.text import read_text
-from prunetool.tokenizer import tokenize
+from prunetool.tokenizer import bos_id, tokenize
 
 PART_TOKENS = 1 << 20  # of a token file
 
 
-def load(
-    directory: Path,
-    vocab_size: int,
-    texts: Sequence[Path],
-    field: str,
-    tokens_path: Path | None,
-    *,
-    samples: int | None,
-    length: int,
-    shuffle: int | None = None,
-    bos: int | None = None,
-) -> np.ndarray:
-    """The sequences of text files or of a token file, (samples, length), int32.
+class Text(NamedTuple):
+    """What to give a model, and how it is cut.
 
-    See `read_text`, `tokenize`, `read_tokens` and `sequences`, which raise CorpusError.
+    Attributes:
+      texts: text files, joined.
+      field: of JSON lines.
+      tokens_path: a file of token ids instead.
+      length: tokens per sequence.
+      bos: ``auto``, ``always`` or ``never`` (`tokenizer.bos_id`).
     """
-    ids = (
-        read_tokens(tokens_path)
-        if tokens_path is not None
-        else tokenize(read_text(texts, field), directory)
-    )
-    where = tokens_path or ", ".join(map(str, texts))
-    return sequences(ids, samples, length, vocab_size, where, shuffle, bos)
+
+    texts: Sequence[Path] = ()
+    field: str = "text"
+    tokens_path: Path | None = None
+    length: int = 2048
+    bos: str = "auto"
+
+    @property
+    def files(self) -> list[Path]:
+        """All of its files."""
+        return [*self.texts, *([self.tokens_path] if self.tokens_path else [])]
+
+    def load(
+        self, directory: Path, vocab_size: int, samples: int | None, shuffle: int | None = None
+    ) -> tuple[np.ndarray, int | None]:
+        """The sequences by a checkpoint's tokenizer, and the BOS that each begins with.
+
+        See `read_text`, `tokenize`, `read_tokens`, `bos_id` and `sequences`, which raise
+        CorpusError.
+
+        Args:
+          directory: the checkpoint's.
+          vocab_size: of the checkpoint.
+          samples, shuffle: as `sequences`.
+
+        Returns:
+          (samples, length) int32; the BOS, or None.
+        """
+        bos = bos_id(directory, vocab_size, self.bos, self.tokens_path)
+        ids = (
+            tokenize(read_text(self.texts, self.field), directory)
+            if self.tokens_path is None
+            else read_tokens(self.tokens_path)
+        )
+        where = ", ".join(map(str, self.files))
+        return sequences(ids, samples, self.length, vocab_size, where, shuffle, bos), bos
 
 
 def read_tokens(path: Path) -> np.ndarray:

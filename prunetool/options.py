@@ -5,8 +5,9 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,27 +109,51 @@ output_opt = click.option(
     show_default="stdout",
 )  # fmt: skip
 revision_opt = click.option("--revision", help="Branch, tag or commit of a Hub model.")
-text_opt = click.option(
-    "--text", "texts", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
-    help="Text to use: plain or JSON lines (--text-field), also as .gz, .zst, .bz2 or .xz. "
-    "Several are joined.",
-)  # fmt: skip
-text_field_opt = click.option(
-    "--text-field", default="text", show_default=True, help="Field of JSON lines."
-)
-tokens_opt = click.option(
-    "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),
-    help="Token ids instead of text: .npy or .safetensors.",
-)  # fmt: skip
-bos_opt = click.option(
-    "--bos", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
-    help="Begin each window with the BOS token. auto: as the model's tokenizer does with a text; "
-    "to --tokens it adds none.",
-)  # fmt: skip
 length_opt = click.option(
     "--sequence-length", "length", default=2048, show_default=True,
-    type=click.IntRange(2, 1 << 20), help="Tokens a sequence.",
+    type=click.IntRange(2, 1 << 20), help="Tokens per sequence.",
 )  # fmt: skip
+TEXT = (
+    click.option(
+        "--text", "texts", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
+        help="Text to use: plain or JSON lines (--text-field), also as .gz, .zst, .bz2 or .xz. "
+        "Several are joined.",
+    ),
+    click.option(
+        "--text-field", default="text", show_default=True, help="Field of JSON lines."
+    ),
+    click.option(
+        "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),
+        help="Token ids instead of text: .npy or .safetensors.",
+    ),
+    length_opt,
+    click.option(
+        "--bos", type=click.Choice(["auto", "always", "never"]), default="auto",
+        show_default=True, help="Begin each window with the BOS token. auto: as the model's "
+        "tokenizer does with a text; to --tokens it adds none.",
+    ),
+)  # fmt: skip
+
+
+def text_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what text a model is given, as one argument ``text`` (`corpus.Text`)."""
+
+    @wraps(command)
+    def gathered(
+        *, texts: tuple[Path, ...], text_field: str, tokens_path: Path | None, length: int,
+        bos: str, **others: Any,
+    ) -> None:  # fmt: skip
+        if bool(texts) == bool(tokens_path):
+            raise click.UsageError("give either --text or --tokens")
+        from prunetool.corpus import Text
+
+        command(text=Text(texts, text_field, tokens_path, length, bos), **others)
+
+    for option in reversed(TEXT):
+        gathered = option(gathered)
+    return gathered
+
+
 dtype_opt = click.option(
     "--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
     show_default=True, help="Of the products; sums are float32. auto: bfloat16 where the "

@@ -321,8 +321,8 @@ def read_corpus(random: Random, path: str) -> None:
     )
     tokens = Path(path) if path.startswith("tokens/") else None
     text = Path("texts/a.txt" if path.endswith("tokenizer.json") else path)
-    corpus.load(
-        opened.directory, opened.config.vocab_size, [text], field, tokens, samples=4, length=16
+    corpus.Text([] if tokens else [text], field, tokens, 16).load(
+        opened.directory, opened.config.vocab_size, 4
     )
 
 

@@ -404,10 +404,10 @@ class TestClosedStreams:
 
 class TestPerplexity:
     def test_it_is_exp_of_the_loss_as_long_as_there_is_such_a_number(self):
-        assert evaluate._perplexity(2.0) == math.exp(2.0)
-        assert evaluate._perplexity(709.7) == math.exp(709.7)
+        assert evaluate.perplexity(2.0) == math.exp(2.0)
+        assert evaluate.perplexity(709.7) == math.exp(709.7)
         for loss in (709.79, 1e9, math.inf, math.nan):
-            assert evaluate._perplexity(loss) is None
+            assert evaluate.perplexity(loss) is None
 
     @pytest.mark.parametrize("against", [False, True])
     def test_a_model_that_knows_nothing_has_a_loss_and_no_perplexity(
@@ -494,10 +494,10 @@ ALLOWED = {
     "commands": {"options", "records", "console", "corpus", "checkpoint", "model", "steps",
                  "workdir", "plan", "devices", "profiling", "pruned", "streaming", "tokenizer",
                  "methods", "errors"},
-    "options": {"checkpoint", "console", "errors"},
-    "steps": {"records", "console", "checkpoint", "llama", "pruning", "model", "pruned",
-              "streaming", "workdir", "card", "devices", "profiling", "methods", "errors",
-              "loaders"},
+    "options": {"checkpoint", "console", "corpus", "errors"},
+    "steps": {"records", "console", "corpus", "plan", "checkpoint", "llama", "pruning", "model",
+              "pruned", "streaming", "workdir", "card", "devices", "profiling", "methods",
+              "errors", "loaders"},
     "plan": {"llama", "model", "pruning"},
     "devices": {"errors", "signals"},
     "profiling": set(),

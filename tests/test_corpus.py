@@ -375,7 +375,7 @@ def test_a_shape_beyond_the_file_takes_no_memory(tmp_path):
 def test_ids_that_are_none_are_refused_by_what_they_are(tmp_path, ids, says):
     np.save(tmp_path / "a.npy", ids)
     with pytest.raises(CorpusError, match=f"a.npy: .*{says}"):
-        corpus.load(tmp_path, 100, [], "text", tmp_path / "a.npy", samples=1, length=2)
+        corpus.Text(tokens_path=tmp_path / "a.npy", length=2).load(tmp_path, 100, 1)
 
 
 def test_token_files_of_other_kinds(tmp_path):
@@ -542,10 +542,8 @@ def test_memory_for_windows_does_not_grow_with_the_text(tmp_path, monkeypatch):
         for seed in (None, 0):
             tracemalloc.start()
             try:
-                tokens = corpus.load(
-                    tmp_path, 260, [tmp_path / "a.txt"], "text", None,
-                    samples=4, length=64, shuffle=seed,
-                )  # fmt: skip
+                given = corpus.Text([tmp_path / "a.txt"], length=64)
+                tokens, _ = given.load(tmp_path, 260, 4, seed)
                 peaks[lines, seed] = tracemalloc.get_traced_memory()[1]
             finally:
                 tracemalloc.stop()

@@ -1,25 +1,25 @@
 """``prunetool calibrate``."""
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from prunetool import __version__, console, options, records
-from prunetool.errors import ConfigError
+from prunetool import console, options
+
+if TYPE_CHECKING:
+    from prunetool.corpus import Text
 
 ATTENTION_LENGTH = 512  # the cost of learning grows with its square
 
 
 @click.command(cls=options.Command)
 @options.model_arg
-@options.text_opt
-@options.text_field_opt
-@options.tokens_opt
+@options.text_options
 @click.option(
     "--samples", default=128, show_default=True, type=click.IntRange(1), help="Sequences to use."
 )
-@options.length_opt
-@options.bos_opt
 @click.option(
     "--shuffle", type=click.IntRange(0), metavar="SEED",
     help="Draw windows at random positions of all the text, and so tokenise all of it, instead of "
@@ -72,12 +72,8 @@ ATTENTION_LENGTH = 512  # the cost of learning grows with its square
 @options.output_opt
 def calibrate(
     model: str,
-    texts: tuple[Path, ...],
-    text_field: str,
-    tokens_path: Path | None,
+    text: "Text",
     samples: int,
-    length: int,
-    bos: str,
     shuffle: int | None,
     held_out: int | None,
     stats: str,
@@ -106,10 +102,38 @@ def calibrate(
     Example:
       prunetool calibrate SmolLM2-135M --text wiki.txt --samples 32 > stats.jsonl
     """
-    if bool(texts) == bool(tokens_path):
-        raise click.UsageError("give either --text or --tokens")
     if held_out is None:
         held_out = max(samples // 8, min(samples - 1, 1))
+    _check(text.length, samples, held_out, attention_samples, attention_length)
+    if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
+        raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
+    options.keep_inputs([sink, profile], [model, *text.files])
+
+    from prunetool import devices, streaming
+    from prunetool.profiling import Profile
+    from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
+    from prunetool.steps.run import open_with_text
+
+    kept = min(text.length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
+    with console.summary("calibrate") as said:
+        team = devices.start(device, coordinator, processes, process_id)
+        opened, tokens, bos_id = open_with_text(model, revision, text, samples, shuffle)
+        work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
+        job = Calibration(
+            opened, tokens, held_out, stats,
+            Precision(options.product_dtype(dtype, opened.dtype), stats_dtype), work,
+            AttentionSamples(attention_samples, kept),
+            batch or streaming.batch_size(text.length) * devices.local_mesh().size, team,
+            Profile(profile), {"shuffle": shuffle, "bos": bos_id}, overwrite,
+        )  # fmt: skip
+        job.write(model, partial(options.open_sink, sink))
+        said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]
+
+
+def _check(
+    length: int, samples: int, held_out: int, attention_samples: int, attention_length: int | None
+) -> None:
+    """Refuse numbers that do not go together."""
     if held_out >= samples:
         raise click.BadParameter(f"{held_out} of {samples} samples leave none to fit")
     if 2 * attention_samples > samples:
@@ -121,78 +145,8 @@ def calibrate(
         raise click.BadParameter(
             f"--attention-length {attention_length} is beyond --sequence-length {length}"
         )
-
-    if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
-        raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
-    options.keep_inputs([sink, profile], [model, *texts, tokens_path])
-
-    from prunetool import corpus, devices, plan, streaming, tokenizer, workdir
-    from prunetool.checkpoint import checksum
-    from prunetool.checkpoint.writer import need_room
-    from prunetool.model import open_model
-    from prunetool.profiling import Profile
-    from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
-
-    kept = min(length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
-    attention = AttentionSamples(attention_samples, kept)
-
     if not held_out:
         console.log.warning(
             "no sample is held out: compensate will have no tokens to choose its damping on, and "
             "needs --damping NUMBER"
         )
-    with console.summary("calibrate") as said:
-        team = devices.start(device, coordinator, processes, process_id)
-        opened = open_model(model, revision)
-        opened.check_length(length)
-        bos_id = tokenizer.bos_id(opened.directory, opened.config.vocab_size, bos, tokens_path)
-        console.doing("reading text")
-        tokens = corpus.load(
-            opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,
-            samples=samples, length=length, shuffle=shuffle, bos=bos_id,
-        )  # fmt: skip
-        console.doing("checking")
-        work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
-        precision = Precision(options.product_dtype(dtype, opened.dtype), stats_dtype)
-        how = {
-            "samples": samples, "sequence_length": length, "shuffle": shuffle, "bos": bos_id,
-            "held_out": held_out, "stats": stats, "attention": list(attention),
-            **precision._asdict(),
-        }  # fmt: skip
-        known = opened.identity()
-        run = workdir.identity("calibrate", known, corpus.fingerprint(tokens), __version__, how)
-        header = records.Header(
-            str(opened.directory), model, checksum.of_json(known), str(work), opened.layers
-        ).after(options.history_step("calibrate", __version__, **how, tokens=run["tokens"]))
-        need = plan.stats_bytes(opened, stats, attention, stats_dtype)
-        need += plan.hidden_bytes(opened, *tokens.shape)
-        profiled = Profile(profile)
-        job = Calibration(
-            opened, tokens, held_out, stats, precision, work, attention,
-            batch or streaming.batch_size(length) * devices.local_mesh().size, team, profiled,
-            overwrite,
-        )  # fmt: skip
-        if not team.same(int(workdir.digest(run), 16)):
-            raise ConfigError(
-                "--coordinator", "the processes run different things",
-                "give all the same checkpoint, text and options",
-            )  # fmt: skip
-        # Process 0 holds the lock that a process alone would.
-        locked = work.with_name(f"{work.name}{team.suffix if team.index else ''}")
-        with workdir.lock(locked), profiled.trace():
-            for index in range(team.count):  # process 0 first: others may share its directory
-                if index == team.index:
-                    workdir.claim(work, run, overwrite=overwrite)
-                team.wait(f"claim of process {index}")
-            if not job.whole:
-                need_room(work, need - workdir.size_bytes(work, *workdir.CALIBRATED))
-            layers = console.progress(job.layers(), opened.layers)
-            if team.index == 0:
-                copied = workdir.records_copy(work, workdir.STATS)
-                with options.open_sink(sink) as stream, copied as copy:
-                    records.write(stream, header, layers, copy)
-            else:
-                for _ in layers:
-                    pass
-            team.leave()
-        said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]

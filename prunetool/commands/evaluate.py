@@ -1,28 +1,26 @@
 """``prunetool evaluate``."""
 
 import json
-import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prunetool import __version__, console, options
 
+if TYPE_CHECKING:
+    from prunetool.corpus import Text
+
 
 @click.command(cls=options.Command)
 @options.model_arg
-@options.text_opt
-@options.text_field_opt
-@options.tokens_opt
+@options.text_options
 @click.option(
     "--samples", type=click.IntRange(1), show_default="all the text has",
     help="Windows to measure, from the start, not overlapping.",
 )  # fmt: skip
-@options.length_opt
-@options.bos_opt
 @options.dtype_opt
 @options.device_opt
 @options.revision_opt
@@ -37,12 +35,8 @@ from prunetool import __version__, console, options
 @options.overwrite_opt
 def evaluate(
     model: str,
-    texts: tuple[Path, ...],
-    text_field: str,
-    tokens_path: Path | None,
+    text: "Text",
     samples: int | None,
-    length: int,
-    bos: str,
     dtype: str,
     device: str,
     revision: str | None,
@@ -60,70 +54,42 @@ def evaluate(
       prunetool evaluate OUT --text wiki.test.txt --samples 8 --dtype float32
       prunetool evaluate OUT --against MODEL --text wiki.test.txt > compared.json
     """
-    if bool(texts) == bool(tokens_path):
-        raise click.UsageError("give either --text or --tokens")
     if work and against:
         raise click.UsageError("--work is for one model, without --against")
     if overwrite and not work:
         raise click.UsageError("--overwrite is for --work")
-    from prunetool import corpus, devices, tokenizer, workdir
+    from prunetool import corpus, devices
     from prunetool.model import open_model
     from prunetool.steps.compare import compare
-    from prunetool.steps.evaluate import mean_loss
+    from prunetool.steps.evaluate import claimed, mean_loss, perplexity
+    from prunetool.steps.run import open_with_text
 
     with console.summary("evaluate") as said, ExitStack() as stack:
         devices.start(device)
-        opened = open_model(model, revision)
-        opened.check_length(length)
-        bos_id = tokenizer.bos_id(opened.directory, opened.config.vocab_size, bos, tokens_path)
-        console.doing("reading text")
-        tokens = corpus.load(
-            opened.directory, opened.config.vocab_size, texts, text_field, tokens_path,
-            samples=samples, length=length, bos=bos_id,
-        )  # fmt: skip
+        opened, tokens, bos_id = open_with_text(model, revision, text, samples)
         dtype = options.product_dtype(dtype, opened.dtype)
+        how = {
+            "samples": tokens.shape[0], "sequence_length": tokens.shape[1], "bos": bos_id,
+            "dtype": dtype,
+        }  # fmt: skip
         token_ids = corpus.fingerprint(tokens)
         if work:
             work = work.absolute()
-            stack.enter_context(workdir.lock(work))
-            run = workdir.identity(
-                "evaluate", opened.identity(), token_ids, __version__,
-                {
-                    "samples": tokens.shape[0], "sequence_length": length, "bos": bos_id,
-                    "dtype": dtype,
-                },
-            )  # fmt: skip
-            workdir.claim(work, run, overwrite=overwrite)
+            stack.enter_context(claimed(work, opened, token_ids, how, overwrite))
         if against is None:
             loss, compared = mean_loss(opened, tokens, dtype, work, overwrite=overwrite), {}
         else:
             comparison = compare(opened, open_model(against), tokens, dtype)
-            loss, compared = comparison.loss, {"against": _compared(against, comparison)}
+            loss, compared = comparison.loss, {"against": comparison.as_json(against)}
         result = {
-            "model": model,
-            "perplexity": _perplexity(loss),
-            "loss": loss,
-            "tokens": tokens.shape[0] * (length - 1),
-            "samples": tokens.shape[0],
-            "sequence_length": length,
-            "bos": bos_id,
-            "dtype": dtype,
-            "token_ids": token_ids,
-            "parameters": opened.parameters(),
-            "version": __version__,
-            **compared,
-        }
+            "model": model, "perplexity": perplexity(loss), "loss": loss,
+            "tokens": len(tokens) * (text.length - 1), **how, "token_ids": token_ids,
+            "parameters": opened.parameters(), "version": __version__, **compared,
+        }  # fmt: skip
         console.write(sys.stdout, json.dumps(result) + "\n")
-        if work:
-            workdir.clear(work)
         said += [f"{model}, perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]
         if compared:
             _say(compared["against"], said)
-
-
-def _perplexity(loss: float) -> float | None:
-    """exp(loss); None if that is too large for a float64, above 709 nats."""
-    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 def _shown(of: dict[str, Any]) -> str:
@@ -131,30 +97,6 @@ def _shown(of: dict[str, Any]) -> str:
     if of["perplexity"] is None:
         return f"too large for a number (loss {of['loss']:.1f} nats)"
     return f"{of['perplexity']:.4f}"
-
-
-def _compared(against: str, comparison: Any) -> dict[str, Any]:
-    """A comparison as JSON: NaN is null."""
-    import numpy as np
-
-    errors = {}
-    for name in ("own", "same_input"):
-        by_head = getattr(comparison, name)
-        known = np.isfinite(by_head)
-        layer, head = np.unravel_index(np.argmax(np.where(known, by_head, -1)), by_head.shape)
-        errors[name] = {
-            "mean": float(by_head[known].mean()) if known.any() else None,
-            "worst": float(by_head[layer, head]) if known.any() else None,
-            "worst_layer": int(layer), "worst_head": int(head),
-            "by_head": [[float(e) if e == e else None for e in row] for row in by_head],
-        }  # fmt: skip
-    return {
-        "model": against,
-        "perplexity": _perplexity(comparison.dense_loss),
-        "loss": comparison.dense_loss,
-        "kl": comparison.divergence,
-        "attention_error": errors,
-    }
 
 
 def _say(compared: dict[str, Any], said: list[str]) -> None:

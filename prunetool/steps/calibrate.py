@@ -1,17 +1,19 @@
 """The forward over the calibration sequences, layer by layer, with the sums it leaves."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from prunetool import console, records, streaming, workdir
+from prunetool import __version__, console, corpus, plan, records, streaming, workdir
 from prunetool.checkpoint import checksum
+from prunetool.checkpoint.writer import need_room
 from prunetool.devices import Team, local_mesh, own_terms, spec
 from prunetool.errors import ConfigError, RecordError
 from prunetool.llama import forward
@@ -53,6 +55,7 @@ class Calibration:
 
     Attributes:
       batch: sequences at a time.
+      chosen: how ``tokens`` were chosen, for the history.
       overwrite: start again if the checkpoint has changed since a run was killed.
     """
 
@@ -66,7 +69,63 @@ class Calibration:
     batch: int
     team: Team
     profile: Profile
+    chosen: Mapping[str, Any]
     overwrite: bool = False
+
+    def write(self, model: str, open_sink: Callable[[], AbstractContextManager[IO[str]]]) -> None:
+        """Claim the work directory, and write the records of all layers (process 0 alone does).
+
+        Args:
+          model: the checkpoint as the user named it.
+          open_sink: opens where they go.
+
+        Raises:
+          ConfigError: if the processes run different things.
+          WorkError: if the work directory is of another run, or the disk too small.
+        """
+        samples, length = self.tokens.shape
+        how = {
+            "samples": samples, "sequence_length": length, **self.chosen,
+            "held_out": self.held_out, "stats": self.stats, "attention": list(self.attention),
+            **self.precision._asdict(),
+        }  # fmt: skip
+        known, team = self.model.identity(), self.team
+        ids = corpus.fingerprint(self.tokens)
+        run = workdir.identity("calibrate", known, ids, __version__, how)
+        header = records.Header(
+            str(self.model.directory), model, checksum.of_json(known), str(self.work),
+            self.model.layers,
+        ).after(
+            {"command": "calibrate", "version": __version__, "options": how | {"tokens": ids}}
+        )  # fmt: skip
+        if not team.same(int(workdir.digest(run), 16)):
+            raise ConfigError(
+                "--coordinator", "the processes run different things",
+                "give all the same checkpoint, text and options",
+            )  # fmt: skip
+        # Process 0 holds the lock that a process alone would.
+        locked = self.work.with_name(f"{self.work.name}{team.suffix if team.index else ''}")
+        with workdir.lock(locked), self.profile.trace():
+            for index in range(team.count):  # process 0 first: others may share its directory
+                if index == team.index:
+                    workdir.claim(self.work, run, overwrite=self.overwrite)
+                team.wait(f"claim of process {index}")
+            if not self.whole:
+                self._need_room()
+            layers = console.progress(self.layers(), self.model.layers)
+            if team.index == 0:
+                copied = workdir.records_copy(self.work, workdir.STATS)
+                with open_sink() as stream, copied as copy:
+                    records.write(stream, header, layers, copy)
+            else:
+                for _ in layers:
+                    pass
+            team.leave()
+
+    def _need_room(self) -> None:
+        need = plan.stats_bytes(self.model, self.stats, self.attention, self.precision.stats_dtype)
+        need += plan.hidden_bytes(self.model, *self.tokens.shape)
+        need_room(self.work, need - workdir.size_bytes(self.work, *workdir.CALIBRATED))
 
     def layers(self) -> Iterator[records.LayerRecord]:
         """Give each layer's record once its files are whole, going on where a run stopped."""

@@ -15,7 +15,7 @@ from prunetool.llama import forward
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
 from prunetool.pruning import attention_loss
-from prunetool.steps.evaluate import Ends, count_pieces, layer_step, pieces
+from prunetool.steps.evaluate import Ends, count_pieces, layer_step, perplexity, pieces
 
 
 class Comparison(NamedTuple):
@@ -34,6 +34,27 @@ class Comparison(NamedTuple):
     divergence: float
     own: np.ndarray
     same_input: np.ndarray
+
+    def as_json(self, against: str) -> dict[str, Any]:
+        """The same for JSON, with what the other model was called; NaN is null."""
+        errors = {}
+        for name in ("own", "same_input"):
+            by_head = getattr(self, name)
+            known = np.isfinite(by_head)
+            layer, head = np.unravel_index(np.argmax(np.where(known, by_head, -1)), by_head.shape)
+            errors[name] = {
+                "mean": float(by_head[known].mean()) if known.any() else None,
+                "worst": float(by_head[layer, head]) if known.any() else None,
+                "worst_layer": int(layer), "worst_head": int(head),
+                "by_head": [[float(e) if e == e else None for e in row] for row in by_head],
+            }  # fmt: skip
+        return {
+            "model": against,
+            "perplexity": perplexity(self.dense_loss),
+            "loss": self.dense_loss,
+            "kl": self.divergence,
+            "attention_error": errors,
+        }
 
 
 def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Comparison:

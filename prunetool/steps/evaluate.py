@@ -1,16 +1,19 @@
 """The mean loss of a checkpoint on sequences, layer by layer."""
 
+import math
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunetool import console, streaming, workdir
+from prunetool import __version__, console, streaming, workdir
 from prunetool.checkpoint.writer import need_room
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer
@@ -18,6 +21,31 @@ from prunetool.model import Model
 from prunetool.pruned import recall_weights
 
 LOGIT_TOKENS = 256  # tokens whose logits, (V, 256) float32, exist at a time
+
+
+@contextmanager
+def claimed(
+    work: Path, model: Model, token_ids: str, how: Mapping[str, Any], overwrite: bool
+) -> Iterator[None]:
+    """Keep other runs out of a work directory, and delete it once the measure is taken.
+
+    Args:
+      work: the directory, which a killed run of the same leaves to go on with.
+      model: the checkpoint.
+      token_ids: digest of the tokens.
+      how: all else that decides the result.
+      overwrite: drop another run there.
+    """
+    with workdir.lock(work):
+        run = workdir.identity("evaluate", model.identity(), token_ids, __version__, how)
+        workdir.claim(work, run, overwrite=overwrite)
+        yield
+        workdir.clear(work)
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss); None if that is too large for a float64, above 709 nats."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 def mean_loss(

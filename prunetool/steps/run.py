@@ -1,4 +1,4 @@
-"""What the steps that read records and write records have in common: score and compensate."""
+"""What steps have in common: a model with text; a stream of records read, and another written."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,10 +9,34 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.checkpoint.writer import need_room
+from prunetool.corpus import Text
 from prunetool.errors import naming
-from prunetool.model import Model
+from prunetool.model import Model, open_model
 from prunetool.profiling import Profile
 from prunetool.pruned import reopen
+
+
+def open_with_text(
+    model: str, revision: str | None, text: Text, samples: int | None, shuffle: int | None = None
+) -> tuple[Model, np.ndarray, int | None]:
+    """Open a checkpoint and cut text for it.
+
+    Args:
+      model: a directory or Hub id.
+      revision: of the Hub model.
+      text: the text.
+      samples, shuffle: as `corpus.sequences`.
+
+    Returns:
+      The checkpoint; the sequences, (samples, N), int32; the BOS that each begins with, or None.
+    """
+    opened = open_model(model, revision)
+    opened.check_length(text.length)
+    console.doing("reading text")
+    tokens, bos = text.load(opened.directory, opened.config.vocab_size, samples, shuffle)
+    console.doing("checking")
+    return opened, tokens, bos
+
 
 Arrays = dict[str, np.ndarray]
 
