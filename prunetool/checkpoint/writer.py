@@ -383,7 +383,7 @@ def _write_shard(
                     raise AssertionError(f"{found} was made, not {chunk}")
                 for name, array in tensors.items():
                     file.seek(starts[name])
-                    # The buffer as it lies in memory: a transposed view would come out wrong.
+                    # In the order that the header says, not as a view may lie in memory.
                     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 yield tensors
         with safe_open(partial, "numpy", backend="pread"):
