@@ -80,15 +80,8 @@ class Export:
             raise WorkError(out, "is the model itself", "name another directory")
         self.companions = companions(self.model.directory)
         along = {name: checksum.of_bytes(data) for name, data in self.companions.items()}
-        run = workdir.digest(
-            [
-                header.fingerprint,
-                header.history,
-                dict(self.model.config.raw),
-                along,
-                max_shard_bytes,
-            ]
-        )
+        config = dict(self.model.config.raw)
+        run = workdir.digest([header.fingerprint, header.history, config, along, max_shard_bytes])
         read = {tensor.shard for tensor in self.model.index.values()}
         read |= {self.model.directory / name for name in ("config.json", *self.companions)}
         self.writer = CheckpointWriter(
@@ -122,7 +115,7 @@ class Export:
         if kind == "pruned_llama":
             target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
         chunks = [
-            {n: TensorSpec(dtype_of(model.index[n]), shape) for n, shape in chunk.items()}
+            {name: TensorSpec(dtype_of(model.index[name]), shape) for name, shape in chunk.items()}
             for chunk in tensor_chunks(target)
         ]
 

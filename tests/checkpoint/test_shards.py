@@ -24,6 +24,7 @@ def spec(size):
 def test_a_shard_holds_as_many_chunks_as_fit_and_a_larger_one_is_alone(sizes, limit):
     shards = split([spec(size) for size in sizes], limit)
     assert [number for shard in shards for number in shard] == list(range(len(sizes)))
+    assert all(shards), "none is empty"
     filled = [sum(2 * sizes[number] for number in shard) for shard in shards]
     for shard, following, size in zip(shards, [*shards[1:], None], filled, strict=True):
         assert size <= limit or len(shard) == 1

@@ -86,6 +86,17 @@ def test_another_dtype_or_another_file_does_not_go_on(tmp_path, gguf_path, run):
     assert files(out) == files(tmp_path / "whole")
 
 
+def test_shards_are_as_large_as_asked_and_another_size_does_not_go_on(tmp_path, gguf_path, run):
+    out = tmp_path / "out"
+    kill_after(2, gguf_path, out)
+    assert "is not empty" in run("convert", gguf_path, out, ok=False).stderr
+    run("convert", gguf_path, out, "--overwrite")
+    assert [path.name for path in out.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+    convert_gguf(gguf_path, tmp_path / "whole", "bfloat16", max_shard_bytes=10**9, overwrite=False)
+    for name, data in files(tmp_path / "whole").items():
+        assert name == ".prunetool.json" or (out / name).read_bytes() == data
+
+
 def test_a_renamed_file_and_any_part_of_a_split_one_go_on(tmp_path, gguf_path, run):
     kill_after(2, gguf_path, tmp_path / "out")
     gguf_path.rename(tmp_path / "n.gguf")
