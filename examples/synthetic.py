@@ -12,9 +12,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from prunetool.checkpoint.writer import CheckpointWriter, need_room, write_json
+from prunetool.checkpoint.shards import TensorSpec
+from prunetool.checkpoint.writer import CheckpointWriter, write_json
 from prunetool.llama.config import parse_config
-from prunetool.llama.weights import EMBEDDING, FINAL_NORM, HEAD, part_shapes, tensor_name
+from prunetool.llama.weights import tensor_chunks
 
 SHAPES = {
     "llama-2-7b": {
@@ -43,24 +44,18 @@ def make_checkpoint(out: Path, shape: dict[str, object]) -> CheckpointWriter:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", **shape,
     }  # fmt: skip
-    config = parse_config(raw, out / "config.json")
-    layers, vocabulary, D = config.layers, config.vocab_size, config.hidden_size
-    shapes = part_shapes(config, config.layer_shapes[0])
-    count = layers * sum(int(np.prod(shape)) for shape in shapes.values()) + 2 * vocabulary * D + D
-    need_room(out, 2 * count)
-
-    random = np.random.default_rng(0)
-    writer = CheckpointWriter(out, layers + 1)
-    shards = [
-        {tensor_name(n, part): shape for part, shape in shapes.items()} for n in range(layers)
+    chunks = [
+        {name: TensorSpec("bfloat16", shape) for name, shape in chunk.items()}
+        for chunk in tensor_chunks(parse_config(raw, out / "config.json"))
     ]
-    shards.append({EMBEDDING: (vocabulary, D), FINAL_NORM: (D,), HEAD: (vocabulary, D)})
-    for shard in shards:
-        writer.write(
-            lambda shard=shard: {
-                name: random_matrix(random, shape) for name, shape in shard.items()
-            }
-        )
+    random = np.random.default_rng(0)
+    writer = CheckpointWriter(out)
+    for _ in writer.write(
+        chunks,
+        lambda n: {name: random_matrix(random, spec.shape) for name, spec in chunks[n].items()},
+        max_shard_bytes=5 * 10**9,
+    ):
+        pass
     write_json(out / "config.json", raw)
     writer.close()
     return writer

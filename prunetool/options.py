@@ -18,6 +18,8 @@ from prunetool.errors import RecordError, shown
 
 # Where files that a process has open go by other names; macOS has no /proc.
 OPEN_FILES = "/proc" if sys.platform == "linux" else "/dev/fd"
+# As the Hub's libraries read it, and binary units, and bytes.
+SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) ?(?:([KMGT])(i?)B|B)?", re.ASCII | re.IGNORECASE)
 Parameter = click.Parameter
 VERBOSITY = (
     click.Option(
@@ -90,6 +92,18 @@ def _dampings(_: click.Context, __: Parameter, value: str) -> tuple[float, ...] 
     return numbers
 
 
+def _size_bytes(_: click.Context, __: Parameter, value: str) -> int:
+    said = SIZE.fullmatch(value)
+    if said is None:
+        raise click.BadParameter("give a size as 5GB, 500MB, 2GiB, or bytes")
+    number, unit, binary = said.groups("")
+    power = " KMGT".index(unit.upper() or " ")
+    size = round(float(number) * math.pow(1024 if binary else 1000, power))
+    if size < 1:
+        raise click.BadParameter("a size is a byte or more")
+    return size
+
+
 def named(_: click.Context, __: Parameter, path: Path | None) -> Path | None:
     """A directory to write that has a name, and so room for its lock beside it: not the root."""
     if path and path.name == "..":
@@ -160,6 +174,11 @@ dtype_opt = click.option(
     "checkpoint is, else float32.",
 )  # fmt: skip
 overwrite_opt = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+max_shard_size_opt = click.option(
+    "--max-shard-size", "max_shard_bytes", metavar="SIZE", callback=_size_bytes, default="5GB",
+    show_default=True, help="Most bytes of a shard, as 5GB, 2GiB or 1000000. No layer is split: "
+    "a larger one is a shard of its own, as is a larger embedding or head.",
+)  # fmt: skip
 damping_opt = click.option(
     "--damping", "dampings", default="auto", show_default=True, callback=_dampings,
     help="Of the refit, as a fraction of the Gram matrix's mean diagonal. auto tries "

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from prunetool import cli
+from prunetool.checkpoint.shards import TensorSpec
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_shapes
 
@@ -128,6 +129,23 @@ def checkpoint(tmp_path):
         return write_checkpoint(tmp_path / name, config, dtype=dtype, shards=shards, seed=seed)
 
     return make
+
+
+def specs_of(chunks):
+    """What `CheckpointWriter` is told of chunks of arrays."""
+    return [
+        {name: TensorSpec(array.dtype.name, array.shape) for name, array in chunk.items()}
+        for chunk in chunks
+    ]
+
+
+def write_chunks(writer, chunks, whole=None):
+    """Write arrays, a shard a chunk; leave it in the shard behind the first ``whole`` ones."""
+    written = writer.write(specs_of(chunks), chunks.__getitem__, max_shard_bytes=1)
+    for number, _ in enumerate(written):
+        if number == whole:
+            break
+    written.close()
 
 
 @pytest.fixture

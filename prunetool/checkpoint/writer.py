@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
+from prunetool.checkpoint.shards import Chunk, TensorSpec, layout, split
 from prunetool.errors import CheckpointError, WorkError
 
 UNFINISHED = ".unfinished"  # in a checkpoint being written: its run, and checksums by file
@@ -41,6 +42,7 @@ LICENSE_FILES = (
 # Where transformers keeps chat templates besides the default one.
 TEMPLATES = "additional_chat_templates"
 TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
+SHARDS = "model-?????-of-?????.safetensors"
 WRITTEN = re.compile(
     r"model-\d{5}-of-\d{5}\.safetensors|(configuration|modeling|mlx)_pruned_llama\.py"
 )
@@ -175,11 +177,10 @@ State = Literal["free", "begun", "whole", "replaced"]
 class CheckpointWriter:
     """Writes a checkpoint shard by shard; the directory counts as a checkpoint after `close`.
 
-    Nothing is changed before the first `write`.
+    Nothing is changed before `write`.
 
     Args:
       directory: where.
-      shards: how many there will be (their number is part of each name).
       overwrite: replace the files of a checkpoint that is there; others stay.
       run: what decides the bytes written. A killed writer of the same run is resumed, with
         ``overwrite`` or without. Empty: never.
@@ -200,7 +201,6 @@ class CheckpointWriter:
     def __init__(
         self,
         directory: Path,
-        shards: int,
         *,
         overwrite: bool = False,
         run: str = "",
@@ -208,18 +208,16 @@ class CheckpointWriter:
         files: Sequence[str] = (),
         inputs: Sequence[Path] = (),
     ) -> None:
-        self._shards = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
         self._files = files
         self.directory, self._run, self._work = directory, run, work
         begun = _sealed(directory / UNFINISHED)
         self.state = self._find(overwrite, begun["run"])
         if self.state in ("begun", "replaced"):
             self._protect(inputs, begun["files"])
-        self._sums = dict.fromkeys([*self._shards, *files], "")
+        self._sums = dict.fromkeys(files, "")
         if self.state == "begun":
             self._sums |= begun["files"]
         self._weight_map: dict[str, str] = {}
-        self._written = 0
         self.size_bytes = 0
         self.parameters = 0
 
@@ -234,7 +232,7 @@ class CheckpointWriter:
             return "begun"
         manifest = _sealed(directory / MANIFEST)
         if self._run and manifest["run"] == self._run:
-            sums = dict.fromkeys([*self._shards, INDEX_NAME], "") | manifest["files"]
+            sums = {INDEX_NAME: "", **manifest["files"]}
             damaged = [n for n, total in sums.items() if not _is_whole(directory / n, total)]
             if not damaged:
                 return "whole"
@@ -263,7 +261,8 @@ class CheckpointWriter:
             ]
         else:
             owned = _owned(self.directory)
-            names = {*self._shards, *self._files} - owned
+            shards = {path.name for path in self.directory.glob(SHARDS)}
+            names = {*shards, *self._files} - owned
             # Data of another checkpoint must not stay beside the new one; what is not replaced by
             # a file of its name may be of use to somebody.
             left = {*DATA_FILES, *templates(self.directory)} - names
@@ -281,24 +280,13 @@ class CheckpointWriter:
                 "move it away, or name another directory",
             )  # fmt: skip
 
-    def need_room(self, needed_bytes: int) -> None:
-        """Refuse if the disk cannot hold so many bytes of tensors, less those that are there.
-
-        Raises:
-          WorkError: with the bytes missing.
-        """
-        there = [self.directory / name for name in self._shards] if self.state == "begun" else []
-        need_room(
-            self.directory, needed_bytes - sum(p.stat().st_size for p in there if p.is_file())
-        )
-
     def _begin(self) -> None:
         """Make the directory this run's."""
         if self.state in ("whole", "begun"):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         # A directory half cleared must not look whole, nor like something else.
-        names = (*_owned(self.directory), *self._shards, *self._files)
+        names = (*_owned(self.directory), *self._sums)
         old = sorted({name for name in names if _is_there(self.directory / name)})
         self._mark("", dict.fromkeys(old, ""))
         (self.directory / INDEX_NAME).unlink(missing_ok=True)
@@ -313,28 +301,48 @@ class CheckpointWriter:
     def _mark(self, run: str, sums: Mapping[str, str]) -> None:
         write_json(self.directory / UNFINISHED, checksum.sealed({"run": run, "files": sums}))
 
-    def write(self, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-        """Make and write the next shard, or read it if the run wrote it before it was killed.
+    def write(
+        self,
+        chunks: Sequence[Chunk],
+        make: Callable[[int], Mapping[str, np.ndarray]],
+        max_shard_bytes: int,
+    ) -> Iterator[Mapping[str, np.ndarray]]:
+        """Make and write chunk after chunk; read those of shards that the killed run finished.
 
-        Returns:
-          Its tensors.
+        Args:
+          chunks: of all tensors.
+          make: the tensors of a chunk, by its number.
+          max_shard_bytes: of a shard (`split`).
+
+        Yields:
+          The tensors of each chunk.
+
+        Raises:
+          WorkError: before the first is made, if the disk cannot hold those that are not there.
         """
+        shards = split(chunks, max_shard_bytes)
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        specs = [spec for chunk in chunks for spec in chunk.values()]
+        self.size_bytes = sum(spec.size_bytes for spec in specs)
+        self.parameters = sum(spec.size for spec in specs)
+        there = [self.directory / name for name in names] if self.state == "begun" else []
+        need_room(
+            self.directory, self.size_bytes - sum(p.stat().st_size for p in there if p.is_file())
+        )
+        self._sums = dict.fromkeys(names, "") | self._sums
         self._begin()
-        name = self._shards[self._written]
-        self._written += 1
-        path = self.directory / name
-        if _is_whole(path, self._sums[name]):
-            with safe_open(path, "numpy", backend="pread") as file:
-                tensors: Mapping[str, np.ndarray] = file.get_tensors()
-        else:
-            tensors = make()
-            write_tensors(path, tensors)
-            self._sums[name] = checksum.of_file(path)
-            self._mark(self._run, self._sums)
-        self._weight_map.update(dict.fromkeys(tensors, name))
-        self.size_bytes += sum(array.nbytes for array in tensors.values())
-        self.parameters += sum(array.size for array in tensors.values())
-        return tensors
+        for name, numbers in zip(names, shards, strict=True):
+            of_shard = [chunks[number] for number in numbers]
+            self._weight_map |= {tensor: name for chunk in of_shard for tensor in chunk}
+            path = self.directory / name
+            if _is_whole(path, self._sums[name]):
+                with safe_open(path, "numpy", backend="pread") as file:
+                    for chunk in of_shard:
+                        yield {tensor: file.get_tensor(tensor) for tensor in chunk}
+            else:
+                yield from _write_shard(path, of_shard, map(make, numbers))
+                self._sums[name] = checksum.of_file(path)
+                self._mark(self._run, self._sums)
 
     def put(self, name: str, data: bytes) -> None:
         """Write another file of the checkpoint."""
@@ -345,8 +353,8 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Write the index, which makes the directory a checkpoint."""
-        if self._written != len(self._shards):
-            raise AssertionError(f"{self._written} of {len(self._shards)} shards were written")
+        if unwritten := [n for n in self._weight_map.values() if not self._sums[n]]:
+            raise AssertionError(f"{unwritten[0]} was not written to its end")
         metadata = {"total_size": self.size_bytes, "total_parameters": self.parameters}
         index = {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))}
         data = json_bytes(index)
@@ -357,6 +365,29 @@ class CheckpointWriter:
             write_json(self.directory / MANIFEST, manifest)
         write_bytes(self.directory / INDEX_NAME, data)
         (self.directory / UNFINISHED).unlink()
+
+
+def _write_shard(
+    path: Path, chunks: Sequence[Chunk], made: Iterable[Mapping[str, np.ndarray]]
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Write a shard atomically, a chunk at a time, each as it is made; gives their tensors."""
+    header, starts = layout({name: spec for chunk in chunks for name, spec in chunk.items()})
+    with atomic(path) as partial:
+        with partial.open("r+b") as file:
+            file.write(header)
+            for chunk, tensors in zip(chunks, made, strict=True):
+                found = {
+                    n: TensorSpec(array.dtype.name, array.shape) for n, array in tensors.items()
+                }
+                if found != chunk:
+                    raise AssertionError(f"{found} was made, not {chunk}")
+                for name, array in tensors.items():
+                    file.seek(starts[name])
+                    # In the order that the header says, not as a view may lie in memory.
+                    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                yield tensors
+        with safe_open(partial, "numpy", backend="pread"):
+            pass  # its header fits its length
 
 
 def work_of(directory: Path) -> str:
@@ -422,7 +453,7 @@ def _owned(directory: Path) -> set[str]:
     for path in (directory / MANIFEST, directory / UNFINISHED):
         named |= _sealed(path)["files"].keys()
     if _is_there(directory / UNFINISHED):
-        named |= {path.name for path in directory.glob("model-?????-of-?????.safetensors")}
+        named |= {path.name for path in directory.glob(SHARDS)}
     inside = {name for name in named if name == Path(name).name} | named & templates(directory)
     return {name for name in inside if _is_there(directory / name)}
 

@@ -14,13 +14,14 @@ from prunetool import console, options
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16",
     show_default=True, help="Of the tensors written.",
 )  # fmt: skip
+@options.max_shard_size_opt
 @options.overwrite_opt
-def convert(gguf_path: Path, out: Path, dtype: str, overwrite: bool) -> None:
+def convert(gguf_path: Path, out: Path, dtype: str, max_shard_bytes: int, overwrite: bool) -> None:
     """Turn a llama GGUF file into a checkpoint directory.
 
     Dequantises, puts the rows of q and k back in order, and rebuilds config.json and
     tokenizer.json. One layer at a time. Of a split model, name any part. Killed, the same command
-    goes on after the last whole layer.
+    goes on after the last whole shard.
 
     \b
     Example:
@@ -29,4 +30,6 @@ def convert(gguf_path: Path, out: Path, dtype: str, overwrite: bool) -> None:
     from prunetool.steps.convert import convert_gguf
 
     with console.summary("convert") as said:
-        said += convert_gguf(gguf_path, out, dtype, overwrite=overwrite)
+        said += convert_gguf(
+            gguf_path, out, dtype, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+        )

@@ -16,13 +16,14 @@ from prunetool import __version__, console, options, records
     help="auto: really smaller matrices, as a stock architecture where the layers are alike, else "
     "with a loader file. dense: the original shapes with zeros, loadable everywhere.",
 )  # fmt: skip
+@options.max_shard_size_opt
 @options.overwrite_opt
-def export(out: Path, source: str, form: str, overwrite: bool) -> None:
+def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: bool) -> None:
     """Write the pruned checkpoint to the directory OUT.
 
     Reads the records of score or compensate, all of them before anything is written. OUT is a
     checkpoint only once its index is there, which is written last. Killed, the same command goes on
-    after the last whole layer.
+    after the last whole shard.
 
     \b
     Example:
@@ -36,7 +37,10 @@ def export(out: Path, source: str, form: str, overwrite: bool) -> None:
         header = header.after(options.history_step("export", __version__, format=form))
         inputs = [] if source == "-" else [Path(source)]
         with workdir.lock(out.absolute()):
-            job = Export(header, out, dense=form == "dense", overwrite=overwrite, inputs=inputs)
+            job = Export(
+                header, out, dense=form == "dense", max_shard_bytes=max_shard_bytes,
+                overwrite=overwrite, inputs=inputs,
+            )  # fmt: skip
             said += job.write(list(layers))
     _say_next(out, Path(header.work))
 

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +97,13 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied:
         shapes[HEAD] = (V, D)
     return shapes
+
+
+def tensor_chunks(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:
+    """The same by what is made at a time: the embedding, each layer, the norm, the head."""
+    shapes = tensor_shapes(config)
+    chunks = groupby(shapes, lambda name: name.split(".")[:3])  # model.layers.0
+    return [{name: shapes[name] for name in names} for _, names in chunks]
 
 
 def map_layer(function: Callable[[Array], Array], layer: Layer) -> Layer:

@@ -1,8 +1,6 @@
 """A GGUF file made a checkpoint directory."""
 
 import json
-import math
-from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -11,21 +9,22 @@ import numpy as np
 from prunetool import __version__, console, workdir
 from prunetool.checkpoint.gguf import GGUFModel
 from prunetool.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_config
-from prunetool.checkpoint.writer import (
-    CheckpointWriter,
-    json_bytes,
-)
+from prunetool.checkpoint.shards import TensorSpec
+from prunetool.checkpoint.writer import CheckpointWriter, json_bytes
 from prunetool.llama.config import parse_config
-from prunetool.llama.weights import part_shapes, tensor_name, tensor_shapes
+from prunetool.llama.weights import tensor_chunks, tensor_shapes
 
 
-def convert_gguf(path: Path, out: Path, dtype: str, *, overwrite: bool) -> list[str]:
+def convert_gguf(
+    path: Path, out: Path, dtype: str, *, max_shard_bytes: int, overwrite: bool
+) -> list[str]:
     """Write the checkpoint of a GGUF file, its index last; killed, go on with it.
 
     Args:
       path: the GGUF file, or one part of a split one.
       out: the directory.
       dtype: of the tensors, NumPy's name.
+      max_shard_bytes: of the tensors in a file (`CheckpointWriter.write`).
       overwrite: replace a checkpoint that is there.
 
     Returns:
@@ -38,7 +37,6 @@ def convert_gguf(path: Path, out: Path, dtype: str, *, overwrite: bool) -> list[
     model = GGUFModel(path)
     config = model.config(dtype)
     parsed = parse_config(config, model.path)
-    shapes = tensor_shapes(parsed)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tokenizer = json.loads(build_tokenizer(model).to_str())
     files = {
@@ -48,23 +46,24 @@ def convert_gguf(path: Path, out: Path, dtype: str, *, overwrite: bool) -> list[
         "tokenizer_config.json": json_bytes(tokenizer_config(model)),
     }
     target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    shards = [
-        [tensor_name(layer, part) for part in part_shapes(parsed, shape)]
-        for layer, shape in enumerate(parsed.layer_shapes)
+    chunks = [
+        {name: TensorSpec(dtype, shape) for name, shape in chunk.items()}
+        for chunk in tensor_chunks(parsed)
     ]
-    shards.append([name for name in shapes if not name.startswith("model.layers.")])
 
-    run = workdir.digest([model.fingerprint(), dtype, __version__])
+    run = workdir.digest([model.fingerprint(), dtype, __version__, max_shard_bytes])
     with workdir.lock(out.absolute()):
         writer = CheckpointWriter(
-            out, len(shards), overwrite=overwrite, run=run, files=list(files), inputs=model.parts
+            out, overwrite=overwrite, run=run, files=list(files), inputs=model.parts
         )
         if writer.state == "whole":
             return [f"{out} holds it already (delete it to write it again)"]
-        model.check(shapes, target)
-        writer.need_room(sum(math.prod(shape) for shape in shapes.values()) * target.itemsize)
-        for tensors in console.progress(shards, len(shards), what="shard"):
-            writer.write(partial(model.tensors, tensors, target))
+        model.check(tensor_shapes(parsed), target)
+        written = writer.write(
+            chunks, lambda number: model.tensors(chunks[number], target), max_shard_bytes
+        )
+        for _ in console.progress(written, len(chunks), what="part"):
+            pass
         for name, data in files.items():
             writer.put(name, data)
         writer.close()

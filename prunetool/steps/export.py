@@ -14,6 +14,7 @@ from prunetool.card import model_card
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.index import read_json
 from prunetool.checkpoint.reader import dtype_of
+from prunetool.checkpoint.shards import TensorSpec
 from prunetool.checkpoint.writer import (
     LICENSE_FILES,
     TOKENIZER_FILES,
@@ -25,16 +26,13 @@ from prunetool.errors import RecordError, WorkError, shown
 from prunetool.llama import forms
 from prunetool.llama.config import LayerShape
 from prunetool.llama.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
     MATRICES,
     Layer,
     part_shapes,
     scatter,
     select,
+    tensor_chunks,
     tensor_name,
-    tensor_shapes,
 )
 from prunetool.model import Model
 from prunetool.pruned import CHANNELS, HEADS, kept_units, masks, reopen
@@ -55,6 +53,7 @@ class Export:
       header: of the stream, with this step in its history.
       out: the directory.
       dense: keep the original shapes, with zeros.
+      max_shard_bytes: of the tensors in a file (`CheckpointWriter.write`).
       overwrite: replace a checkpoint that is there.
       inputs: files that are read, which stay.
 
@@ -70,22 +69,23 @@ class Export:
         out: Path,
         *,
         dense: bool,
+        max_shard_bytes: int,
         overwrite: bool,
         inputs: Sequence[Path] = (),
     ) -> None:
         self.header, self.out, self.dense = header, out, dense
+        self.max_shard_bytes = max_shard_bytes
         self.model, self.work = reopen(header), Path(header.work)
         if out.exists() and out.resolve() == self.model.directory:
             raise WorkError(out, "is the model itself", "name another directory")
         self.companions = companions(self.model.directory)
         along = {name: checksum.of_bytes(data) for name, data in self.companions.items()}
-        run = workdir.digest(
-            [header.fingerprint, header.history, dict(self.model.config.raw), along]
-        )
+        config = dict(self.model.config.raw)
+        run = workdir.digest([header.fingerprint, header.history, config, along, max_shard_bytes])
         read = {tensor.shard for tensor in self.model.index.values()}
         read |= {self.model.directory / name for name in ("config.json", *self.companions)}
         self.writer = CheckpointWriter(
-            out, self.model.layers + 1, overwrite=overwrite, run=run, work=header.work,
+            out, overwrite=overwrite, run=run, work=header.work,
             files=sorted({
                 "config.json", TOKENIZER_CONFIG, *self.companions, *forms.LOADER_FILES, "README.md"
             }),
@@ -114,40 +114,34 @@ class Export:
         kind = forms.choose_form(target)
         if kind == "pruned_llama":
             target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
-        itemsize = np.dtype(model.dtype).itemsize
-        count = sum(int(np.prod(shape)) for shape in tensor_shapes(target).values())
-        writer.need_room(count * itemsize)
+        chunks = [
+            {name: TensorSpec(dtype_of(model.index[name]), shape) for name, shape in chunk.items()}
+            for chunk in tensor_chunks(target)
+        ]
+
+        def make(number: int) -> dict[str, np.ndarray]:
+            n = number - 1  # the embedding comes first
+            if n not in range(model.layers):
+                return {name: model.read(name) for name in chunks[number]}
+            if dense:
+                places = [np.flatnonzero(kept[n][unit]) for unit in (HEADS, CHANNELS)]
+            else:
+                places = [np.arange(shapes[n].kv_heads), np.arange(shapes[n].channels)]
+            layer = _pruned_layer(model, self.work, made[n], kept[n])
+            layer = scatter(layer, shapes[n], target.layer_shapes[n], *places)
+            return {
+                tensor_name(n, part): array
+                for part, array in layer._asdict().items()
+                if array is not None
+            }
+
         masked = any(name.startswith("mask.") for record in made for name in record.files)
         densities = []
-        for record, units in zip(console.progress(made, model.layers), kept, strict=True):
-            number = record.index
-            if dense:
-                places = [np.flatnonzero(units[unit]) for unit in (HEADS, CHANNELS)]
-            else:
-                places = [np.arange(shapes[number].kv_heads), np.arange(shapes[number].channels)]
-
-            def shard(
-                record: records.LayerRecord = record,
-                units: dict[str, np.ndarray] = units,
-                places: list[np.ndarray] = places,
-            ) -> dict[str, np.ndarray]:
-                layer = _pruned_layer(model, self.work, record, units)
-                shape, target_shape = shapes[record.index], target.layer_shapes[record.index]
-                layer = scatter(layer, shape, target_shape, *places)
-                return {
-                    tensor_name(record.index, part): array
-                    for part, array in layer._asdict().items()
-                    if array is not None
-                }
-
-            tensors = writer.write(shard)
-            if masked:
-                sizes = part_shapes(model.config, shapes[number])
-                densities.append(_densities(tensors, number, sizes))
-        ends = {EMBEDDING: model.embedding, FINAL_NORM: model.final_norm}
-        if not model.config.tied:
-            ends[HEAD] = model.head
-        writer.write(lambda: {name: read() for name, read in ends.items()})
+        written = writer.write(chunks, make, self.max_shard_bytes)
+        for n, tensors in enumerate(console.progress(written, len(chunks), what="part"), -1):
+            if masked and n in range(model.layers):
+                sizes = part_shapes(model.config, shapes[n])
+                densities.append(_densities(tensors, n, sizes))
 
         writer.put("config.json", json_bytes(forms.config_json(target, kind)))
         along: Mapping[str, bytes] = self.companions

@@ -11,7 +11,7 @@ from prunetool.checkpoint import index, writer
 from prunetool.checkpoint.reader import read_tensor
 from prunetool.errors import CheckpointError, PrunetoolError, WorkError
 from prunetool.model import open_model
-from tests.conftest import tiny_config
+from tests.conftest import specs_of, tiny_config, write_chunks
 
 
 def says(model, text):
@@ -261,13 +261,15 @@ def test_no_directory_and_no_hub_id(tmp_path):
     says(tmp_path / "absent" / "deeper", "is neither a directory nor a Hub id")
 
 
+A, B = {"a": np.zeros((2, 3), np.float32)}, {"b": np.zeros(3, np.float32)}
+
+
 class TestWriter:
     def test_a_checkpoint_counts_only_when_it_is_closed(self, tmp_path):
         out = tmp_path / "out"
-        made = writer.CheckpointWriter(out, 2)
-        made.write(lambda: {"a": np.zeros((2, 3), np.float32)})
+        made = writer.CheckpointWriter(out)
+        write_chunks(made, [A, B])
         assert not (out / "model.safetensors.index.json").exists()
-        made.write(lambda: {"b": np.zeros(3, np.float32)})
         made.close()
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["metadata"] == {"total_size": 36, "total_parameters": 9}
@@ -275,23 +277,25 @@ class TestWriter:
 
     def test_the_same_run_goes_on_and_another_does_not(self, tmp_path):
         out = tmp_path / "out"
-        first = writer.CheckpointWriter(out, 2, run="one")
-        first.write(lambda: {"a": np.zeros((2, 3), np.float32)})
+        write_chunks(writer.CheckpointWriter(out, run="one"), [A, B], whole=1)
         with pytest.raises(WorkError, match="is not empty"):
-            writer.CheckpointWriter(out, 2, run="two")
+            writer.CheckpointWriter(out, run="two")
         with pytest.raises(WorkError, match="is not empty"):
-            writer.CheckpointWriter(out, 2)
-        again = writer.CheckpointWriter(out, 2, run="one")
-        again.write(lambda: pytest.fail("the shard was there"))
-        again.write(lambda: {"b": np.ones(3, np.float32)})
+            writer.CheckpointWriter(out)
+        again = writer.CheckpointWriter(out, run="one")
+        made = []
+        for _ in again.write(specs_of([A, B]), lambda n: made.append(n) or (A, B)[n], 1):
+            pass
         again.close()
+        assert made == [1], "the first shard was there"
         assert (again.parameters, again.size_bytes) == (9, 36)
         assert sorted(path.name for path in out.iterdir()) == [
             ".prunetool.json", "model-00001-of-00002.safetensors",
             "model-00002-of-00002.safetensors", "model.safetensors.index.json",
         ]  # fmt: skip
-        over = writer.CheckpointWriter(out, 2, run="one", overwrite=True)
-        over.write(lambda: {"a": np.ones((2, 3), np.float32)})
+        (out / ".prunetool.json").unlink()
+        over = writer.CheckpointWriter(out, run="one", overwrite=True)
+        write_chunks(over, [{"a": np.ones((2, 3), np.float32)}, B])
         assert load_file(out / "model-00001-of-00002.safetensors")["a"].all()
 
     def test_a_transposed_view_is_written_as_it_reads(self, tmp_path):
@@ -312,11 +316,11 @@ class TestWriter:
     def test_what_is_there_is_kept_without_overwrite(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("mine")
         with pytest.raises(WorkError, match="is not empty; name another directory or give"):
-            writer.CheckpointWriter(tmp_path, 1)
+            writer.CheckpointWriter(tmp_path)
         with pytest.raises(WorkError, match="is not empty and holds no checkpoint"):
-            writer.CheckpointWriter(tmp_path, 1, overwrite=True)
+            writer.CheckpointWriter(tmp_path, overwrite=True)
         with pytest.raises(WorkError, match="is a file"):
-            writer.CheckpointWriter(tmp_path / "thesis.tex", 1)
+            writer.CheckpointWriter(tmp_path / "thesis.tex")
 
     def test_a_full_disk_is_seen_before_the_work(self, tmp_path):
         with pytest.raises(WorkError, match=r"needs 1000000000.00 GB of disk and .* GB are free"):

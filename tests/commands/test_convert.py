@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from prunetool import workdir
+from prunetool.checkpoint.writer import sweep
 from prunetool.errors import WorkError
 from prunetool.steps.convert import convert_gguf
 from tests.checkpoint.test_gguf import write_gguf, write_parts
@@ -28,18 +29,21 @@ def gguf_path(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from prunetool.checkpoint.gguf import GGUFModel
 from prunetool.checkpoint.writer import CheckpointWriter
 from prunetool.steps.convert import convert_gguf
 
 path, out, shards = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-for name in ("write", "put"):
-    def stopping(*arguments, method=getattr(CheckpointWriter, name)):
+for owner, name in ((GGUFModel, "tensors"), (CheckpointWriter, "put")):
+    def stopping(*arguments, method=getattr(owner, name)):
         if len(list(out.glob("*.safetensors"))) == shards:
             os.kill(os.getpid(), signal.SIGKILL)
         return method(*arguments)
-    setattr(CheckpointWriter, name, stopping)
-convert_gguf(path, out, "bfloat16", overwrite=False)
+    setattr(owner, name, stopping)
+convert_gguf(path, out, "bfloat16", max_shard_bytes=62_000, overwrite=False)
 """
+SIZE = {"max_shard_bytes": 62_000}  # a layer's
+SIZED = ["--max-shard-size", 62_000]
 
 
 def kill_after(shards, gguf_path, out):
@@ -48,17 +52,17 @@ def kill_after(shards, gguf_path, out):
     assert done.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("shards", [0, 2, 4])
+@pytest.mark.parametrize("shards", [0, 2, 5])
 def test_killed_and_run_again_it_goes_on_and_ends_in_the_same_bytes(
     tmp_path, gguf_path, run, shards
 ):
     out = tmp_path / "out"
-    convert_gguf(gguf_path, tmp_path / "whole", "bfloat16", overwrite=False)
+    convert_gguf(gguf_path, tmp_path / "whole", "bfloat16", **SIZE, overwrite=False)
     kill_after(shards, gguf_path, out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert len(before) == shards
     assert not (out / "model.safetensors.index.json").exists()
-    run("convert", gguf_path, out)
+    run("convert", gguf_path, out, *SIZED)
     assert files(out) == files(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in before} == before  # not written again
 
@@ -67,27 +71,39 @@ def test_another_dtype_or_another_file_does_not_go_on(tmp_path, gguf_path, run):
     out = tmp_path / "out"
     kill_after(2, gguf_path, out)
     (tmp_path / "out.lock").unlink()
+    sweep(out)  # the shard that was under way
     left = files(out)
-    line = error_of(run("convert", gguf_path, out, "--dtype", "float16", ok=False))
+    line = error_of(run("convert", gguf_path, out, *SIZED, "--dtype", "float16", ok=False))
     assert "is not empty; name another directory or give --overwrite" in line
     data = bytearray(gguf_path.read_bytes())
     data[-1] ^= 1
     (tmp_path / "other.gguf").write_bytes(data)
-    line = error_of(run("convert", tmp_path / "other.gguf", out, ok=False))
+    line = error_of(run("convert", tmp_path / "other.gguf", out, *SIZED, ok=False))
     assert "is not empty" in line
     assert files(out) == left
-    run("convert", tmp_path / "other.gguf", out, "--overwrite")
-    convert_gguf(tmp_path / "other.gguf", tmp_path / "whole", "bfloat16", overwrite=False)
+    run("convert", tmp_path / "other.gguf", out, *SIZED, "--overwrite")
+    convert_gguf(tmp_path / "other.gguf", tmp_path / "whole", "bfloat16", **SIZE, overwrite=False)
     assert files(out) == files(tmp_path / "whole")
+
+
+def test_shards_are_as_large_as_asked_and_another_size_does_not_go_on(tmp_path, gguf_path, run):
+    out = tmp_path / "out"
+    kill_after(2, gguf_path, out)
+    assert "is not empty" in run("convert", gguf_path, out, ok=False).stderr
+    run("convert", gguf_path, out, "--overwrite")
+    assert [path.name for path in out.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+    convert_gguf(gguf_path, tmp_path / "whole", "bfloat16", max_shard_bytes=10**9, overwrite=False)
+    for name, data in files(tmp_path / "whole").items():
+        assert name == ".prunetool.json" or (out / name).read_bytes() == data
 
 
 def test_a_renamed_file_and_any_part_of_a_split_one_go_on(tmp_path, gguf_path, run):
     kill_after(2, gguf_path, tmp_path / "out")
     gguf_path.rename(tmp_path / "n.gguf")
-    run("convert", tmp_path / "n.gguf", tmp_path / "out")
+    run("convert", tmp_path / "n.gguf", tmp_path / "out", *SIZED)
     write_parts(tmp_path)
     kill_after(2, tmp_path / "m-00001-of-00003.gguf", tmp_path / "split")
-    run("convert", tmp_path / "m-00003-of-00003.gguf", tmp_path / "split")
+    run("convert", tmp_path / "m-00003-of-00003.gguf", tmp_path / "split", *SIZED)
 
 
 def test_what_is_there_already_is_said_and_not_written_again(tmp_path, gguf_path, run):
@@ -131,7 +147,7 @@ def test_an_input_of_a_name_that_would_be_written_is_never_replaced(tmp_path, gg
     (out / "tokenizer.json").unlink()
     os.rename(gguf_path, out / "tokenizer.json")
     with pytest.raises(WorkError, match=r"tokenizer\.json: is read by this run"):
-        convert_gguf(out / "tokenizer.json", out, "float32", overwrite=True)
+        convert_gguf(out / "tokenizer.json", out, "float32", **SIZE, overwrite=True)
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, gguf_path, monkeypatch):
@@ -143,5 +159,5 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, gguf_path, 
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     with pytest.raises(WorkError, match=r"needs 0\.00 GB of disk"):
-        convert_gguf(gguf_path, tmp_path / "out", "float32", overwrite=False)
+        convert_gguf(gguf_path, tmp_path / "out", "float32", **SIZE, overwrite=False)
     assert not (tmp_path / "out").exists()

@@ -1,17 +1,21 @@
-"""What goes along with an exported checkpoint, and what does not."""
+"""What goes along with an exported checkpoint, and what does not; and its shards."""
 
 import json
 import os
 import subprocess
 import sys
 
+import click
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prunetool import options
 from prunetool.errors import ConfigError, WorkError
-from prunetool.steps.export import companions
+from prunetool.steps.export import Export, companions
+from tests.commands.test_pipe import contents
 
 TEMPLATES = "additional_chat_templates"
 
@@ -161,3 +165,136 @@ def test_a_mistral_is_computed_up_to_its_window_and_keeps_it(checkpoint, text, c
     call("export", "out", "kept.jsonl")
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert (written["model_type"], written["sliding_window"]) == ("mistral", 32)
+
+
+SIZES = {  # of three layers of at most 123 KB, and an embedding and a head of 67 KB
+    "1": 6, "140kb": 5, "0.2 MB": 3, "1MiB": 1, "5GB": 1, "1000000B": 1,
+}  # fmt: skip
+
+
+def tensors_in(directory):
+    return {n: a for path in directory.glob("*.safetensors") for n, a in load_file(path).items()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_of_every_size_hold_the_same_model(checkpoint, text, call, tmp_path, tied):
+    model = checkpoint(tie_word_embeddings=tied)
+    words = ["--text", text, "--samples", 4, "--sequence-length", 32]
+    call("calibrate", model, *words, "--work", "w", "-o", "stats.jsonl")
+    call("score", "--sparsity", ".3", "--multiple-of", 8, "stats.jsonl", "-o", "kept.jsonl")
+    said, ids = [], torch.arange(40).view(1, 40)
+    for number, (size, count) in enumerate(SIZES.items()):
+        out = tmp_path / f"out-{number}"
+        call("export", out, "kept.jsonl", "--max-shard-size", size)
+        shards = sorted(path.name for path in out.glob("*.safetensors"))
+        count -= tied and count > 1  # no head
+        assert shards == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        listed = json.loads((out / "model.safetensors.index.json").read_text())
+        assert set(listed["weight_map"].values()) == set(shards)
+        if number not in (0, 3):
+            continue
+        theirs = AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.float32, trust_remote_code=True
+        )
+        with torch.no_grad():
+            logits = theirs(ids).logits.numpy()
+        found = json.loads(call("inspect", out))
+        assert found["size_bytes"] == listed["metadata"]["total_size"]
+        loss = json.loads(call("evaluate", out, *words))["loss"]
+        stored = {n: (a.dtype, a.shape, a.tobytes()) for n, a in tensors_in(out).items()}
+        said.append((stored, logits.tolist(), loss, found["parameters"]))
+    assert said[0] == said[1]
+
+
+KILLED = """
+import os, sys
+from prunetool import cli
+from prunetool.steps import export
+
+def stopping(model, work, record, units, make=export._pruned_layer):
+    if record.index == int(sys.argv[1]):
+        os._exit(9)
+    return make(model, work, record, units)
+
+export._pruned_layer = stopping
+cli.group.main(sys.argv[2:], standalone_mode=False)
+"""
+
+
+@pytest.mark.parametrize("size", ["250KB", "5GB"], ids=["two layers a shard", "one shard"])
+@pytest.mark.parametrize("masked", [False, True], ids=["pruned", "masked too"])
+def test_killed_inside_a_shard_and_run_again_it_ends_in_the_same_bytes(
+    checkpoint, text, call, tmp_path, size, masked
+):
+    model = checkpoint(num_hidden_layers=4)
+    call("calibrate", model, "--text", text, "--samples", 4, "--sequence-length", 32,
+         "--stats", "all", "--work", "w", "-o", "stats.jsonl")  # fmt: skip
+    kept = "stats.jsonl"
+    if masked:
+        call("score", "--target", "weights", "--method", "wanda", "--sparsity", ".5",
+             "stats.jsonl", "-o", "m.jsonl")  # fmt: skip
+        kept = "m.jsonl"
+    call("score", "--sparsity", ".2", "--multiple-of", 8, kept, "-o", "kept.jsonl")
+    words = ["kept.jsonl", "--max-shard-size", size]
+    call("export", "whole", *words)
+    assert ("not zero" in (tmp_path / "whole/README.md").read_text()) == masked
+    whole = contents(tmp_path / "whole")
+    for layer in range(4):
+        out = tmp_path / f"out-{layer}"
+        killed = [sys.executable, "-c", KILLED, str(layer), "export", out, *words]
+        assert subprocess.run(killed, capture_output=True).returncode == 9
+        made = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+        assert len(list(out.glob(".*-partial/file"))) == 1, "a shard is under way"
+        call("export", out, *words)
+        assert contents(out) == whole
+        assert {path: path.stat().st_mtime_ns for path in made} == made, "whole ones are kept"
+        assert len(list(out.iterdir())) == len(list((tmp_path / "whole").iterdir()))
+        assert made or size == "5GB" or layer < 2
+
+
+def test_another_size_is_another_run_and_leaves_no_shard_of_the_one_before(kept, call, tmp_path):
+    call("export", "out", "kept.jsonl", "--max-shard-size", "1")
+    many = len(list(tmp_path.glob("out/*.safetensors")))
+    with pytest.raises(WorkError, match="is not empty; name another directory or give --over"):
+        call("export", "out", "kept.jsonl")
+    call("export", "out", "kept.jsonl", "--overwrite")
+    call("export", "clean", "kept.jsonl")
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+    assert len(list(tmp_path.glob("out/*.safetensors"))) == 1 < many
+
+
+def test_a_directory_that_is_taken_is_refused_before_the_records_are_waited_for(
+    kept, call, tmp_path, monkeypatch
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("mine")
+
+    def never(job, made):
+        pytest.fail("the records were read to their end")
+
+    monkeypatch.setattr(Export, "write", never)
+    with pytest.raises(WorkError, match="is not empty"):
+        call("export", "out", "kept.jsonl")
+
+
+@click.command()
+@options.max_shard_size_opt
+def size_of(max_shard_bytes):
+    return max_shard_bytes
+
+
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2GiB", 2**31), ("1.5 KB", 1500), ("7", 7),
+     ("7B", 7), ("0.1TB", 10**11), ("4.7GB", 4_700_000_000)],
+)  # fmt: skip
+def test_sizes(said, size):
+    assert size_of.main(["--max-shard-size", said], standalone_mode=False) == size
+
+
+@pytest.mark.parametrize(
+    "said", ["", "GB", "5XB", "-5GB", "0", "0.0001KB", "5iB", "inf", "nan", "1e9", "5GB 3MB", "٥GB"]
+)
+def test_what_is_no_size(said):
+    with pytest.raises(click.BadParameter, match=r"give a size as 5GB, 500MB|a byte or more"):
+        size_of.main(["--max-shard-size", said], standalone_mode=False)

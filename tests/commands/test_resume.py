@@ -205,19 +205,23 @@ def test_who_waits_for_a_lock_gets_it(tmp_path, caplog, monkeypatch):
 def test_an_export_that_failed_half_way_goes_on(checkpoint, text, run, tmp_path):
     for words in commands(checkpoint(num_hidden_layers=4), text)[:4]:
         run(*words)
-    run("export", "whole", "d.jsonl")
+    size = ["--max-shard-size", "100KB"]  # a layer's
+    run("export", "whole", "d.jsonl", *size)
     (refit,) = tmp_path.glob("w/compensate-*/layer-00002.safetensors")
     refit.rename(tmp_path / "aside")
-    assert "run the step that made it again" in error_of(run("export", "out", "d.jsonl", ok=False))
+    assert "run the step that made it again" in error_of(
+        run("export", "out", "d.jsonl", *size, ok=False)
+    )
     (tmp_path / "aside").rename(refit)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/model-*")}
-    assert len(made) == 2
-    assert "is not empty" in error_of(run("export", "out", "b.jsonl", ok=False))
-    run("export", "out", "d.jsonl")
+    assert len(made) == 3, "the embedding and two layers"
+    assert "is not empty" in error_of(run("export", "out", "b.jsonl", *size, ok=False))
+    run("export", "out", "d.jsonl", *size)
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert "out holds it already" in run("export", "out", "d.jsonl").stderr
-    assert "is not empty" in error_of(run("export", "out", "b.jsonl", ok=False))
+    assert "out holds it already" in run("export", "out", "d.jsonl", *size).stderr
+    for others in (["b.jsonl", *size], ["d.jsonl"]):
+        assert "is not empty" in error_of(run("export", "out", *others, ok=False))
 
 
 def test_what_is_read_last_can_be_discarded(checkpoint, text, run, tmp_path):
@@ -228,14 +232,14 @@ def test_what_is_read_last_can_be_discarded(checkpoint, text, run, tmp_path):
         run("score", "--sparsity", ".2", "--multiple-of", 8, "a.jsonl", "-o", "b.jsonl")
         run("compensate", *discard, "--damping", "auto" if discard else "0.01,1", "b.jsonl",
             "-o", "c.jsonl")  # fmt: skip
-        run("export", name, "c.jsonl")
+        run("export", name, "c.jsonl", "--max-shard-size", "100KB")
     assert not list(work.glob("stats/layer-*"))
     # The same without files of the run before, and killed on its way.
     shutil.rmtree(work)
     words = commands(checkpoint(), text)[0]
     pipe = [
         [*words[:-2]], ["score", "--sparsity", ".2", "--multiple-of", "8"],
-        ["compensate", "--discard"], ["export", "again"],
+        ["compensate", "--discard"], ["export", "again", "--max-shard-size", "100KB"],
     ]  # fmt: skip
     line = " | ".join(shlex.join([sys.executable, "-m", "prunetool", *map(str, w)]) for w in pipe)
     stop = subprocess.Popen(["sh", "-c", line], cwd=tmp_path, start_new_session=True)

@@ -18,6 +18,7 @@ from prunetool.errors import CheckpointError, RecordError, WorkError
 from prunetool.model import open_model
 from prunetool.steps.export import companions
 from tests.commands.test_pipe import contents
+from tests.conftest import write_chunks
 
 FLIPS = 24
 
@@ -176,7 +177,7 @@ class TestDamage:
         call("export", "out", "c.jsonl")
         expected = contents(tmp_path / "out")
         index = "model.safetensors.index.json"
-        for name in ("model-00002-of-00004.safetensors", "tokenizer.json", "README.md", index):
+        for name in ("model-00001-of-00001.safetensors", "tokenizer.json", "README.md", index):
             path = tmp_path / "out" / name
             data = path.read_bytes()
             if kind == "gone":
@@ -194,12 +195,13 @@ class TestDamage:
         assert {path: path.stat().st_mtime_ns for path in made} == made, "it was whole"
 
     def test_a_shard_damaged_between_two_runs_is_made_again(self, tmp_path):
-        first = writer.CheckpointWriter(tmp_path / "out", 2, run="one")
-        first.write(lambda: {"a": np.zeros((2, 3), np.float32)})
+        one, b = np.ones((2, 3), np.float32), {"b": np.zeros(1, np.float32)}
+        first = writer.CheckpointWriter(tmp_path / "out", run="one")
+        write_chunks(first, [{"a": 0 * one}, b], whole=1)
         path = tmp_path / "out/model-00001-of-00002.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-        again = writer.CheckpointWriter(tmp_path / "out", 2, run="one")
-        again.write(lambda: {"a": np.ones((2, 3), np.float32)})
+        again = writer.CheckpointWriter(tmp_path / "out", run="one")
+        write_chunks(again, [{"a": one}, b])
         assert load_file(path)["a"].all()
 
 
@@ -352,18 +354,17 @@ class TestOverwrite:
 
     def test_a_file_put_there_while_an_export_was_dead_is_not_replaced(self, tmp_path):
         out = tmp_path / "out"
-        first = writer.CheckpointWriter(out, 2, run="one", files=["README.md"])
-        first.write(lambda: {"a": np.zeros(1, np.float32)})
+        first = writer.CheckpointWriter(out, run="one", files=["README.md"])
+        write_chunks(first, [{"a": np.zeros(1, np.float32)}])
         (out / "README.md").write_text("mine")
         with pytest.raises(WorkError, match=r"README\.md: would be replaced"):
-            writer.CheckpointWriter(out, 2, run="one", files=["README.md"])
+            writer.CheckpointWriter(out, run="one", files=["README.md"])
 
     def test_a_killed_replacement_of_another_checkpoint_goes_on(self, checkpoint, tmp_path):
         foreign = checkpoint("foreign")
         given = {"run": "one", "files": ["config.json", "tokenizer.json"], "overwrite": True}
-        first = writer.CheckpointWriter(foreign, 2, **given)
-        first.write(lambda: {"a": np.zeros(1, np.float32)})
-        again = writer.CheckpointWriter(foreign, 2, **given)
+        write_chunks(writer.CheckpointWriter(foreign, **given), [{"a": np.zeros(1, np.float32)}])
+        again = writer.CheckpointWriter(foreign, **given)
         assert again.state == "begun"
         assert not (foreign / "model.safetensors").exists()
 
@@ -409,8 +410,8 @@ class TestOverwrite:
         index = {"weight_map": dict(zip("ab", names, strict=False)),
                  "metadata": {"files": dict.fromkeys([*names, "x.py"], "0")}}  # fmt: skip
         (out / "model.safetensors.index.json").write_text(json.dumps(index))
-        made = writer.CheckpointWriter(out, 1, overwrite=True)
-        made.write(lambda: {"a": np.zeros(1, np.float32)})
+        made = writer.CheckpointWriter(out, overwrite=True)
+        write_chunks(made, [{"a": np.zeros(1, np.float32)}])
         made.close()
         for path in (tmp_path / "private.safetensors", out / "notes.md", out / "x.py"):
             assert path.read_text() == "mine"
@@ -427,9 +428,9 @@ class TestOverwrite:
         assert (tmp_path / "private").read_text() == "mine"
 
     def test_the_old_index_goes_first(self, tmp_path, monkeypatch):
-        out = tmp_path / "out"
-        old = writer.CheckpointWriter(out, 1)
-        old.write(lambda: {"a": np.zeros(1, np.float32)})
+        out, chunks = tmp_path / "out", [{"a": np.zeros(1, np.float32)}]
+        old = writer.CheckpointWriter(out)
+        write_chunks(old, chunks)
         old.close()
 
         def killed(path, missing_ok=False):
@@ -440,11 +441,10 @@ class TestOverwrite:
 
         monkeypatch.setattr(writer.Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
-            writer.CheckpointWriter(out, 2, overwrite=True).write(dict)
+            write_chunks(writer.CheckpointWriter(out, overwrite=True), chunks)
         monkeypatch.undo()
         assert not (out / "model.safetensors.index.json").exists(), "half a checkpoint looks whole"
-        new = writer.CheckpointWriter(out, 2, overwrite=True)
-        new.write(lambda: {"a": np.zeros(1, np.float32)})
+        write_chunks(writer.CheckpointWriter(out, overwrite=True), chunks)
 
 
 class TestFiles:
@@ -748,7 +748,7 @@ class TestTiedWithItsOwnHead:
             assert ours["loss"] == pytest.approx(expected, abs=2e-5)
         config = json.loads((tmp_path / "out/config.json").read_text())
         assert config["tie_word_embeddings"] is False
-        exported = load_file(tmp_path / "out/model-00004-of-00004.safetensors")
+        exported = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
         np.testing.assert_array_equal(exported["lm_head.weight"], stored["lm_head.weight"])
 
     def test_a_copy_of_the_embedding_is_not_a_head_of_its_own(self, checkpoint, call):

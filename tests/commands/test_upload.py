@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     score = ["score", "--sparsity", ".3", "--multiple-of", 8, home / "a.jsonl"]
     for name, more in (("pruned_llama", []), ("llama", ["--allocation", "uniform"])):
         prunetool(*score, *more, "-o", home / f"{name}.jsonl")
-        prunetool("export", home / name, home / f"{name}.jsonl")
+        prunetool("export", home / name, home / f"{name}.jsonl", "--max-shard-size", "100KB")
     prunetool("export", home / "dense", home / "llama.jsonl", "--format", "dense")
     for name in ("pruned_llama", "llama", "dense"):
         config = json.loads((home / name / "config.json").read_text())
@@ -164,8 +164,8 @@ class TestWhatGoes:
 
     @pytest.mark.parametrize("kind", ["damaged", "gone", "unfinished", "foreign", "none", "file"])
     def test_what_is_no_whole_checkpoint_is_refused(self, out, server, upload, tmp_path, kind):
-        shard = out / "model-00002-of-00004.safetensors"
-        said = "model-00002-of-00004.safetensors: is damaged or gone; write the checkpoint again"
+        shard = out / "model-00002-of-00005.safetensors"
+        said = "model-00002-of-00005.safetensors: is damaged or gone; write the checkpoint again"
         if kind == "damaged":
             data = shard.read_bytes()
             shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
