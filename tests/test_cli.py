@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import prunetool
 from prunetool import cli, console, errors, options
-from prunetool.commands import evaluate
+from prunetool.steps import evaluate
 from prunetool.steps.export import COMPANIONS
 from tests import hub
 from tests.conftest import error_of
