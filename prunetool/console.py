@@ -23,6 +23,7 @@ from prunetool.errors import shown
 
 T = TypeVar("T")
 log = logging.getLogger("prunetool")
+SEPARATOR = ", "
 LINE = 1000  # characters of a message or title; paths in it may be long
 COLUMNS = 80  # at most, so that a bar still fits when a wider window is made so narrow
 MOVES = 200  # that the time left is reckoned by
@@ -37,10 +38,22 @@ _write_lock = threading.Lock()  # the kernel's locks do not tell threads apart
 
 
 class _Handler(logging.StreamHandler[IO[str]]):
-    """Writes a message as one line that no terminal obeys: it may hold names of somebody else's."""
+    """Writes a message as one line that no terminal obeys: it may hold names of somebody else's.
+
+    On a terminal, a summary is folded between its parts.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record), LINE)
+        said = shown(super().format(record), LINE)
+        parts = said.split(SEPARATOR) if getattr(record, "folds", False) and _on_terminal() else []
+        lines = [parts.pop(0)] if parts else [said]
+        for part in parts:
+            if len(lines[-1]) + len(part) + 3 <= _columns():
+                lines[-1] += f", {part}"
+            else:
+                lines[-1] += ","
+                lines.append(f"  {part}")
+        return "\n".join(lines)
 
     def emit(self, record: logging.LogRecord) -> None:
         with no_bar():
@@ -386,7 +399,8 @@ def summary(command: str) -> Iterator[list[str]]:
     times = [f"{_step.worked():.1f} s"]
     if _step.waited >= 0.05:
         times = [f"{times[0]} working", f"{_step.waited:.1f} s waiting on input"]
-    log.info("%s: %s", command, ", ".join([*said, *times, f"peak {_peak()} MB"]))
+    parts = [*said, *times, f"peak {_peak()} MB"]
+    log.info("%s: %s", command, SEPARATOR.join(parts), extra={"folds": True})
 
 
 def _peak() -> int:

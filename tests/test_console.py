@@ -172,6 +172,22 @@ class TestBar:
         expected = "score: 12.3 s working, 40.1 s waiting on input, peak "
         assert capsys.readouterr().err.startswith(expected)
 
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_on_a_terminal_the_summary_is_folded_between_its_parts(
+        self, step, capsys, monkeypatch, terminal
+    ):
+        monkeypatch.setattr(console, "_on_terminal", lambda: terminal)
+        console.setup_logging(0)
+        parts = ["removes 21,252,096 of 106,168,320 layer parameters (20.0%)", "15.8% of all"]
+        with console.summary("score") as said:
+            said += parts
+        lines = capsys.readouterr().err.splitlines()
+        joined = " ".join(line.strip() for line in lines)
+        assert joined.startswith(f"score: {parts[0]}, {parts[1]}, 0.0 s, peak ")
+        assert len(lines) == (2 if terminal else 1)
+        if terminal:
+            assert max(map(len, lines)) <= COLUMNS
+
 
 WORKS = """
 with console.step({name!r}, waiting=False):
