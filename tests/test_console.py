@@ -181,7 +181,7 @@ class TestBar:
         parts = ["removes 21,252,096 of 106,168,320 layer parameters (20.0%)", "15.8% of all"]
         with console.summary("score") as said:
             said += parts
-        lines = capsys.readouterr().err.splitlines()
+        lines = capsys.readouterr().err.removeprefix(console.CLEAR).splitlines()
         joined = " ".join(line.strip() for line in lines)
         assert joined.startswith(f"score: {parts[0]}, {parts[1]}, 0.0 s, peak ")
         assert len(lines) == (2 if terminal else 1)
