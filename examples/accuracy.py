@@ -20,8 +20,8 @@ import numpy as np
 from jax import lax
 
 from prunetool import cli, console, records
+from prunetool.kept import kept_units
 from prunetool.model import open_model
-from prunetool.pruned import kept_units
 from prunetool.pruning import gram
 
 LENGTH = 2048

@@ -1,5 +1,6 @@
 """What each step needs of memory, disk and arithmetic, from the shapes alone."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from prunetool.llama.weights import input_sizes, part_shapes
 from prunetool.model import Model
 from prunetool.pruning.compensation import CHOICE_OUTPUTS
+from prunetool.stats import array_shapes
 
 # Resident memory of the program before it reads anything: with JAX at work, and without.
 WITH_JAX, WITHOUT = 400_000_000, 150_000_000
@@ -23,16 +25,13 @@ class Need(NamedTuple):
 
 def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtype: str) -> int:
     """Bytes of all stats that calibrate keeps (``attention``: samples and their length)."""
-    D, d, total = model.config.hidden_size, model.config.head_dim, 0
-    for shape in model.config.layer_shapes:
-        sizes = list(input_sizes(model.config, shape).values())
-        grams = sum(size * (size + 1) // 2 for size in sizes) * (2 if stats == "token" else 1)
-        grams += D * (D + 1) if stats == "all" else 0
-        blocks = shape.kv_heads * (shape.group_size * d) ** 2
-        vectors = 4 * (sum(sizes) + D) + 256
-        total += 2 * (grams + blocks + vectors) * np.dtype(stats_dtype).itemsize
-        total += 2 * attention[0] * attention[1] * D * 4
-    return total
+    files = (
+        array_shapes(model.config, shape, stats).values() for shape in model.config.layer_shapes
+    )
+    values = sum(math.prod(shape) for file in files for shape in file)
+    kept_inputs = attention[0] * attention[1] * model.config.hidden_size * 4
+    # Of the tokens to fit and of those held out.
+    return 2 * (values * np.dtype(stats_dtype).itemsize + model.layers * kept_inputs)
 
 
 def hidden_bytes(model: Model, samples: int, length: int) -> int:

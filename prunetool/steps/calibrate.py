@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from prunetool import __version__, console, corpus, plan, records, streaming, workdir
+from prunetool import __version__, console, corpus, plan, records, stats, streaming, workdir
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.writer import need_room
 from prunetool.devices import Team, local_mesh, own_terms, spec
@@ -21,15 +22,16 @@ from prunetool.llama.weights import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    MATRICES,
+    PARTS,
     Layer,
-    input_sizes,
     part_shapes,
     tensor_name,
 )
 from prunetool.model import Model
 from prunetool.profiling import Profile
-from prunetool.pruned import recall_weights
 from prunetool.pruning import gram
+from prunetool.steps.run import recall_weights
 
 
 class AttentionSamples(NamedTuple):
@@ -201,7 +203,7 @@ class Calibration:
         stream = self._stream(self._hidden(done))
         if done == 0:
             streaming.embed(self.model, self.tokens[mine], stream)
-        step = Step(self.model, self.attention.length)
+        step, head_dim = Step(self.model, self.attention.length), self.model.config.head_dim
         rope = step.placed(streaming.rotation(self.model, self.tokens.shape[1]))
         layers = self.model.padded_layers(done)
         console.doing("compiling")
@@ -211,7 +213,9 @@ class Calibration:
                 if layer is None:
                     return
                 weights = step.placed(streaming.to_device(layer, self.precision.dtype))
-                shapes = Layer(*(None if part is None else part.shape for part in layer))
+                empty = jax.eval_shape(
+                    partial(stats.zeros, self.stats, padded_sizes(layer), head_dim)
+                )
                 del layer
             self._same_weights(number)
             behind = stream.at(self._hidden(number + 1))
@@ -219,7 +223,7 @@ class Calibration:
             with behind.writing() as write:
                 place = 0  # of the part's first sequence in this process's stream
                 for kind, (start, stop) in parts.items():
-                    sums = step.zeros(jax.eval_shape(lambda shapes=shapes: self._zeros(shapes)))
+                    sums = step.zeros(empty)
                     for batch in streaming.batches(place, place + stop - start, self.batch):
                         with self.profile.phase("compute"):
                             h, x, sums = step(stream.read(batch), weights, rope, sums)
@@ -270,7 +274,10 @@ class Calibration:
         first, last = self._parts()[kind]
         tokens = (last - first) * self.tokens.shape[1]
         with self.profile.phase("write"):
-            arrays = self._arrays(sums, tokens, layer)
+            config = self.model.config
+            arrays = stats.arrays(
+                sums, tokens, config, config.layer_shapes[layer], self.precision.stats_dtype
+            )
             workdir.write(self.work, self._file(layer, kind), arrays)
 
     def _write_samples(self, layer: int, samples: np.ndarray) -> None:
@@ -327,34 +334,14 @@ class Calibration:
     def _record(self, layer: int) -> records.LayerRecord:
         return records.LayerRecord(layer, {kind: self._file(layer, kind) for kind in self._kinds()})
 
-    def _zeros(self, shapes: Layer) -> dict[str, gram.Sums]:
-        """Empty sums of every matrix whose inputs are kept, for a padded layer of these shapes."""
-        full = self.stats == "token"
-        kv_heads = shapes.k[0] // self.model.config.head_dim
-        sums = {
-            "o": gram.zeros(shapes.o[1], blocks=kv_heads, full=full),
-            "down": gram.zeros(shapes.down[1], diagonal=True, full=full),
-        }
-        if self.stats == "all":
-            sums |= {name: gram.zeros(shapes.q[1]) for name in ("attention", "mlp")}
-        return sums
 
-    def _arrays(self, sums: dict[str, Any], tokens: int, layer: int) -> dict[str, np.ndarray]:
-        """The sums as a file keeps them: without padding, Gram matrices packed."""
-        shape, dtype = self.model.config.layer_shapes[layer], self.precision.stats_dtype
-        sizes = input_sizes(self.model.config, shape)
-        arrays = {"tokens": np.array([tokens])}
-        for name, matrix in sums.items():
-            size = sizes.get(name, self.model.config.hidden_size)
-            for kind, value in matrix._asdict().items():
-                if value is None:
-                    continue
-                if kind.endswith("gram"):
-                    arrays[f"{name}.{kind}"] = gram.pack_tiles(value, size, dtype)
-                else:
-                    extent = shape.kv_heads if kind == "token_blocks" else size
-                    arrays[f"{name}.{kind}"] = value[:extent].astype(dtype)
-        return arrays
+def padded_sizes(layer: Layer) -> dict[str, int]:
+    """Extent of every axis of a layer's matrices, as they are padded."""
+    axes = [
+        pair for part in MATRICES
+        for pair in zip(PARTS[part].axes, getattr(layer, part).shape, strict=True)
+    ]  # fmt: skip
+    return dict(axes)
 
 
 class Step:
@@ -375,15 +362,9 @@ class Step:
             out, inputs = forward.decoder_layer(
                 h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
             )
-            given = {
-                "o": (inputs.o, inputs.before_attention),
-                "down": (inputs.down, inputs.before_mlp),
-                "attention": (inputs.attention, inputs.before_attention),
-                "mlp": (inputs.mlp, inputs.before_mlp),
-            }
             added = {}
             for name, so_far in sums.items():
-                x, joined = given[name]
+                x, joined = stats.given(inputs, name)
                 if real is not None:
                     x = x * real[:, None].astype(x.dtype)
                 so_far = jax.tree.map(lambda terms: terms[0], so_far)

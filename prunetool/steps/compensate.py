@@ -9,12 +9,12 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
+from prunetool.kept import Extent, extents, kept_units, masks, used_weight
 from prunetool.llama.weights import UNIT_MATRICES
 from prunetool.model import Model
-from prunetool.pruned import Extent, Stats, extents, kept_units, masks, used_weight
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.pruning.gram import Partition
-from prunetool.steps.mask import GIVEN
+from prunetool.stats import GIVEN, Stats
 from prunetool.steps.run import Run
 
 # Decades: the held-out error is flat around its minimum.

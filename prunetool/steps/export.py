@@ -23,6 +23,7 @@ from prunetool.checkpoint.writer import (
     templates,
 )
 from prunetool.errors import RecordError, WorkError, shown
+from prunetool.kept import CHANNELS, HEADS, kept_units, masks
 from prunetool.llama import forms
 from prunetool.llama.config import LayerShape
 from prunetool.llama.weights import (
@@ -35,7 +36,7 @@ from prunetool.llama.weights import (
     tensor_name,
 )
 from prunetool.model import Model
-from prunetool.pruned import CHANNELS, HEADS, kept_units, masks, reopen
+from prunetool.steps.run import reopen
 
 # Copied as they are; re-saving a tokenizer writes classes that older readers refuse.
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES, *LICENSE_FILES)

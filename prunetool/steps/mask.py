@@ -8,16 +8,13 @@ import numpy as np
 
 from prunetool import console, records
 from prunetool.errors import NumericalError, RecordError, naming
+from prunetool.kept import Extent, Mask, extents, kept_units, pack_mask
 from prunetool.llama.weights import MATRICES
 from prunetool.methods import QK, methods_of
-from prunetool.pruned import Extent, Mask, Stats, extents, kept_units, pack_mask
 from prunetool.pruning import compensation, gram, unstructured
+from prunetool.stats import GIVEN, SITES, Stats
 from prunetool.steps.attention import AttentionLayer, rotary
 from prunetool.steps.run import Run
-
-# Whose Gram matrix a matrix's inputs have.
-GIVEN = {"q": "attention", "k": "attention", "v": "attention", "o": "o",
-         "gate": "mlp", "up": "mlp", "down": "down"}  # fmt: skip
 
 
 class Masking:
@@ -79,7 +76,7 @@ class Masking:
             )
 
     def _check_kept(self, calibration: dict[str, Any]) -> None:
-        missing = [f"{part}_proj" for part in self.parts if GIVEN[part] in ("attention", "mlp")]
+        missing = [f"{part}_proj" for part in self.parts if not SITES[GIVEN[part]].of_units]
         if missing and self._method.needs_gram and calibration.get("stats") != "all":
             raise RecordError(
                 f"--method {self.how['method']}",

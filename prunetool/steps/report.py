@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from prunetool import console, records
 from prunetool.errors import RecordError, shown
+from prunetool.kept import CHANNELS, HEADS, extents, kept_units, masks
 from prunetool.model import Model
-from prunetool.pruned import CHANNELS, HEADS, extents, kept_units, masks, reopen
+from prunetool.steps.run import reopen
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em }

@@ -1,19 +1,69 @@
 """What steps have in common: a model with text; a stream of records read, and another written."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from prunetool import console, records, workdir
+from prunetool.checkpoint import checksum
 from prunetool.checkpoint.writer import need_room
 from prunetool.corpus import Text
-from prunetool.errors import naming
-from prunetool.model import Model, open_model
+from prunetool.errors import CheckpointError, RecordError, naming
+from prunetool.model import Model, open_model, read_weights
 from prunetool.profiling import Profile
-from prunetool.pruned import reopen
+
+
+def reopen(header: records.Header) -> Model:
+    """Open the checkpoint of a stream, in whose work directory its steps read and write.
+
+    Raises:
+      WorkError: if the work directory is not the stream's (`workdir.run_of`).
+      CheckpointError: if the checkpoint is no longer as it was calibrated. Of tensors beyond their
+        first rows, reading one raises it (`Model.read`).
+    """
+    run = workdir.run_of(header)
+    if not Path(header.model).is_dir():  # a stream must not make anybody ask the Hub
+        raise CheckpointError(header.model, "no such directory", "calibrate again")
+    model = open_model(header.model)
+    now = model.identity()
+    if changed := workdir.differing({key: run.get(key) for key in now}, now):
+        raise CheckpointError(
+            header.model, f"its {changed[0].key} has changed since it was calibrated",
+            "restore it, or calibrate again",
+        )  # fmt: skip
+    if header.fingerprint != checksum.of_json(now) or header.layers != model.layers:
+        raise RecordError("header", "is of another checkpoint than its run", records.AGAIN)
+    return replace(model, recorded=Path(header.work) / workdir.WEIGHTS_NAME)
+
+
+def recall_weights(model: Model, work: Path, *, overwrite: bool) -> bool:
+    """Take the checksums of the tensors that a killed run has read as known.
+
+    Returns:
+      Whether the run can go on; if not, it starts again.
+
+    Raises:
+      CheckpointError: if a tensor has changed since; with ``overwrite``, all that was made of it is
+        removed instead.
+    """
+    path = work / workdir.WEIGHTS_NAME
+    try:
+        known = read_weights(path)
+    except CheckpointError as error:
+        console.log.warning("%s: %s; starting again", path, error.what)
+    else:
+        try:
+            model.recall(known)
+            return True
+        except CheckpointError:
+            if not overwrite:
+                raise
+    workdir.drop(work)  # what later steps made of other weights too
+    model.checksums.clear()
+    return False
 
 
 def open_with_text(

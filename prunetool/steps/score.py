@@ -9,9 +9,10 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
+from prunetool.kept import CHANNELS, HEADS, extents, kept_units, used_weight
 from prunetool.methods import methods_of
-from prunetool.pruned import CHANNELS, HEADS, Stats, extents, kept_units, used_weight
 from prunetool.pruning import budget, compensation, gram, structural, units
+from prunetool.stats import Stats
 from prunetool.steps.run import Run
 
 MATRICES = ("o_proj", "down_proj")  # whose inputs the units make

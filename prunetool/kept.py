@@ -1,0 +1,110 @@
+"""The units and the weights that a layer keeps, as the files of ``score`` say.
+
+A unit is a KV group with its query heads, or an MLP channel; a mask says of each weight of a matrix
+whether it stays, and may come with new values of those that do.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prunetool import records, workdir
+from prunetool.errors import RecordError
+from prunetool.llama.config import LayerShape, LlamaConfig
+from prunetool.llama.weights import MATRICES, PARTS, part_shapes, unit_axes
+from prunetool.model import Model
+
+HEADS, CHANNELS = TARGETS = ("heads", "channels")
+
+
+def _array(work: Path, name: str, key: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a step's file.
+
+    Raises:
+      RecordError: if it is not there, or is of another dtype or shape.
+    """
+    array = workdir.TensorFile(work, name)[key]
+    if array.dtype != dtype or array.shape != shape:
+        raise RecordError(
+            work / name, f"{key} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}",
+            workdir.AGAIN,
+        )  # fmt: skip
+    return array
+
+
+def kept_units(work: Path, record: records.LayerRecord, shape: LayerShape) -> dict[str, np.ndarray]:
+    """Which KV groups (``heads``) and channels a layer keeps; all if no step decided.
+
+    Returns:
+      ``{"heads": (n_kv,) bool, "channels": (I,) bool}``.
+
+    Raises:
+      RecordError: if a file is missing, damaged, or of another layer's shape.
+    """
+    kept = {HEADS: np.ones(shape.kv_heads, bool), CHANNELS: np.ones(shape.channels, bool)}
+    for target, every in kept.items():
+        if name := record.files.get(f"kept.{target}"):
+            kept[target] = _array(work, name, target, bool, every.shape)
+    return kept
+
+
+class Extent(NamedTuple):
+    """Which rows and columns of a matrix, as a checkpoint stores it, are of units kept."""
+
+    rows: np.ndarray  # (out,) bool
+    columns: np.ndarray  # (in,) bool
+
+    def of(self, W: np.ndarray) -> np.ndarray:
+        """W with only those."""
+        return np.asarray(W[np.ix_(*self)])
+
+
+def extents(
+    kept: dict[str, np.ndarray], shape: LayerShape, config: LlamaConfig
+) -> dict[str, Extent]:
+    """The same for each of the seven matrices, from the units kept (`kept_units`)."""
+    axes = {
+        "hidden": np.ones(config.hidden_size, bool),
+        **unit_axes(kept[HEADS], kept[CHANNELS], shape, config.head_dim),
+    }
+    return {part: Extent(*(axes[axis] for axis in PARTS[part].axes)) for part in MATRICES}
+
+
+class Mask(NamedTuple):
+    """Which weights of a matrix stay, and their new values where the step gave some."""
+
+    kept: np.ndarray  # (out, in) bool
+    values: np.ndarray | None  # (out, in) float32
+
+    def on(self, W: np.ndarray) -> np.ndarray:
+        """The masked matrix in W's dtype."""
+        new = W if self.values is None else self.values.astype(W.dtype)
+        return np.where(self.kept, new, np.zeros((), W.dtype))
+
+
+def pack_mask(part: str, mask: Mask) -> dict[str, np.ndarray]:
+    """A mask as a file keeps it, eight weights a byte."""
+    packed = {f"{part}.kept": np.packbits(mask.kept, axis=1)}
+    return packed if mask.values is None else {**packed, f"{part}.values": mask.values}
+
+
+def masks(model: Model, work: Path, record: records.LayerRecord) -> dict[str, Mask]:
+    """The masks of a layer's matrices, by part; none for a matrix that no step masked."""
+    shapes = part_shapes(model.config, model.config.layer_shapes[record.index])
+    found = {}
+    for part in MATRICES:
+        if name := record.files.get(f"mask.{part}"):
+            rows, columns = shapes[part]
+            packed = _array(work, name, f"{part}.kept", np.uint8, (rows, -(-columns // 8)))
+            kept = np.unpackbits(packed, axis=1, count=columns).astype(bool)
+            key, values = f"{part}.values", None
+            if key in workdir.TensorFile(work, name):
+                values = _array(work, name, key, np.float32, shapes[part])
+            found[part] = Mask(kept, values)
+    return found
+
+
+def used_weight(model: Model, layer: int, matrix: str) -> np.ndarray:
+    """W of ``o`` or ``down`` as output = X W, (D, D'), float64."""
+    return np.ascontiguousarray(model.part(layer, matrix).T, np.float64)

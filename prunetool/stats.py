@@ -1,0 +1,193 @@
+"""What calibrate sums at which input of a layer, and the files that hold it.
+
+A file holds ``tokens``, (1,), and of each site the arrays of `array_shapes`, named ``SITE.SUM``
+(``o.gram``) after the fields of `gram.Sums`; Gram matrices as packed triangles (`gram.pack_tiles`).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from prunetool import records, workdir
+from prunetool.errors import RecordError
+from prunetool.llama.config import LayerShape, LlamaConfig
+from prunetool.llama.weights import PARTS, axis_sizes
+
+if TYPE_CHECKING:
+    import jax
+
+    from prunetool.llama.forward import Inputs
+    from prunetool.pruning.gram import Sums
+
+
+class Site(NamedTuple):
+    """An input of a layer that is summed; the name is that of its field of `forward.Inputs`.
+
+    Attributes:
+      matrices: those that are given this input.
+      joins: field of `forward.Inputs`: the residual stream that their output joins.
+      of_units: its features are made by units, which scores and refits need. Others are summed for
+        ``--stats all`` alone.
+      blocks: keep the token-weighted diagonal blocks of KV groups.
+      diagonal: keep the token-weighted diagonal.
+    """
+
+    matrices: tuple[str, ...]
+    joins: str
+    of_units: bool = False
+    blocks: bool = False
+    diagonal: bool = False
+
+    @property
+    def axis(self) -> str:
+        """What its features are, of `axis_sizes`."""
+        return PARTS[self.matrices[0]].axes[1]
+
+
+SITES = {
+    "o": Site(("o",), "before_attention", of_units=True, blocks=True),
+    "down": Site(("down",), "before_mlp", of_units=True, diagonal=True),
+    "attention": Site(("q", "k", "v"), "before_attention"),
+    "mlp": Site(("gate", "up"), "before_mlp"),
+}
+# Where the inputs of each matrix are summed.
+GIVEN = {matrix: name for name, site in SITES.items() for matrix in site.matrices}
+
+
+def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> "dict[str, Sums]":
+    """Empty sums at every site.
+
+    Args:
+      kept: ``--stats``: ``structural``, ``token`` or ``all``.
+      sizes: `axis_sizes`, padded or not.
+      head_dim: d.
+    """
+    from prunetool.pruning import gram
+
+    return {
+        name: gram.zeros(
+            sizes[site.axis], blocks=sizes["groups"] // head_dim if site.blocks else 0,
+            diagonal=site.diagonal,
+            full=site.of_units and kept == "token",
+        )
+        for name, site in SITES.items()
+        if site.of_units or kept == "all"
+    }  # fmt: skip
+
+
+def given(inputs: "Inputs", name: str) -> "tuple[jax.Array, jax.Array]":
+    """The input at a site, and the residual stream that its output joins."""
+    return getattr(inputs, name), getattr(inputs, SITES[name].joins)
+
+
+def arrays(
+    sums: "dict[str, Sums]", tokens: int, config: LlamaConfig, shape: LayerShape, dtype: str
+) -> dict[str, np.ndarray]:
+    """The sums of a layer as a file holds them, without padding.
+
+    Args:
+      sums: by site, on the host.
+      tokens: how many they are over.
+      config: of the model.
+      shape: counts of the layer.
+      dtype: of the arrays.
+    """
+    from prunetool.pruning import gram
+
+    found = {"tokens": np.array([tokens])}
+    sizes = axis_sizes(config, shape)
+    for name, sum_ in sums.items():
+        size = sizes[SITES[name].axis]
+        for kind, value in sum_._asdict().items():
+            if value is None:
+                continue
+            if kind.endswith("gram"):
+                found[f"{name}.{kind}"] = gram.pack_tiles(value, size, dtype)
+            else:
+                extent = shape.kv_heads if kind == "token_blocks" else size
+                found[f"{name}.{kind}"] = value[:extent].astype(dtype)
+    return found
+
+
+def array_shapes(
+    config: LlamaConfig, shape: LayerShape, kept: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every array of a layer's file, by name.
+
+    Args:
+      config: of the model.
+      shape: counts of the layer.
+      kept: ``--stats``; None for all that there could be.
+    """
+    sizes, groups = axis_sizes(config, shape), shape.kv_heads
+    found: dict[str, tuple[int, ...]] = {"tokens": (1,)}
+    for name, site in SITES.items():
+        if not site.of_units and kept not in ("all", None):
+            continue
+        size = sizes[site.axis]
+        triangle = (size * (size + 1) // 2,)
+        found |= {f"{name}.gram": triangle, f"{name}.total": (size,)}
+        if site.blocks:
+            found[f"{name}.token_blocks"] = (groups, size // groups, size // groups)
+        if site.diagonal:
+            found[f"{name}.token_diagonal"] = (size,)
+        if site.of_units and kept in ("token", None):
+            found[f"{name}.token_gram"] = triangle
+    return found
+
+
+class Stats:
+    """A layer's sums over the calibration tokens, read as they are asked for.
+
+    Args:
+      work: the work directory.
+      record: the layer's record.
+      config: of the model.
+
+    Attributes:
+      parts: the kinds of the files: the tokens to fit (``stats``), and those held out
+        (``held_out``) where there are any. All that is asked for is summed over ``parts``.
+
+    Raises:
+      RecordError: where the stream does not come from calibrate.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        record: records.LayerRecord,
+        config: LlamaConfig,
+        parts: tuple[str, ...] = ("stats", "held_out"),
+    ) -> None:
+        if "stats" not in record.files:
+            raise RecordError(
+                f"layer {record.index}", "has no stats", "put prunetool calibrate before this step"
+            )
+        self.parts = tuple(part for part in parts if part in record.files)
+        self._files = [workdir.TensorFile(work, record.files[part]) for part in self.parts]
+        self._where = work / record.files["stats"]
+        self._shapes = array_shapes(config, config.layer_shapes[record.index])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files[0]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The sum of this name (``o.total``, ``down.gram``: packed), float64."""
+        first, *others = (file[name] for file in self._files)
+        due = self._shapes[name]
+        for array in (first, *others):
+            if array.dtype.kind not in "fi" or array.shape != due:
+                raise RecordError(
+                    self._where, f"{name} is {array.dtype} {array.shape}, not of shape {due}",
+                    workdir.AGAIN,
+                )  # fmt: skip
+        out = first.astype(np.float64)
+        for other in others:
+            out += other
+        return out
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens."""
+        return int(self["tokens"][0])
