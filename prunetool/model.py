@@ -120,6 +120,11 @@ class Model:
         """Read one part (a field of `Layer`) of a decoder layer in its stored dtype."""
         return self.read(tensor_name(number, part))
 
+    def part_if_any(self, number: int, part: str) -> np.ndarray | None:
+        """Read one part; None if this model's layers have none, as of most biases."""
+        there = part in part_shapes(self.config, self.config.layer_shapes[number])
+        return self.part(number, part) if there else None
+
     def padded_layer(self, number: int) -> Layer:
         """Read a layer, zero-padded to the model's widest, so that one compilation serves all."""
         layer, shape = self.layer(number), self.config.layer_shapes[number]

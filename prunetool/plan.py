@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prunetool.llama.config import LayerShape
-from prunetool.llama.weights import part_shapes
+from prunetool.llama.weights import input_sizes, part_shapes
 from prunetool.model import Model
 from prunetool.pruning.compensation import CHOICE_OUTPUTS
 
@@ -22,16 +21,11 @@ class Need(NamedTuple):
     solves: float = 0.0  # in float64
 
 
-def inputs(model: Model, shape: LayerShape) -> dict[str, int]:
-    """How many features each pruned matrix is given."""
-    return {"o": shape.heads * model.config.head_dim, "down": shape.channels}
-
-
 def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtype: str) -> int:
     """Bytes of all stats that calibrate keeps (``attention``: samples and their length)."""
     D, d, total = model.config.hidden_size, model.config.head_dim, 0
     for shape in model.config.layer_shapes:
-        sizes = list(inputs(model, shape).values())
+        sizes = list(input_sizes(model.config, shape).values())
         grams = sum(size * (size + 1) // 2 for size in sizes) * (2 if stats == "token" else 1)
         grams += D * (D + 1) if stats == "all" else 0
         blocks = shape.kv_heads * (shape.group_size * d) ** 2
@@ -63,7 +57,10 @@ def masks_bytes(model: Model, parts: tuple[str, ...]) -> int:
 
 def refit_bytes(model: Model, layers: int, kept: float = 1.0) -> int:
     """Bytes of the refitted weights, of so many layers, at most."""
-    sizes = (sum(inputs(model, shape).values()) for shape in model.config.layer_shapes[:layers])
+    sizes = (
+        sum(input_sizes(model.config, shape).values())
+        for shape in model.config.layer_shapes[:layers]
+    )
     return int(4 * model.config.hidden_size * kept * sum(sizes))
 
 
@@ -79,7 +76,7 @@ def calibrate(
     """Of one process with one device, ``batch`` sequences at a time."""
     D, T = model.config.hidden_size, batch * length
     widest = model.config.widest
-    squares = sum(size**2 for size in inputs(model, widest).values())
+    squares = sum(size**2 for size in input_sizes(model.config, widest).values())
     squares = squares * (2 if stats == "token" else 1) + (2 * D**2 if stats == "all" else 0)
     # Three copies of the weights (read, in use, on the device), sums in float64 and packed; of a
     # token, gate and up in tiles and joined, and their product, in float32 and rounded.
@@ -87,7 +84,7 @@ def calibrate(
     memory += squares // 2 * np.dtype(stats_dtype).itemsize + T * (22 * widest.channels + 24 * D)
     tokens, products = samples * length, 0.0
     for shape in model.config.layer_shapes:
-        features = inputs(model, shape).values()
+        features = input_sizes(model.config, shape).values()
         products += 2 * tokens * model.layer_parameters(shape)
         products += 2 * tokens * length * shape.heads * model.config.head_dim  # causal
         products += tokens * sum(size * (size + 1) for size in features)
@@ -100,13 +97,13 @@ def calibrate(
 def score(model: Model, stats_dtype: str) -> Need:
     """Of newton, the default method."""
     D = model.config.hidden_size
-    size = max(inputs(model, model.config.widest).values())
+    size = max(input_sizes(model.config, model.config.widest).values())
     packed = size * (size + 1) // 2
     memory = WITHOUT + 8 * size**2 + packed * (8 + np.dtype(stats_dtype).itemsize)
     memory += size * D * (8 + np.dtype(model.dtype).itemsize)
     solves = 0.0
     for shape in model.config.layer_shapes:
-        for n in inputs(model, shape).values():
+        for n in input_sizes(model.config, shape).values():
             solves += n**2 * D + n**3 / 3 + 40 * 2 * n**2  # K, its factor, the spectral norm
     return Need(memory, units_bytes(model), solves=solves)
 
@@ -115,13 +112,13 @@ def compensate(model: Model, sparsity: float, dampings: int) -> Need:
     """With that many dampings tried on held-out tokens."""
     D = model.config.hidden_size
     kept = 1 - sparsity
-    size = max(inputs(model, model.config.widest).values())
+    size = max(input_sizes(model.config, model.config.widest).values())
     k = kept * size
     blocks = k**2 + k * (size - k) + (size - k) ** 2
     memory = int(WITHOUT + 16 * blocks + 32 * k * D + 8 * size * D)
     solves = 0.0
     for shape in model.config.layer_shapes:
-        for n in inputs(model, shape).values():
+        for n in input_sizes(model.config, shape).values():
             m = kept * n
             tried = min(D, CHOICE_OUTPUTS)
             solves += (dampings + 1) * m**3 / 3 + (dampings * tried + D) * 4 * m**2

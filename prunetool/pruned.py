@@ -14,7 +14,7 @@ from prunetool import console, records, workdir
 from prunetool.checkpoint import checksum
 from prunetool.errors import CheckpointError, RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
-from prunetool.llama.weights import MATRICES, part_shapes
+from prunetool.llama.weights import MATRICES, PARTS, input_sizes, part_shapes, unit_axes
 from prunetool.model import Model, open_model, read_weights
 
 HEADS, CHANNELS = TARGETS = ("heads", "channels")
@@ -132,7 +132,7 @@ class Stats:
         self._files = [workdir.TensorFile(work, record.files[part]) for part in self.parts]
         self._where = work / record.files["stats"]
         shape = config.layer_shapes[record.index]
-        self._sizes = {"o": shape.heads * config.head_dim, "down": shape.channels}
+        self._sizes = input_sizes(config, shape)
         self._hidden, self._blocks = config.hidden_size, shape.kv_heads
 
     def __contains__(self, name: str) -> bool:
@@ -183,16 +183,11 @@ def extents(
     kept: dict[str, np.ndarray], shape: LayerShape, config: LlamaConfig
 ) -> dict[str, Extent]:
     """The same for each of the seven matrices, from the units kept (`kept_units`)."""
-    every = np.ones(config.hidden_size, bool)
-    kv = np.repeat(kept[HEADS], config.head_dim)
-    heads = np.repeat(kept[HEADS], shape.group_size * config.head_dim)
-    channels = kept[CHANNELS]
-    return {
-        "q": Extent(heads, every), "k": Extent(kv, every), "v": Extent(kv, every),
-        "o": Extent(every, heads),
-        "gate": Extent(channels, every), "up": Extent(channels, every),
-        "down": Extent(every, channels),
-    }  # fmt: skip
+    axes = {
+        "hidden": np.ones(config.hidden_size, bool),
+        **unit_axes(kept[HEADS], kept[CHANNELS], shape, config.head_dim),
+    }
+    return {part: Extent(*(axes[axis] for axis in PARTS[part].axes)) for part in MATRICES}
 
 
 class Mask(NamedTuple):

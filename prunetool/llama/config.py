@@ -149,6 +149,10 @@ class LayerShape:
         """Query heads that share a KV head."""
         return self.heads // self.kv_heads
 
+    def keeping(self, groups: int, channels: int) -> "LayerShape":
+        """With so many of its KV groups and channels."""
+        return LayerShape(groups * self.group_size, groups, channels)
+
 
 @dataclass(frozen=True)
 class Rope:

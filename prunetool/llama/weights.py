@@ -21,68 +21,91 @@ HEAD = "lm_head.weight"
 Array = Any  # np.ndarray on the host, jax.Array on the device
 
 
-class Layer(NamedTuple):
-    """The weights of a decoder layer as the checkpoint stores them: a matrix is (out, in)."""
+class Part(NamedTuple):
+    """A tensor of a decoder layer.
 
-    input_norm: Array  # (D,)
-    q: Array  # (H d, D)
-    k: Array  # (n_kv d, D)
-    v: Array  # (n_kv d, D)
-    o: Array  # (D, H d)
-    post_norm: Array  # (D,)
-    gate: Array  # (I, D)
-    up: Array  # (I, D)
-    down: Array  # (D, I)
-    q_bias: Array = None  # (H d,); a bias is None where the model has none
-    k_bias: Array = None  # (n_kv d,)
-    v_bias: Array = None  # (n_kv d,)
-    o_bias: Array = None  # (D,)
-    gate_bias: Array = None  # (I,)
-    up_bias: Array = None  # (I,)
-    down_bias: Array = None  # (D,)
+    Attributes:
+      name: its name in the checkpoint, below its layer.
+      axes: what each of its axes counts (`axis_sizes`); a matrix is (out, in).
+      needs: the setting of `LlamaConfig` that gives layers this part; none: all have it.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    needs: str = ""
 
 
-NAMES = {
-    "input_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "post_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "o_bias": "self_attn.o_proj.bias",
-    "gate_bias": "mlp.gate_proj.bias",
-    "up_bias": "mlp.up_proj.bias",
-    "down_bias": "mlp.down_proj.bias",
+PARTS = {
+    "input_norm": Part("input_layernorm.weight", ("hidden",)),
+    "q": Part("self_attn.q_proj.weight", ("heads", "hidden")),
+    "k": Part("self_attn.k_proj.weight", ("groups", "hidden")),
+    "v": Part("self_attn.v_proj.weight", ("groups", "hidden")),
+    "o": Part("self_attn.o_proj.weight", ("hidden", "heads")),
+    "post_norm": Part("post_attention_layernorm.weight", ("hidden",)),
+    "gate": Part("mlp.gate_proj.weight", ("channels", "hidden")),
+    "up": Part("mlp.up_proj.weight", ("channels", "hidden")),
+    "down": Part("mlp.down_proj.weight", ("hidden", "channels")),
+    "q_bias": Part("self_attn.q_proj.bias", ("heads",), "attention_bias"),
+    "k_bias": Part("self_attn.k_proj.bias", ("groups",), "attention_bias"),
+    "v_bias": Part("self_attn.v_proj.bias", ("groups",), "attention_bias"),
+    "o_bias": Part("self_attn.o_proj.bias", ("hidden",), "attention_bias"),
+    "gate_bias": Part("mlp.gate_proj.bias", ("channels",), "mlp_bias"),
+    "up_bias": Part("mlp.up_proj.bias", ("channels",), "mlp_bias"),
+    "down_bias": Part("mlp.down_proj.bias", ("hidden",), "mlp_bias"),
 }
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # the seven that sparsity is counted over
-ATTENTION_BIASES = ("q_bias", "k_bias", "v_bias", "o_bias")
-MLP_BIASES = ("gate_bias", "up_bias", "down_bias")
+# The seven that sparsity is counted over, and of these the two whose inputs the units make.
+MATRICES = tuple(part for part, (_, axes, _) in PARTS.items() if len(axes) == 2)
+UNIT_MATRICES = tuple(part for part in MATRICES if PARTS[part].axes[0] == "hidden")
+
+
+class Layer(NamedTuple):
+    """The parts of a decoder layer, each as `PARTS` has it; None where the model has none."""
+
+    input_norm: Array
+    q: Array
+    k: Array
+    v: Array
+    o: Array
+    post_norm: Array
+    gate: Array
+    up: Array
+    down: Array
+    q_bias: Array = None
+    k_bias: Array = None
+    v_bias: Array = None
+    o_bias: Array = None
+    gate_bias: Array = None
+    up_bias: Array = None
+    down_bias: Array = None
 
 
 def tensor_name(layer: int, part: str) -> str:
     """The checkpoint's name of ``part`` (a field of `Layer`) in layer ``layer``."""
-    return f"model.layers.{layer}.{NAMES[part]}"
+    return f"model.layers.{layer}.{PARTS[part].name}"
+
+
+def axis_sizes(config: LlamaConfig, shape: LayerShape) -> dict[str, int]:
+    """Extent of every axis of `PARTS`: D, H d of the query heads, n_kv d of the KV groups, I."""
+    heads, groups = shape.heads * config.head_dim, shape.kv_heads * config.head_dim
+    return {
+        "hidden": config.hidden_size, "heads": heads, "groups": groups, "channels": shape.channels
+    }  # fmt: skip
 
 
 def part_shapes(config: LlamaConfig, shape: LayerShape) -> dict[str, tuple[int, ...]]:
     """Shape of every part that a layer of this model has, in the order of `Layer`."""
-    D, d, channels = config.hidden_size, config.head_dim, shape.channels
-    q, kv = shape.heads * d, shape.kv_heads * d
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_norm": (D,), "q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q),
-        "post_norm": (D,), "gate": (channels, D), "up": (channels, D), "down": (D, channels),
-    }  # fmt: skip
-    if config.attention_bias:
-        shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,), "o_bias": (D,)}
-    if config.mlp_bias:
-        shapes |= {"gate_bias": (channels,), "up_bias": (channels,), "down_bias": (D,)}
-    return shapes
+    sizes = axis_sizes(config, shape)
+    return {
+        part: tuple(sizes[axis] for axis in axes)
+        for part, (_, axes, needs) in PARTS.items()
+        if not needs or getattr(config, needs)
+    }
+
+
+def input_sizes(config: LlamaConfig, shape: LayerShape) -> dict[str, int]:
+    """How many features each of `UNIT_MATRICES` is given."""
+    shapes = part_shapes(config, shape)
+    return {matrix: shapes[matrix][1] for matrix in UNIT_MATRICES}
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -103,6 +126,32 @@ def map_layer(function: Callable[[Array], Array], layer: Layer) -> Layer:
     return Layer(*(None if part is None else function(part) for part in layer))
 
 
+def unit_axes(
+    groups: np.ndarray, channels: np.ndarray, shape: LayerShape, head_dim: int
+) -> dict[str, np.ndarray]:
+    """Where units are along every axis that they share: the elements of these units.
+
+    Args:
+      groups: indices of KV groups, or a mask of them.
+      channels: the same of MLP channels.
+      shape: counts of the layer.
+      head_dim: d.
+
+    Returns:
+      By axis, indices or a mask as given.
+    """
+
+    def spread(units: np.ndarray, size: int) -> np.ndarray:
+        if units.dtype == bool:
+            return np.repeat(units, size)
+        return (units[:, None] * size + np.arange(size)).ravel()
+
+    return {
+        "heads": spread(groups, shape.group_size * head_dim), "groups": spread(groups, head_dim),
+        "channels": channels,
+    }  # fmt: skip
+
+
 def select(layer: Layer, shape: LayerShape, groups: np.ndarray, channels: np.ndarray) -> Layer:
     """Keep whole KV groups and MLP channels of a layer.
 
@@ -112,20 +161,8 @@ def select(layer: Layer, shape: LayerShape, groups: np.ndarray, channels: np.nda
       groups: indices of the KV groups to keep, ascending.
       channels: indices of the MLP channels to keep, ascending.
     """
-    heads = _spread(groups, shape.group_size)
-    d = layer.q.shape[0] // shape.heads
-    rows_q, rows_kv = _spread(heads, d), _spread(groups, d)
-
-    def rows(array: Array, index: np.ndarray) -> Array:
-        return None if array is None else array[index]
-
-    return layer._replace(
-        q=layer.q[rows_q], k=layer.k[rows_kv], v=layer.v[rows_kv], o=layer.o[:, rows_q],
-        gate=layer.gate[channels], up=layer.up[channels], down=layer.down[:, channels],
-        q_bias=rows(layer.q_bias, rows_q), k_bias=rows(layer.k_bias, rows_kv),
-        v_bias=rows(layer.v_bias, rows_kv),
-        gate_bias=rows(layer.gate_bias, channels), up_bias=rows(layer.up_bias, channels),
-    )  # fmt: skip
+    kept = unit_axes(groups, channels, shape, layer.q.shape[0] // shape.heads)
+    return _map_parts(lambda axes, array: array[_at(kept, axes)], layer)
 
 
 def scatter(
@@ -149,33 +186,29 @@ def scatter(
     if shape.group_size != target.group_size:
         raise ValueError(f"group sizes differ: {shape} and {target}")
     d = layer.q.shape[0] // shape.heads
-    rows_q, rows_kv = _spread(_spread(groups, shape.group_size), d), _spread(groups, d)
+    places = unit_axes(groups, channels, shape, d)
+    sizes = {"heads": target.heads * d, "groups": target.kv_heads * d, "channels": target.channels}
 
-    def rows(array: Array, index: np.ndarray, extent: int) -> Array:
-        if array is None:
-            return None
-        out = np.zeros((extent, *array.shape[1:]), array.dtype)
-        out[index] = array
+    def put(axes: tuple[str, ...], array: Array) -> Array:
+        extents = [sizes.get(axis, size) for axis, size in zip(axes, array.shape, strict=True)]
+        out = np.zeros(extents, array.dtype)
+        out[_at(places, axes)] = array
         return out
 
-    def columns(array: Array, index: np.ndarray, extent: int) -> Array:
-        out = np.zeros((array.shape[0], extent), array.dtype)
-        out[:, index] = array
-        return out
-
-    q, kv, wide = target.heads * d, target.kv_heads * d, target.channels
-    return layer._replace(
-        q=rows(layer.q, rows_q, q), k=rows(layer.k, rows_kv, kv), v=rows(layer.v, rows_kv, kv),
-        o=columns(layer.o, rows_q, q),
-        gate=rows(layer.gate, channels, wide), up=rows(layer.up, channels, wide),
-        down=columns(layer.down, channels, wide),
-        q_bias=rows(layer.q_bias, rows_q, q), k_bias=rows(layer.k_bias, rows_kv, kv),
-        v_bias=rows(layer.v_bias, rows_kv, kv),
-        gate_bias=rows(layer.gate_bias, channels, wide),
-        up_bias=rows(layer.up_bias, channels, wide),
-    )  # fmt: skip
+    return _map_parts(put, layer)
 
 
-def _spread(blocks: np.ndarray, size: int) -> np.ndarray:
-    """Indices of the elements of contiguous blocks of ``size``."""
-    return (np.asarray(blocks)[:, None] * size + np.arange(size)).ravel()
+def _at(units: dict[str, np.ndarray], axes: tuple[str, ...]) -> tuple[Any, ...]:
+    """The index of an array of these axes, none of which but one is of units."""
+    return tuple(units.get(axis, slice(None)) for axis in axes)
+
+
+def _map_parts(function: Callable[[tuple[str, ...], Array], Array], layer: Layer) -> Layer:
+    """Apply ``function`` to the axes and the array of every part that is there."""
+    return Layer(
+        **{
+            part: function(PARTS[part].axes, array)
+            for part, array in layer._asdict().items()
+            if array is not None
+        }
+    )

@@ -20,6 +20,7 @@ from prunetool.llama.weights import (
     FINAL_NORM,
     HEAD,
     Layer,
+    input_sizes,
     part_shapes,
     tensor_name,
 )
@@ -282,7 +283,7 @@ class Calibration:
     def _arrays(self, sums: dict[str, Any], tokens: int, layer: int) -> dict[str, np.ndarray]:
         """The sums as a file keeps them: without padding, Gram matrices packed."""
         shape, dtype = self.model.config.layer_shapes[layer], self.precision.stats_dtype
-        sizes = {"o": shape.heads * self.model.config.head_dim, "down": shape.channels}
+        sizes = input_sizes(self.model.config, shape)
         arrays = {"tokens": np.array([tokens])}
         for name, matrix in sums.items():
             size = sizes.get(name, self.model.config.hidden_size)

@@ -8,6 +8,7 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
+from prunetool.llama.weights import UNIT_MATRICES
 from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruned import Extent, Stats, extents, kept_units, masks, used_weight
@@ -91,9 +92,8 @@ def _refit(
     shape = model.config.layer_shapes[record.index]
     kept = extents(kept_units(work, record, shape), shape, model.config)
     stats = Stats(work, record, model.config)
-    biased = {"o": model.config.attention_bias, "down": model.config.mlp_bias}
     out: dict[str, np.ndarray] = {}
-    for matrix in ("o", "down"):
+    for matrix in UNIT_MATRICES:
         rows = kept[matrix].columns
         if rows.all():
             out[f"{matrix}_proj.report"] = np.array([0.0, 0.0, 0.0, 0.0, np.nan])
@@ -105,11 +105,8 @@ def _refit(
                     _Sums.of(Stats(work, record, model.config, (p,)), matrix, rows)
                     for p in stats.parts
                 ]
-            bias = (
-                model.part(record.index, f"{matrix}_bias").astype(np.float64)
-                if biased[matrix]
-                else None
-            )
+                bias = model.part_if_any(record.index, f"{matrix}_bias")
+                bias = None if bias is None else bias.astype(np.float64)
             energy = record.values["energy"][f"{matrix}_proj"] or 1.0
             with profile.phase("solve"):
                 parts = _refit_matrix(W, bias, rows, sums, energy, grid)

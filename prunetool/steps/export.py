@@ -242,8 +242,7 @@ def _densities(
 
 
 def _kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
-    groups = int(units[HEADS].sum())
-    return LayerShape(groups * shape.group_size, groups, int(units[CHANNELS].sum()))
+    return shape.keeping(int(units[HEADS].sum()), int(units[CHANNELS].sum()))
 
 
 def _pruned_layer(

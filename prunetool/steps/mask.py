@@ -187,11 +187,12 @@ class Masking:
         if not kept["q"].rows.any():  # all KV groups of the layer were removed
             return None
         part = partial(self.model.part, record.index)
-        biased = self.model.config.attention_bias
+        biases = [self.model.part_if_any(record.index, f"{name}_bias") for name in self.parts]
         return AttentionLayer(
             self._turns, self.work, record,
             [kept[name].of(part(name)) for name in self.parts],
-            [part(f"{name}_bias")[kept[name].rows] if biased else None for name in self.parts],
+            [None if bias is None else bias[kept[name].rows]
+             for name, bias in zip(self.parts, biases, strict=True)],
         )  # fmt: skip
 
     def _learn(

@@ -145,11 +145,14 @@ class Scoring:
 
     def _costs(self) -> tuple[list[int], int, int]:
         """Parameters of a KV group in each layer, of a channel, and of all seven matrices."""
-        config = self.model.config
-        D, d = config.hidden_size, config.head_dim
-        groups = [2 * D * d * (shape.group_size + 1) for shape in config.layer_shapes]
-        total = sum(self.model.layer_parameters(shape) for shape in config.layer_shapes)
-        return groups, 3 * D, total
+        shapes, size = self.model.config.layer_shapes, self.model.layer_parameters
+        groups = [
+            size(shape) - size(shape.keeping(shape.kv_heads - 1, shape.channels))
+            for shape in shapes
+        ]
+        first = shapes[0]
+        channel = size(first) - size(first.keeping(first.kv_heads, first.channels - 1))
+        return groups, channel, sum(map(size, shapes))
 
     def _share_out(self, units: Sequence[dict[str, _Units]]) -> budget.Counts:
         group_costs, channel_cost, total = self._costs()
