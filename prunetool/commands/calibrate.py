@@ -144,7 +144,6 @@ def calibrate(
     with console.summary("calibrate") as said:
         team = devices.start(device, coordinator, processes, process_id)
         opened = open_model(model, revision)
-        opened.check_length(length)
         bos_id = tokenizer.bos_id(opened.directory, opened.config.vocab_size, bos, tokens_path)
         console.doing("reading text")
         tokens = corpus.load(

@@ -74,7 +74,6 @@ def evaluate(
     with console.summary("evaluate") as said, ExitStack() as stack:
         devices.start(device)
         opened = open_model(model, revision)
-        opened.check_length(length)
         bos_id = tokenizer.bos_id(opened.directory, opened.config.vocab_size, bos, tokens_path)
         console.doing("reading text")
         tokens = corpus.load(

@@ -15,7 +15,7 @@ from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruned import Extent, Mask, Stats, extents, kept_units, pack_mask
 from prunetool.pruning import compensation, gram, unstructured
-from prunetool.steps.attention import AttentionLayer, Settings, learn, rotary
+from prunetool.steps.attention import AttentionLayer, Settings, learn, turn_of
 
 GRAM_METHODS = ("wanda", "sparsegpt")
 # Whose Gram matrix a matrix's inputs have.
@@ -44,7 +44,7 @@ class Masking:
     discard: bool
 
     def __post_init__(self) -> None:
-        self._turns = cache(partial(rotary, self.model))
+        self._turns = cache(partial(turn_of, self.model))
         self.said: list[str] = []  # what was reached, once all layers are given
 
     @property
@@ -193,6 +193,8 @@ class Masking:
             [kept[name].of(part(name)) for name in self.parts],
             [None if bias is None else bias[kept[name].rows]
              for name, bias in zip(self.parts, biases, strict=True)],
+            [self.model.part_if_any(record.index, f"{name}_norm") for name in self.parts],
+            self.model.config.window,
         )  # fmt: skip
 
     def _learn(
