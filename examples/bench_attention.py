@@ -38,8 +38,8 @@ def report(run):
 OURS = """
 import jax, jax.numpy as jnp
 from prunetool.pruning import attention_loss as al
-from prunetool.steps.attention import rotary
-turn, w = rotary(model, length), tuple(map(jnp.asarray, weights))
+from prunetool.steps.attention import turn_of
+turn, w = turn_of(model, length), tuple(map(jnp.asarray, weights))
 inputs = al.Inputs(jnp.asarray(x), None, None)
 dense = al.queries_keys(turn, w, inputs)
 M = tuple(0.9 * jnp.ones_like(W) for W in w)

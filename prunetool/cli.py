@@ -64,6 +64,8 @@ class Group(click.Group):
 def group(verbose: int, quiet: bool) -> None:
     """Make Llama checkpoints smaller without training, one layer at a time.
 
+    Checkpoints of Mistral, Qwen2 and Qwen3 too.
+
     \b
     Example:
       prunetool calibrate MODEL --text wiki.txt \\

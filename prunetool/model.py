@@ -1,4 +1,4 @@
-"""A checkpoint opened as a Llama model: checked from its headers, read one layer at a time."""
+"""A checkpoint opened as a model: checked from its headers, read one layer at a time."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from prunetool.checkpoint.index import Index, read_index, read_json, tokenizer_p
 from prunetool.checkpoint.reader import dtype_of, read_tensor, same_values
 from prunetool.checkpoint.source import fetch_weights, locate
 from prunetool.checkpoint.writer import write_json
-from prunetool.errors import CheckpointError, ConfigError, shown
+from prunetool.errors import CheckpointError, shown
 from prunetool.llama.config import LayerShape, LlamaConfig, parse_config
 from prunetool.llama.weights import (
     EMBEDDING,
@@ -30,7 +30,7 @@ from prunetool.llama.weights import (
 
 @dataclass(frozen=True)
 class Model:
-    """A Llama checkpoint whose tensors are all where and what config.json makes them.
+    """A checkpoint whose tensors are all where and what config.json makes them.
 
     Attributes:
       checksums: of every tensor read so far, by name; one read again must still have it.
@@ -95,21 +95,6 @@ class Model:
     def layers(self) -> int:
         """Number of decoder layers."""
         return self.config.layers
-
-    def check_length(self, length: int) -> None:
-        """Refuse sequences of more tokens than a window of attention holds.
-
-        Raises:
-          ConfigError: with the window.
-        """
-        window = self.config.window
-        if window is not None and length > window:
-            raise ConfigError(
-                self.directory / "config.json",
-                f"sliding_window = {window}, and windows are not computed here",
-                f"give sequences of {window} tokens at most (--sequence-length), which it does not "
-                "change",
-            )
 
     def layer(self, number: int) -> Layer:
         """Read a decoder layer in its stored dtype."""

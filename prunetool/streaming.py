@@ -149,12 +149,7 @@ def embed(model: Model, tokens: np.ndarray, out: HiddenStates) -> None:
 
 
 def rotation(model: Model, length: int) -> forward.Rotation:
-    """The rotary angles of this model for sequences of ``length``.
-
-    Raises:
-      ConfigError: if they are too long for the model's attention (`Model.check_length`).
-    """
-    model.check_length(length)
+    """The rotary angles of this model for sequences of ``length``."""
     config = model.config
     return forward.rotation(config.rope, config.head_dim, length, config.max_position_embeddings)
 

@@ -85,7 +85,7 @@ def byte_tokenizer():
 SHAPING = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings",
-    "per_layer_config",
+    "per_layer_config", "family",
 )  # fmt: skip
 
 
@@ -94,6 +94,8 @@ def write_checkpoint(directory, config, *, dtype="float32", shards=1, seed=0):
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     shaping = {key: config[key] for key in SHAPING if key in config}
+    if config.get("model_type") in ("qwen2", "qwen3"):
+        shaping["family"] = config["model_type"]
     parsed = parse_config({"model_type": "pruned_llama", **shaping}, directory)
     tensors = {}
     for name, shape in tensor_shapes(parsed).items():

@@ -123,15 +123,20 @@ def attention_loss(M, X, W, lam, causal):
     return total / len(X) + 0.5 * lam * (M**2).sum()
 
 
-def layer_attention(x, W_q, W_k, b_q, b_k, heads, kv_heads, inverse):
+def layer_attention(
+    x, W_q, W_k, b_q, b_k, heads, kv_heads, inverse, norms=(), eps=0.0, window=None
+):
     """P of every query head of one sequence, (heads, N, N)."""
     d = len(W_q) // heads
     q, k = x @ W_q.T + b_q, x @ W_k.T + b_k
     out = np.zeros((heads, len(x), len(x)))
     for head in range(heads):
         group = head // (heads // kv_heads)
-        Q = rope(q[:, head * d : (head + 1) * d], inverse)
-        K = rope(k[:, group * d : (group + 1) * d], inverse)
+        Q, K = q[:, head * d : (head + 1) * d], k[:, group * d : (group + 1) * d]
+        if len(norms):
+            Q, K = rms_norm(Q, norms[0], eps), rms_norm(K, norms[1], eps)
+        Q, K = rope(Q, inverse), rope(K, inverse)
         for i in range(len(x)):
-            out[head, i, : i + 1] = softmax(Q[i] @ K[: i + 1].T / np.sqrt(d))
+            first = 0 if window is None else max(0, i - window + 1)
+            out[head, i, first : i + 1] = softmax(Q[i] @ K[first : i + 1].T / np.sqrt(d))
     return out

@@ -1,7 +1,8 @@
-"""A llama GGUF file, or all parts of a split one -> the tensors and config.json of a checkpoint.
+"""A GGUF file, or all parts of a split one -> the tensors and config.json of a checkpoint.
 
 The gguf library reads and dequantises; what is ours is the way back: llama.cpp's converter
-interleaves the rows of q and k for its rotary embedding, and turns rope scaling into a tensor.
+interleaves the rows of q and k for its rotary embedding (of llama, which Mistral is too, and not of
+qwen2 and qwen3), and turns rope scaling into a tensor.
 Keys and their defaults are read as llama.cpp reads them (src/llama-model.cpp, load_hparams).
 """
 
@@ -28,11 +29,15 @@ LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# The architectures read, and the class of each.
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
 UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # llama.cpp makes these frequencies itself
 BLOCK = re.compile(r"blk\.(\d{1,9})\.")
@@ -47,7 +52,7 @@ FLOATS = (
 )  # fmt: skip
 CHECKED_VALUES = 1 << 22  # of a tensor, at a time
 
-# Keys below "llama." that are read here, and those that change nothing that is computed.
+# Keys below the architecture that are read here, and those that change nothing that is computed.
 READ_KEYS = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
@@ -57,7 +62,7 @@ READ_KEYS = {
     "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "rope.scaling.finetuned", "tensor_data_layout", "attention.layer_norm_epsilon",
 }  # fmt: skip
-# Others that llama.cpp knows, with the values that leave the model a plain Llama.
+# Others that llama.cpp knows, with the values that leave the model plain.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -86,14 +91,14 @@ SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 class GGUFModel:
-    """A llama model in a GGUF file, or in several that were split.
+    """A model in a GGUF file, or in several that were split.
 
     Args:
       path: the file; of a split model any part, and the others are found beside it.
 
     Raises:
       ConfigError: not GGUF, damaged, a part missing, another architecture, or a variant that is
-        not a plain Llama.
+        not plain.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,18 +116,19 @@ class GGUFModel:
                         part, f"tensor {tensor.name} is in {other} too", "download all parts again"
                     )
                 self._tensors[tensor.name], self._files[tensor.name] = tensor, part
-        architecture = self.required("general.architecture", str)
-        if architecture != "llama":
+        self.architecture = self.required("general.architecture", str)
+        if self.architecture not in CLASSES:
             raise ConfigError(
-                self.path, f"architecture {architecture!r}", "only llama is converted"
+                self.path, f"architecture {self.architecture!r}", f"known: {', '.join(CLASSES)}"
             )
         self._refuse_variants()
-        self.layers = self.required("llama.block_count", int)
+        self.layers = self.required(self.key("block_count"), int)
         blocks = {int(found[1]) for name in self._tensors if (found := BLOCK.match(name))}
         if len(blocks) != self.layers:
             raise ConfigError(
                 self.path,
-                f"llama.block_count = {self.layers}, but there are tensors of {len(blocks)} blocks",
+                f"{self.key('block_count')} = {self.layers}, but there are tensors of "
+                f"{len(blocks)} blocks",
                 "download it again",
             )
         self.heads = self._count("attention.head_count")
@@ -130,13 +136,17 @@ class GGUFModel:
 
     def _refuse_variants(self) -> None:
         for key in self._reader.fields:
-            name = key.removeprefix("llama.")
+            name = key.removeprefix(self.key(""))
             if name == key or name in READ_KEYS:
                 continue
             value, plain = _contents(self.path, self._reader, key), PLAIN_VALUES.get(name, ())
             if value not in plain:
                 todo = f"known: {' or '.join(map(str, plain))}" if plain else "not a key known here"
                 raise ConfigError(self.path, f"{key} = {value!r} is not computed here", todo)
+
+    def key(self, name: str) -> str:
+        """The metadata key of one of the architecture's settings."""
+        return f"{self.architecture}.{name}"
 
     def has(self, key: str) -> bool:
         """Whether the metadata has a value of this key."""
@@ -177,8 +187,8 @@ class GGUFModel:
         return found
 
     def _count(self, key: str, default: int | None = None) -> int:
-        """A positive number below ``llama.``; a list with one for each layer if all are equal."""
-        key = f"llama.{key}"
+        """A positive number of the architecture; or a list of one for each layer, all equal."""
+        key = self.key(key)
         found = _contents(self.path, self._reader, key)
         if isinstance(found, list):
             numbers = self.values(key, int)
@@ -194,8 +204,8 @@ class GGUFModel:
         return int(number)
 
     def _number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
-        """A positive number below ``llama.``, as the config.json before said it; 0 if ``zero``."""
-        key = f"llama.{key}"
+        """A positive number of the architecture, as config.json said it; 0 if ``zero``."""
+        key = self.key(key)
         stated = self.required(key, float) if default is None else self.value(key, float, default)
         number = float(str(np.float32(stated)))  # the header keeps float32: its shortest decimal
         if not 0 <= number < math.inf or (number == 0 and not zero):
@@ -211,7 +221,7 @@ class GGUFModel:
             if other != head_dim:
                 raise ConfigError(
                     self.path,
-                    f"llama.{key} = {other} with heads of {head_dim}",
+                    f"{self.key(key)} = {other} with heads of {head_dim}",
                     "not computed here",
                 )
         if head_dim % 2:
@@ -225,17 +235,17 @@ class GGUFModel:
         """Rows of the token embedding.
 
         Raises:
-          ConfigError: if there is none, or ``llama.vocab_size`` says otherwise.
+          ConfigError: if there is none, or ``vocab_size`` says otherwise.
         """
         embedding = self._tensors.get("token_embd.weight")
         if embedding is None:
             raise ConfigError(self.path, "has no token_embd.weight", "download it again")
         rows = math.prod(_shape(embedding)[:-1])
-        stated = self.value("llama.vocab_size", int, rows)
+        stated = self.value(self.key("vocab_size"), int, rows)
         if stated != rows:
             raise ConfigError(
                 self.path,
-                f"llama.vocab_size = {stated}, but token_embd.weight has {rows} rows",
+                f"{self.key('vocab_size')} = {stated}, but token_embd.weight has {rows} rows",
                 "download it again",
             )
         return rows
@@ -267,8 +277,10 @@ class GGUFModel:
         """
         theta = self._number("rope.freq_base", 10000.0)
         biased = {name.split(".")[2] for name in self._tensors if name.endswith(".bias")}
+        if self.architecture == "qwen2":  # whose biases of q, k and v no setting names
+            biased -= {"attn_q", "attn_k", "attn_v"}
         return {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [CLASSES[self.architecture]],
             "attention_bias": any(part.startswith("attn") for part in biased),
             "bos_token_id": self.special_id("bos"),
             "eos_token_id": self.special_id("eos"),
@@ -278,7 +290,7 @@ class GGUFModel:
             "intermediate_size": self._count("feed_forward_length"),
             "max_position_embeddings": self._count("context_length"),
             "mlp_bias": any(part.startswith("ffn") for part in biased),
-            "model_type": "llama",
+            "model_type": self.architecture,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self._count("attention.head_count_kv", self.heads),
@@ -293,7 +305,7 @@ class GGUFModel:
         }
 
     def _rope_scaling(self, theta: float) -> dict[str, Any] | None:
-        kind = self.value("llama.rope.scaling.type", str, "linear")
+        kind = self.value(self.key("rope.scaling.type"), str, "linear")
         if kind not in ("none", "linear", "yarn"):
             raise ConfigError(self.path, f"rope scaling {kind!r}", "known: linear, yarn, llama3")
         # The older key counts only if the newer is not there; 0 is none.
@@ -302,10 +314,12 @@ class GGUFModel:
         if kind == "none":
             factor = 1.0
         stretch = self._number("rope.scaling.attn_factor", 1.0)  # of cosine and sine
-        ext_factor = self.value("llama.rope.scaling.yarn_ext_factor", float, -1.0)  # -1: by type
-        if ext_factor not in (-1.0, 1.0 if kind == "yarn" else 0.0):
+        ext_factor = self.value(self.key("rope.scaling.yarn_ext_factor"), float, -1.0)
+        if ext_factor not in (-1.0, 1.0 if kind == "yarn" else 0.0):  # -1: by type
             raise ConfigError(
-                self.path, f"llama.rope.scaling.yarn_ext_factor = {ext_factor}", "not computed here"
+                self.path,
+                f"{self.key('rope.scaling.yarn_ext_factor')} = {ext_factor}",
+                "not computed here",
             )
         llama3 = self._llama3_scaling(theta) if ROPE_FACTORS in self._tensors else None
         if (factor, stretch) == (1.0, 1.0):
@@ -319,7 +333,7 @@ class GGUFModel:
         if stretch != 1.0:
             raise ConfigError(
                 self.path,
-                f"llama.rope.scaling.attn_factor = {stretch} with rope scaling {kind!r}",
+                f"{self.key('rope.scaling.attn_factor')} = {stretch} with rope scaling {kind!r}",
                 "it is computed with yarn only",
             )
         return {"rope_type": "linear", "factor": factor}
@@ -329,12 +343,12 @@ class GGUFModel:
         context = self._count("context_length")
         scaling: dict[str, Any] = {
             "rope_type": "yarn", "factor": factor,
-            "original_max_position_embeddings": self.value(f"llama.{key}", int, context) or context,
+            "original_max_position_embeddings": self.value(self.key(key), int, context) or context,
         }  # fmt: skip
         if stretch != 1.0:  # times what both sides take by themselves
             scaling["attention_factor"] = stretch * (0.1 * math.log(max(factor, 1.0)) + 1.0)
         for beta in ("beta_fast", "beta_slow"):
-            if self.has(f"llama.rope.scaling.yarn_{beta}"):
+            if self.has(self.key(f"rope.scaling.yarn_{beta}")):
                 scaling[beta] = self._number(f"rope.scaling.yarn_{beta}")
         return scaling
 
@@ -383,7 +397,7 @@ class GGUFModel:
         for name in self._tensors:
             if name not in known and name != ROPE_FACTORS and not UNUSED.fullmatch(name):
                 raise ConfigError(
-                    self._files[name], f"tensor {name} is unknown", "only llama is converted"
+                    self._files[name], f"tensor {name} is unknown", "it has no place in this model"
                 )
         for name, shape in known.items():
             if name not in self._tensors:
@@ -416,7 +430,7 @@ class GGUFModel:
     def _unpermuted(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         """A tensor with the rows of q and k back in half-split order, as Hugging Face has it."""
         array = self._read(name, dtype)
-        if name.split(".")[-2] not in ("attn_q", "attn_k"):
+        if self.architecture != "llama" or name.split(".")[-2] not in ("attn_q", "attn_k"):
             return array
         pairs = array.reshape(-1, self.head_dim // 2, 2, *array.shape[1:])
         return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -27,12 +27,13 @@ from prunetool.errors import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 LLAMA3 = ("llama-bpe", "llama-v3", "llama3")
-BYTE_LEVEL = ("gpt-2", "smollm", *LLAMA3)
-# Llama 3's published splitting.
+BYTE_LEVEL = ("gpt-2", "smollm", "qwen2", *LLAMA3)
+# The published splitting of Llama 3, and of Qwen2, which takes digits one by one.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
 SPACE = "\u2581"  # SentencePiece writes a space so
 ENDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # a GGUF's word, ours
 
@@ -88,7 +89,7 @@ def tokenizer_config(model: GGUFModel) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": model.required("llama.context_length", int),
+        "model_max_length": model.required(model.key("context_length"), int),
         "add_bos_token": bos is not None,
         "add_eos_token": eos is not None,
     }
@@ -165,18 +166,21 @@ def _byte_level(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
                 model.path, f"merge {text!r} is not of its vocabulary", "download it again"
             )
         merges.append(merge)
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=word not in LLAMA3)
+    splits = {"qwen2": QWEN2_SPLIT, **dict.fromkeys(LLAMA3, LLAMA3_SPLIT)}
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=word not in splits)
     with refusals(model.path):
         # Llama 3 takes a word that is a token as it is, whatever the merges would give.
         tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=word in LLAMA3))
-        if word in LLAMA3:
-            split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+        if word in splits:
+            split = pre_tokenizers.Split(Regex(splits[word]), "isolated")
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
         elif word == "smollm":
             digits = pre_tokenizers.Digits(individual_digits=True)
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, plain])
         else:
             tokenizer.pre_tokenizer = plain
+        if word == "qwen2":
+            tokenizer.normalizer = normalizers.NFC()
         tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

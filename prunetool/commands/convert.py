@@ -17,7 +17,7 @@ from prunetool import console, options
 @options.max_shard_size_opt
 @options.overwrite_opt
 def convert(gguf_path: Path, out: Path, dtype: str, max_shard_bytes: int, overwrite: bool) -> None:
-    """Turn a llama GGUF file into a checkpoint directory.
+    """Turn a GGUF file (Llama, Mistral, Qwen2, Qwen3) into a checkpoint.
 
     Dequantises, puts the rows of q and k back in order, and rebuilds config.json and
     tokenizer.json. One layer at a time. Of a split model, name any part. Killed, the same command

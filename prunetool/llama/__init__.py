@@ -1,1 +1,1 @@
-"""The Llama architecture: configuration, layer weights, equations. Knows no files."""
+"""Llama and the families near to it: configuration, weights, equations. Knows no files."""

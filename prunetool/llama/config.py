@@ -1,4 +1,4 @@
-"""What config.json says of a Llama model.
+"""What config.json says of a Llama model, or of one of a family that is nearly Llama.
 
 Anything in it that changes the result and is not computed here is refused by name. A null in place
 of a value counts as an absent key.
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from prunetool.errors import ConfigError, shown
 
-MODEL_TYPES = ("llama", "mistral", "pruned_llama")
 MAX_LAYERS = 10_000  # the deepest published Llama models have fewer than 200
 REQUIRED = object()
 
@@ -44,6 +43,7 @@ OPTIONAL_SCALE = Value(float, 0, 1e6, None)
 FLAG = Value(bool, default=False)
 
 # The defaults are those of transformers' LlamaConfig; it takes a default for the required ones too.
+# Those of other families are in `FAMILIES`.
 KEYS = {
     "vocab_size": COUNT,
     "hidden_size": COUNT,
@@ -61,11 +61,38 @@ KEYS = {
     "mlp_bias": FLAG,
 }
 LAYER_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-MISTRAL_DEFAULTS = {  # transformers' MistralConfig, for absent keys only
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
+
+
+class Family(NamedTuple):
+    """What the models of a ``model_type`` have and a plain Llama has not.
+
+    Attributes:
+      defaults: of its config class in transformers, for absent keys only, where they are not
+        Llama's. With ``sliding_window`` it may have a window; with ``max_window_layers`` too, only
+        if ``use_sliding_window`` is true.
+      always: those of `SETTINGS` that all its models have.
+      stated: those that config.json may turn on; its class knows no others.
+    """
+
+    defaults: Mapping[str, Any] = {}
+    always: tuple[str, ...] = ()
+    stated: tuple[str, ...] = ()
+
+
+SETTINGS = ("attention_bias", "mlp_bias", "qkv_bias", "qk_norm")  # fields of `LlamaConfig`
+_QWEN = {
+    "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096,
+    "max_window_layers": 28,
+}  # fmt: skip
+FAMILIES = {
+    "llama": Family(stated=("attention_bias", "mlp_bias")),
+    "mistral": Family(
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+    ),
+    "qwen2": Family(_QWEN, always=("qkv_bias",)),
+    "qwen3": Family({**_QWEN, "head_dim": 128}, always=("qk_norm",), stated=("attention_bias",)),
 }
+PRUNED = "pruned_llama"  # layers of any family, whose name is its key ``family``, of unequal sizes
 
 DEFAULT_ROPE_THETA = 10000.0
 ROPE_KEYS: dict[str, dict[str, Value]] = {
@@ -167,9 +194,13 @@ class Rope:
 class LlamaConfig:
     """A Llama model's sizes; layers may differ in `LayerShape` (a pruned model).
 
-    ``window`` is the number of positions, its own among them, that a position attends to; sequences
-    no longer than that are attended to whole, and no longer ones are computed here. ``raw`` is
-    config.json as read, for whoever writes a new one.
+    Attributes:
+      attention_bias: biases of q, k, v and o.
+      mlp_bias: biases of gate, up and down.
+      qkv_bias: biases of q, k and v, and none of o.
+      qk_norm: norms of the heads' queries and keys.
+      window: how many positions, its own among them, a position attends to; None for all.
+      raw: config.json as read, for whoever writes a new one.
     """
 
     vocab_size: int
@@ -181,6 +212,8 @@ class LlamaConfig:
     tied: bool
     attention_bias: bool
     mlp_bias: bool
+    qkv_bias: bool
+    qk_norm: bool
     max_position_embeddings: int
     window: int | None
     raw: Mapping[str, Any]
@@ -209,33 +242,25 @@ class LlamaConfig:
         """
         values = asdict(replace(self, raw={}))
         del values["raw"]
+        for key in ("qkv_bias", "qk_norm"):  # said of those alone that have them
+            if not values[key]:
+                del values[key]
         values["layer_shapes"] = [list(shape.values()) for shape in values["layer_shapes"]]
         return values
 
 
 def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
-    """Read a config.json that transformers' LlamaForCausalLM (or the pruned form) would load.
+    """Read a config.json that transformers' class of its family (or the pruned form) would load.
 
     Raises:
       ConfigError: another architecture, a setting that changes the result and is not computed
         here, a value of the wrong type or out of range, or two keys that contradict each other.
     """
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(
-            where, f"model_type {_said(model_type)}", "prunetool reads Llama models only"
-        )
-    stated, plain = raw, dict(PLAIN_VALUES)
-    if model_type == "mistral":
-        stated = {**MISTRAL_DEFAULTS, **raw}
-        # transformers' Mistral has no biases, whatever its config.json says.
-        plain |= {"attention_bias": (None, False), "mlp_bias": (None, False)}
-        del plain["sliding_window"]
-    elif raw.get("use_sliding_window") is False:
-        del plain["sliding_window"]
-    window = (
-        _read(stated, "sliding_window", OPTIONAL_COUNT, where) if model_type == "mistral" else None
-    )
+    family = _parse_family(raw, where)
+    stated, plain = {**family.defaults, **raw}, dict(PLAIN_VALUES)
+    # transformers' classes have no other biases, whatever config.json says.
+    biases = ("attention_bias", "mlp_bias")
+    plain |= {key: (None, False) for key in biases if key not in family.stated}
     given = {key: _read(stated, key, value, where) for key, value in KEYS.items()}
     layers, heads, hidden_size = (
         given[key] for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
@@ -243,6 +268,17 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
     plain["layer_types"] += (["full_attention"] * layers,)
     plain["mlp_layer_types"] += (["dense"] * layers,)
     plain["no_rope_layers"] += ([], [1] * layers)  # a 1 is a layer with rotary embedding
+    window = None
+    if "sliding_window" in family.defaults:
+        window = _read(stated, "sliding_window", OPTIONAL_COUNT, where)
+    if "sliding_window" in family.defaults or raw.get("use_sliding_window") is False:
+        del plain["sliding_window"]
+    if "max_window_layers" in family.defaults:
+        del plain["use_sliding_window"]
+        if not _parse_windowed(stated, layers, where):
+            window = None
+        elif window is not None:
+            plain["layer_types"] += (["sliding_attention"] * layers,)
     _refuse_others(stated, plain, where)
 
     if given["head_dim"] is None and hidden_size % heads:
@@ -280,10 +316,31 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
         tied=given["tie_word_embeddings"],
         attention_bias=given["attention_bias"],
         mlp_bias=given["mlp_bias"],
+        qkv_bias="qkv_bias" in family.always,
+        qk_norm="qk_norm" in family.always,
         max_position_embeddings=given["max_position_embeddings"],
         window=window,
         raw=raw,
     )
+
+
+def _parse_family(raw: Mapping[str, Any], where: object) -> Family:
+    """The row of `FAMILIES` of a model; of a pruned one, whose config.json states all, no defaults.
+
+    Raises:
+      ConfigError: if it is of none of them.
+    """
+    model_type = raw.get("model_type")
+    key, name = "model_type", model_type
+    if model_type == PRUNED:
+        key, name = "family", "llama" if raw.get("family") is None else raw["family"]
+    if name not in tuple(FAMILIES):
+        raise ConfigError(where, f"{key} {_said(name)}", f"prunetool reads {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    if model_type != PRUNED:
+        return family
+    windowed = family.defaults.keys() & {"sliding_window"}
+    return family._replace(defaults=dict.fromkeys(windowed))
 
 
 def _said(value: object) -> str:
@@ -322,6 +379,20 @@ def _refuse_others(
                 f"{_named(key, of)} = {_said(value)} is not computed here",
                 f"known: {key} = {values[0]!r}",
             )
+
+
+def _parse_windowed(stated: Mapping[str, Any], layers: int, where: object) -> bool:
+    """Whether all layers have the window, of a model that could have it in some of them."""
+    on = _read(stated, "use_sliding_window", FLAG, where)
+    first = _read(stated, "max_window_layers", Value(int, 0, 2**31 - 1), where)
+    types = stated.get("layer_types")
+    if on and types is None and stated["sliding_window"] is not None and 0 < first < layers:
+        raise ConfigError(
+            where,
+            f"max_window_layers = {first} of {layers} layers is not computed here",
+            f"a window is of all layers (0) or of none ({layers})",
+        )
+    return bool(on) and (first == 0 if types is None else types != ["full_attention"] * layers)
 
 
 def _parse_overrides(

@@ -4,12 +4,13 @@
 |---|---|---|
 | equal, hidden size a multiple of the heads, no window | ``llama`` | all that loads Llama |
 | equal, otherwise, no biases | ``mistral`` with the window, or none | the same; it does not check |
+| equal, of Qwen2 or Qwen3 | ``qwen2``, ``qwen3`` | the same; MLX-LM's qwen2 knows no head_dim |
 | unequal | ``pruned_llama`` with its own loader files | transformers, vLLM, MLX-LM |
 """
 
 from typing import Any
 
-from prunetool.llama.config import LayerShape, LlamaConfig
+from prunetool.llama.config import FAMILIES, PRUNED, SETTINGS, LayerShape, LlamaConfig
 
 WIDTH_MULTIPLE = 32  # loaders of unequal layers want MLP widths in these steps, and one at least
 OLDEST_TRANSFORMERS = "5.0.0"  # said in config.json; older values make readers warn for nothing
@@ -29,19 +30,29 @@ DROPPED = (
     "_name_or_path", "name_or_path", "speculators_config",
     # Said anew, or in one place only.
     "per_layer_config", "rope_parameters", "original_max_position_embeddings", "sliding_window",
+    "use_sliding_window", "max_window_layers", "family",
     # They say that all layers are alike in kind; with it transformers takes mistral for ministral.
     "layer_types", "mlp_layer_types",
 )  # fmt: skip
 
 
 def choose_form(config: LlamaConfig) -> str:
-    """The form for these layer shapes: ``llama``, ``mistral`` or ``pruned_llama``."""
-    shapes = set(config.layer_shapes)
-    if len(shapes) > 1:
-        return "pruned_llama"
-    if config.window is None and config.hidden_size % shapes.pop().heads == 0:
-        return "llama"
-    return "pruned_llama" if config.attention_bias or config.mlp_bias else "mistral"
+    """The form for these layer shapes: one of `FAMILIES`, or ``pruned_llama``."""
+    if len(set(config.layer_shapes)) > 1:
+        return PRUNED
+    divides = config.hidden_size % config.layer_shapes[0].heads == 0  # or Llama's class refuses it
+    return next((name for name in _families(config) if name != "llama" or divides), PRUNED)
+
+
+def _families(config: LlamaConfig) -> list[str]:
+    """The families whose classes compute this model, in the order of `FAMILIES`."""
+    has = {setting for setting in SETTINGS if getattr(config, setting)}
+    return [
+        name
+        for name, family in FAMILIES.items()
+        if set(family.always) <= has <= {*family.always, *family.stated}
+        and (config.window is None or "sliding_window" in family.defaults)
+    ]
 
 
 def normalised(shape: LayerShape) -> LayerShape:
@@ -55,22 +66,18 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
 
     What it does not name is the source's. The rotary embedding is said once, as ``rope_theta`` and
     ``rope_scaling``, which every program reads: transformers 4 and MLX-LM take theta 10000 if only
-    ``rope_parameters`` is there, and of two spellings a later edit may change one. A form that
-    cannot say the window of attention is of a model whose positions end with the window.
+    ``rope_parameters`` is there, and of two spellings a later edit may change one.
     """
     raw = {key: value for key, value in config.raw.items() if key not in DROPPED}
     widest, rope = config.widest, config.rope
     scaling = None if rope.type == "default" else {"rope_type": rope.type, **rope.parameters}
     theta = int(rope.theta) if rope.theta.is_integer() else rope.theta
-    positions = config.max_position_embeddings
-    if config.window is not None and form != "mistral":
-        positions = min(positions, config.window)
     raw |= {  # the values with defaults too: the other forms have other defaults
         "attention_bias": config.attention_bias,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
-        "max_position_embeddings": positions,
+        "max_position_embeddings": config.max_position_embeddings,
         "mlp_bias": config.mlp_bias,
         "num_attention_heads": widest.heads,
         "num_key_value_heads": widest.kv_heads,
@@ -82,15 +89,21 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "transformers_version": OLDEST_TRANSFORMERS,
     }
-    architectures = {
-        "llama": "LlamaForCausalLM",
-        "mistral": "MistralForCausalLM",
-        "pruned_llama": "PrunedLlamaForCausalLM",
-    }
-    raw |= {"model_type": form, "architectures": [architectures[form]]}
-    if form == "mistral":
+    name = form.replace("_", " ").title().replace(" ", "")
+    raw |= {"model_type": form, "architectures": [f"{name}ForCausalLM"]}
+    defaults = FAMILIES[form].defaults if form != PRUNED else {}
+    if "sliding_window" in defaults:
         raw["sliding_window"] = config.window  # absent means 4096
-    if form == "pruned_llama":
+    if "max_window_layers" in defaults:
+        raw |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
+    if form == "qwen2":
+        del raw["attention_bias"]  # of o too, which it has not
+    if form == PRUNED:
+        family = _families(config)[0]
+        if family != "llama":
+            raw["family"] = family
+        if config.window is not None:
+            raw["sliding_window"] = config.window
         module = "modeling_pruned_llama"
         raw["auto_map"] = {
             "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",

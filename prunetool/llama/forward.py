@@ -1,4 +1,4 @@
-"""The equations of a Llama decoder layer, in JAX.
+"""The equations of a decoder layer of Llama and its families, in JAX.
 
 Everything is feature-major: a stream of B sequences of N tokens is (features, B, N). A checkpoint
 stores a matrix as (out, in), so every projection is a plain product W x, and the input of each
@@ -165,25 +165,51 @@ def rotate(x: jax.Array, rope: Rotation) -> jax.Array:
     return jnp.concatenate([a * c - b * s, b * c + a * s], axis=1)
 
 
-def queries_keys(
-    z_q: jax.Array, z_k: jax.Array, rope: Rotation, head_dim: int
+def head_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """Each head's x / sqrt(mean(x²) + ε) ∘ w, of (heads, d, B, N); x itself without a weight."""
+    if weight is None:
+        return x
+    scale = lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + jnp.float32(eps))
+    return x * scale * weight.astype(jnp.float32)[None, :, None, None]
+
+
+def turn(
+    z_q: jax.Array,
+    z_k: jax.Array,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    rope: Rotation,
+    *,
+    head_dim: int,
+    eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotated queries, scaled by 1/√d, and rotated keys, of the outputs of q_proj and k_proj.
 
     Args:
       z_q, z_k: (H d, B, N) and (n_kv d, B, N).
+      q_norm, k_norm: weights of the heads' norms, (d,); None where the model has none.
       rope: the angles, for N positions.
-      head_dim: d.
+      head_dim, eps: d, and the ε of the norms.
 
     Returns:
       (n_kv, g, d, B, N) and (n_kv, d, B, N).
     """
-    k = rotate(z_k.reshape(-1, head_dim, *z_k.shape[1:]), rope)
-    q = rotate(z_q.reshape(-1, head_dim, *z_q.shape[1:]), rope) * jnp.float32(head_dim**-0.5)
+    q, k = (z.reshape(-1, head_dim, *z.shape[1:]) for z in (z_q, z_k))
+    k = rotate(head_norm(k, k_norm, eps), rope)
+    q = rotate(head_norm(q, q_norm, eps), rope) * jnp.float32(head_dim**-0.5)
     return q.reshape(k.shape[0], -1, *k.shape[1:]), k
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def queries_keys(
+    x: jax.Array, w: Layer, rope: Rotation, *, head_dim: int, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys (`turn`) of a layer whose attention is given x, (D, B, N)."""
+    z_q, z_k = linear(w.q, w.q_bias, x), linear(w.k, w.k_bias, x)
+    q, k = turn(z_q, z_k, w.q_norm, w.k_norm, rope, head_dim=head_dim, eps=eps)
+    return q.astype(w.q.dtype), k.astype(w.q.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
     """Causal softmax(qᵀk) v, one KV group and one block of queries at a time.
 
     The largest array is (g · block, N): none is (heads, N, N).
@@ -191,6 +217,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Args:
       q: queries, already scaled by 1/√d, (n_kv, g, d, B, N).
       k, v: (n_kv, d, B, N).
+      window: how many keys a query sees, the last its own; None for all up to it.
 
     Returns:
       The heads' outputs, (n_kv · g · d, B, N), in the dtype of ``v``.
@@ -202,16 +229,20 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         blocks = []
         for start in range(0, N, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, N)  # a query sees no key at or beyond stop
-            n = stop - start
+            first = 0 if window is None else max(0, start + 1 - window)
+            n, keys = stop - start, stop - first
             q_rows = q[:, :, start:stop].transpose(0, 2, 1).reshape(g * n, d)
-            S = product(q_rows, k[:, :stop])  # (g n, stop)
+            S = product(q_rows, k[:, first:stop])  # (g n, keys)
             seen = jnp.arange(n)[:, None] >= jnp.arange(n)[None, :]
-            last = jnp.where(seen, S[:, start:].reshape(g, n, n), jnp.float32(MASKED))
-            S = lax.dynamic_update_slice(S, last.reshape(g * n, n), (0, start))
+            last = jnp.where(seen, S[:, start - first :].reshape(g, n, n), jnp.float32(MASKED))
+            S = lax.dynamic_update_slice(S, last.reshape(g * n, n), (0, start - first))
+            if window is not None and keys > window:  # the block's last query sees fewer
+                back = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+                S = jnp.where(jnp.tile(back < window, (g, 1)), S, jnp.float32(MASKED))
             P = jnp.exp(S - jnp.max(S, axis=1, keepdims=True)).astype(v.dtype)
             # The same rounded P above and below the line: the weights sum to one.
             total = jnp.sum(P, axis=1, dtype=jnp.float32)
-            out = _product(v[:, :stop], P, 1) / total[None]  # (d, g n)
+            out = _product(v[:, first:stop], P, 1) / total[None]  # (d, g n)
             blocks.append(out.reshape(d, g, n).astype(v.dtype))
         return jnp.concatenate(blocks, axis=2).swapaxes(0, 1)  # (g, d, N)
 
@@ -224,7 +255,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def decoder_layer(
-    h: jax.Array, w: Layer, rope: Rotation, *, head_dim: int, eps: float
+    h: jax.Array,
+    w: Layer,
+    rope: Rotation,
+    *,
+    head_dim: int,
+    eps: float,
+    window: int | None = None,
 ) -> tuple[jax.Array, Inputs]:
     """One decoder layer: h + attention(norm(h)), then + mlp(norm(·)).
 
@@ -233,6 +270,7 @@ def decoder_layer(
       w: the layer's weights; products take their dtype and sum in float32.
       rope: the angles, for N positions.
       head_dim, eps: d, and the ε of the norms.
+      window: of `attention`.
 
     Returns:
       The residual stream behind the layer, and what each matrix was given.
@@ -241,9 +279,9 @@ def decoder_layer(
     _, B, N = h.shape
 
     x = rms_norm(h, w.input_norm, eps, dtype)
-    q, k = queries_keys(linear(w.q, w.q_bias, x), linear(w.k, w.k_bias, x), rope, head_dim)
+    q, k = queries_keys(x, w, rope, head_dim=head_dim, eps=eps)
     v = linear(w.v, w.v_bias, x).reshape(-1, head_dim, B, N)
-    a = attention(q.astype(dtype), k.astype(dtype), v.astype(dtype))
+    a = attention(q, k, v.astype(dtype), window)
     after = h + linear(w.o, w.o_bias, a)
 
     y = rms_norm(after, w.post_norm, eps, dtype)

@@ -28,12 +28,12 @@ class Part(NamedTuple):
     Attributes:
       name: its name in the checkpoint, below its layer.
       axes: what each of its axes counts (`axis_sizes`); a matrix is (out, in).
-      needs: the setting of `LlamaConfig` that gives layers this part; none: all have it.
+      needs: settings of `LlamaConfig`, each of which gives layers this part; none: all have it.
     """
 
     name: str
     axes: tuple[str, ...]
-    needs: str = ""
+    needs: tuple[str, ...] = ()
 
 
 PARTS = {
@@ -46,13 +46,15 @@ PARTS = {
     "gate": Part("mlp.gate_proj.weight", ("channels", "hidden")),
     "up": Part("mlp.up_proj.weight", ("channels", "hidden")),
     "down": Part("mlp.down_proj.weight", ("hidden", "channels")),
-    "q_bias": Part("self_attn.q_proj.bias", ("heads",), "attention_bias"),
-    "k_bias": Part("self_attn.k_proj.bias", ("groups",), "attention_bias"),
-    "v_bias": Part("self_attn.v_proj.bias", ("groups",), "attention_bias"),
-    "o_bias": Part("self_attn.o_proj.bias", ("hidden",), "attention_bias"),
-    "gate_bias": Part("mlp.gate_proj.bias", ("channels",), "mlp_bias"),
-    "up_bias": Part("mlp.up_proj.bias", ("channels",), "mlp_bias"),
-    "down_bias": Part("mlp.down_proj.bias", ("hidden",), "mlp_bias"),
+    "q_bias": Part("self_attn.q_proj.bias", ("heads",), ("attention_bias", "qkv_bias")),
+    "k_bias": Part("self_attn.k_proj.bias", ("groups",), ("attention_bias", "qkv_bias")),
+    "v_bias": Part("self_attn.v_proj.bias", ("groups",), ("attention_bias", "qkv_bias")),
+    "o_bias": Part("self_attn.o_proj.bias", ("hidden",), ("attention_bias",)),
+    "gate_bias": Part("mlp.gate_proj.bias", ("channels",), ("mlp_bias",)),
+    "up_bias": Part("mlp.up_proj.bias", ("channels",), ("mlp_bias",)),
+    "down_bias": Part("mlp.down_proj.bias", ("hidden",), ("mlp_bias",)),
+    "q_norm": Part("self_attn.q_norm.weight", ("head",), ("qk_norm",)),
+    "k_norm": Part("self_attn.k_norm.weight", ("head",), ("qk_norm",)),
 }
 # The seven that sparsity is counted over, and of these the two whose inputs the units make.
 MATRICES = tuple(part for part, (_, axes, _) in PARTS.items() if len(axes) == 2)
@@ -78,6 +80,8 @@ class Layer(NamedTuple):
     gate_bias: Array = None
     up_bias: Array = None
     down_bias: Array = None
+    q_norm: Array = None
+    k_norm: Array = None
 
 
 def tensor_name(layer: int, part: str) -> str:
@@ -86,10 +90,11 @@ def tensor_name(layer: int, part: str) -> str:
 
 
 def axis_sizes(config: LlamaConfig, shape: LayerShape) -> dict[str, int]:
-    """Extent of every axis of `PARTS`: D, H d of the query heads, n_kv d of the KV groups, I."""
+    """Extent of every axis of `PARTS`: D, d, H d of the query heads, n_kv d of the KV groups, I."""
     heads, groups = shape.heads * config.head_dim, shape.kv_heads * config.head_dim
     return {
-        "hidden": config.hidden_size, "heads": heads, "groups": groups, "channels": shape.channels
+        "hidden": config.hidden_size, "head": config.head_dim,
+        "heads": heads, "groups": groups, "channels": shape.channels,
     }  # fmt: skip
 
 
@@ -99,7 +104,7 @@ def part_shapes(config: LlamaConfig, shape: LayerShape) -> dict[str, tuple[int, 
     return {
         part: tuple(sizes[axis] for axis in axes)
         for part, (_, axes, needs) in PARTS.items()
-        if not needs or getattr(config, needs)
+        if not needs or any(getattr(config, setting) for setting in needs)
     }
 
 

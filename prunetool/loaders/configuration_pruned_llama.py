@@ -3,6 +3,7 @@
 Needs transformers (4.48 and later) and no torch, so that whoever reads config.json or the tokenizer
 alone needs none either. The sizes of each layer are under ``per_layer_config``, the key that
 transformers 5.14 and later define themselves; earlier versions are served from the raw dictionary.
+``family`` names the model whose layers these are, if not Llama; ``sliding_window`` is of all layers.
 Written by prunetool; Apache-2.0.
 """
 
@@ -11,16 +12,26 @@ import copy
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 
+def window_of(config):
+    """How many positions each attends to, or None for all."""
+    return getattr(config, "sliding_window", None)
+
+
 def config_of_layer(config, index):
-    """The plain Llama config of one layer, on every version of transformers."""
+    """The config of one layer, as its family's own class takes it, on every transformers."""
     if getattr(config, "is_heterogeneous", False):
-        return copy.copy(config.per_layer_config[index])
-    own = copy.copy(config)
-    stated = config.__dict__.get("per_layer_config") or {}
-    for layer, sizes in stated.items():
-        if int(layer) == index:
-            for name, value in sizes.items():
-                setattr(own, name, value)
+        own = copy.copy(config.per_layer_config[index])
+    else:
+        own = copy.copy(config)
+        stated = config.__dict__.get("per_layer_config") or {}
+        for layer, sizes in stated.items():
+            if int(layer) == index:
+                for name, value in sizes.items():
+                    setattr(own, name, value)
+    if getattr(config, "family", "llama") != "llama":
+        kind = "full_attention" if window_of(config) is None else "sliding_attention"
+        own.layer_types = [kind] * config.num_hidden_layers
+        own.sliding_window = window_of(config)
     return own
 
 

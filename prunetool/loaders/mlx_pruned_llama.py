@@ -1,4 +1,4 @@
-"""Llama whose decoder layers differ in attention heads and MLP width, for MLX-LM.
+"""Llama, or a family near to it, whose layers differ in heads and MLP width, for MLX-LM.
 
 ``mlx_lm.generate --model DIR --trust-remote-code`` finds this file by config.json's
 ``model_file``. Written by prunetool; Apache-2.0.
@@ -11,11 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 
 @dataclass
 class ModelArgs(llama.ModelArgs):
     per_layer_config: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    family: str = "llama"
 
     @classmethod
     def from_dict(cls, params):
@@ -33,10 +35,23 @@ class ModelArgs(llama.ModelArgs):
         return replace(self, per_layer_config={}, **sizes.get(index, {}))
 
 
+def attention(args):
+    """The attention of the family."""
+    if args.family == "qwen3":
+        from mlx_lm.models import qwen3
+
+        return qwen3.Attention(args)
+    if args.family != "qwen2":
+        return llama.Attention(args)
+    own = llama.Attention(replace(args, attention_bias=True))
+    own.o_proj = nn.Linear(own.n_heads * own.head_dim, args.hidden_size, bias=False)
+    return own
+
+
 class PrunedBlock(nn.Module):
     def __init__(self, args):
         super().__init__()
-        self.self_attn = llama.Attention(args)
+        self.self_attn = attention(args)
         self.mlp = llama.MLP(args)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
@@ -52,11 +67,12 @@ class PrunedBody(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [PrunedBlock(args.of_layer(i)) for i in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.window = args.sliding_window
 
     def __call__(self, tokens, cache=None):
         h = self.embed_tokens(tokens)
         cache = cache or [None] * len(self.layers)
-        mask = create_attention_mask(h, cache[0])
+        mask = create_attention_mask(h, cache[0], window_size=self.window)
         for block, own in zip(self.layers, cache):
             h = block(h, mask, own)
         return self.norm(h)
@@ -85,3 +101,7 @@ class Model(nn.Module):
     @property
     def layers(self):
         return self.model.layers
+
+    def make_cache(self):
+        window = self.args.sliding_window
+        return [KVCache() if window is None else RotatingKVCache(window) for _ in self.layers]

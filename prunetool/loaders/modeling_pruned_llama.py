@@ -1,8 +1,11 @@
-"""Llama whose decoder layers differ in attention heads and MLP width.
+"""Llama whose decoder layers differ in attention heads and MLP width, and families near to it.
 
-Loaded by transformers (4.48 and later) through ``trust_remote_code=True``, and by vLLM's
-Transformers backend. Written by prunetool; Apache-2.0.
+Loaded by transformers (4.48 and later; 4.51 for Qwen3) through ``trust_remote_code=True``, and by
+vLLM's Transformers backend. Written by prunetool; Apache-2.0.
 """
+
+from functools import cache, wraps
+from importlib import import_module
 
 from torch import nn
 from transformers.models.llama.modeling_llama import (
@@ -13,23 +16,42 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.mistral.modeling_mistral import MistralModel
 
-from .configuration_pruned_llama import PrunedLlamaConfig, config_of_layer
+from .configuration_pruned_llama import PrunedLlamaConfig, config_of_layer, window_of
+
+FAMILIES = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
-class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
+class PrunedLayer:
+    """Mixed into a decoder layer of transformers: of the sizes of its own number."""
+
     def __init__(self, config, layer_idx):
         super().__init__(config_of_layer(config, layer_idx), layer_idx)
         self.self_attn.config = config  # shared, so that set_attn_implementation reaches it
 
 
+class PrunedLlamaDecoderLayer(PrunedLayer, LlamaDecoderLayer):
+    pass
+
+
+@cache
+def layer_class(family):
+    """The decoder layer of a family, as transformers has it."""
+    if family == "llama":
+        return PrunedLlamaDecoderLayer
+    name = f"{FAMILIES[family]}DecoderLayer"
+    base = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
+    return type(f"Pruned{name}", (PrunedLayer, base), {})
+
+
 class PrunedLlamaPreTrainedModel(LlamaPreTrainedModel):
     config_class = PrunedLlamaConfig
     config: PrunedLlamaConfig
-    _no_split_modules = ["PrunedLlamaDecoderLayer"]
+    _no_split_modules = [f"Pruned{name}DecoderLayer" for name in ("Llama", *FAMILIES.values())]
     _can_record_outputs = {
         **(getattr(LlamaPreTrainedModel, "_can_record_outputs", None) or {}),
-        "hidden_states": PrunedLlamaDecoderLayer,
+        "hidden_states": PrunedLayer,
     }
 
 
@@ -40,13 +62,20 @@ class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        layer = layer_class(getattr(config, "family", "llama"))
         self.layers = nn.ModuleList(
-            PrunedLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+            layer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @wraps(LlamaModel.forward)
+    def forward(self, *args, **kwargs):
+        # Mistral's is Llama's with the mask of a window.
+        body = LlamaModel if window_of(self.config) is None else MistralModel
+        return body.forward(self, *args, **kwargs)
 
 
 class PrunedLlamaForCausalLM(PrunedLlamaPreTrainedModel, LlamaForCausalLM):

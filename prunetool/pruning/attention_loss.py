@@ -2,9 +2,11 @@
 
     P̃^h = softmax(q̃^hᵀ k̃^{⌊h/g⌋}),   L = 1/(2 B H N) Σ ‖P̃^h − P^h‖² + ½λ(‖M_q‖² + ‖M_k‖²)
 
-causal; q̃ and k̃ come from z = (M∘W) x + b by a function `Turn` that knows rotary embedding and
-scale. Rotary embedding makes the fused W depend on the distance of two tokens, and it would be
-many times larger than the two factors: so each factor has a mask (derived here, not in [AM]).
+causal, or of a window; q̃ and k̃ come from z = (M∘W) x + b by a function `Turn` that knows rotary
+embedding and scale, and the norms of heads where there are any. It is differentiated by JAX, and
+must keep tokens and heads apart, as these do. Rotary embedding makes the fused W depend on the
+distance of two tokens, and it would be many times larger than the two factors: so each factor has a
+mask (derived here, not in [AM]).
 
 Attention matrices exist in blocks of `QUERY_BLOCK` queries of one KV group: memory is O(block · N).
 
@@ -30,7 +32,7 @@ QUERY_BLOCK = 128
 PROBES = 16  # of the diagonal; every sequence counts as one more each time
 
 Pair = tuple[jax.Array, jax.Array]  # one of queries, one of keys: weights, masks or z
-Turn = Callable[[jax.Array, jax.Array], Pair]  # (z_q, z_k) -> (q, k)
+Turn = Callable[..., Pair]  # (z_q, z_k, *norms) -> (q, k)
 Residual = Callable[..., jax.Array]
 
 
@@ -40,6 +42,8 @@ class Inputs(NamedTuple):
     x: jax.Array  # normalised input, (D, B, N)
     q_bias: jax.Array | None  # (H d,)
     k_bias: jax.Array | None  # (n_kv d,)
+    norms: tuple[jax.Array | None, ...] = ()  # what else `Turn` takes: weights of norms, (d,)
+    window: int | None = None  # how many keys a query sees, the last its own
 
 
 class _Block(NamedTuple):
@@ -47,6 +51,7 @@ class _Block(NamedTuple):
 
     start: int
     stop: int
+    window: int | None
 
     def rows(self, q: jax.Array) -> jax.Array:
         """(g, d, N) -> (g · block, d)."""
@@ -55,7 +60,8 @@ class _Block(NamedTuple):
     def attention(self, q: jax.Array, k: jax.Array) -> jax.Array:
         """P, (g · block, stop): a query sees no key at or beyond ``stop``."""
         S = _dot(self.rows(q), k[:, : self.stop])
-        seen = jnp.arange(self.start, self.stop)[:, None] >= jnp.arange(self.stop)[None, :]
+        back = jnp.arange(self.start, self.stop)[:, None] - jnp.arange(self.stop)[None, :]
+        seen = back >= 0 if self.window is None else (back >= 0) & (back < self.window)
         return jax.nn.softmax(jnp.where(jnp.tile(seen, (q.shape[0], 1)), S, -jnp.inf), axis=1)
 
 
@@ -65,9 +71,9 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision="highest", preferred_element_type=dtype)
 
 
-def _blocks(length: int) -> list[_Block]:
+def _blocks(length: int, window: int | None) -> list[_Block]:
     starts = range(0, length, QUERY_BLOCK)
-    return [_Block(start, min(start + QUERY_BLOCK, length)) for start in starts]
+    return [_Block(start, min(start + QUERY_BLOCK, length), window) for start in starts]
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -91,13 +97,21 @@ def project(w: Pair, inputs: Inputs) -> Pair:
     return one(w[0], inputs.q_bias), one(w[1], inputs.k_bias)
 
 
-def pull_back(q: jax.Array, k: jax.Array, residual: Residual, given: Any) -> tuple[Any, Pair]:
+def _turned(turn: Turn, w: Pair, inputs: Inputs) -> Pair:
+    """Q and k of the weights."""
+    return turn(*project(w, inputs), *inputs.norms)
+
+
+def pull_back(
+    q: jax.Array, k: jax.Array, residual: Residual, given: Any, window: int | None
+) -> tuple[Any, Pair]:
     """Pull a residual R beside P back to q and k: dS = J_P[R], dq = k dSᵀ, dk = q dS.
 
     Args:
       q, k: where P is taken.
       residual: ``residual(P, block, q, k, *given)`` gives R of one block.
       given: what else ``residual`` needs, arrays of a leading axis B · n_kv.
+      window: of `Inputs`.
 
     Returns:
       ‖R‖² over all blocks, and (dq, dk) in the shapes of q and k.
@@ -107,7 +121,7 @@ def pull_back(q: jax.Array, k: jax.Array, residual: Residual, given: Any) -> tup
         q, k, given = group  # (g, d, N), (d, N)
         g, d, N = q.shape
         energy, dq, dk = jnp.zeros((), q.dtype), [], jnp.zeros_like(k)
-        for block in _blocks(N):
+        for block in _blocks(N, window):
             P = block.attention(q, k)
             R = residual(P, block, q, k, *given)
             energy += jnp.sum(R**2)
@@ -145,9 +159,10 @@ def value_and_gradient(turn: Turn, w: Pair, inputs: Inputs, dense: Pair) -> tupl
       inputs: of the layer.
       dense: q and k of the dense weights (`queries_keys`).
     """
-    (q, k), back = jax.vjp(lambda w: turn(*project(w, inputs)), w)
+    (q, k), back = jax.vjp(lambda w: _turned(turn, w, inputs), w)
     count = _count(q)
-    energy, (dq, dk) = pull_back(q, k, _difference, tuple(map(_flat, dense)))
+    flat = tuple(map(_flat, dense))
+    energy, (dq, dk) = pull_back(q, k, _difference, flat, inputs.window)
     return 0.5 * energy / count, back((dq / count, dk / count))[0]
 
 
@@ -158,11 +173,11 @@ def hessian_product(turn: Turn, V: Pair, w: Pair, inputs: Inputs) -> Pair:
     """
 
     def queries_keys_of(w: Pair) -> Pair:
-        return turn(*project(w, inputs))
+        return _turned(turn, w, inputs)
 
     (q, k), back = jax.vjp(queries_keys_of, w)
     _, tangent = jax.jvp(queries_keys_of, (w,), (V,))
-    _, (dq, dk) = pull_back(q, k, _change, tuple(map(_flat, tangent)))
+    _, (dq, dk) = pull_back(q, k, _change, tuple(map(_flat, tangent)), inputs.window)
     count = _count(q)
     product: Pair = back((dq / count, dk / count))[0]
     return product
@@ -179,12 +194,12 @@ def hessian_diagonal(
     those of each query, for W_k those of each sequence.
     """
     z = project(w, inputs)
-    (q, k), back = jax.vjp(turn, *z)
+    (q, k), back = jax.vjp(lambda *z: turn(*z, *inputs.norms), *z)
     x = inputs.x
     groups = x.shape[1] * k.shape[0]
 
     def one(total: Pair, key: jax.Array) -> tuple[Pair, None]:
-        _, slope = pull_back(q, k, _signs, (jax.random.split(key, groups),))
+        _, slope = pull_back(q, k, _signs, (jax.random.split(key, groups),), inputs.window)
         dz_q, dz_k = back(slope)
         flat = x.reshape(x.shape[0], -1)
         of_q = _dot(dz_q.reshape(dz_q.shape[0], -1) ** 2, flat.T**2)
@@ -198,12 +213,13 @@ def hessian_diagonal(
     return total[0] / count, total[1] / count
 
 
-def squared_errors(candidates: Sequence[Pair], dense: Pair) -> Pair:
+def squared_errors(candidates: Sequence[Pair], dense: Pair, window: int | None) -> Pair:
     """‖P̃ − P‖² of every candidate and head, and ‖P‖² of every head, over all sequences.
 
     Args:
       candidates: q and k of each.
       dense: q and k of P.
+      window: of `Inputs`.
 
     Returns:
       (len(candidates), n_kv, g) and (n_kv, g).
@@ -213,7 +229,7 @@ def squared_errors(candidates: Sequence[Pair], dense: Pair) -> Pair:
         (q0, k0), others = group
         g = q0.shape[0]
         sums = []
-        for block in _blocks(q0.shape[2]):
+        for block in _blocks(q0.shape[2], window):
             P = block.attention(q0, k0)
             parts = [P, *(block.attention(q, k) - P for q, k in others)]
             sums.append(jnp.stack([jnp.sum(R.reshape(g, -1) ** 2, axis=1) for R in parts]))
@@ -229,14 +245,14 @@ def squared_errors(candidates: Sequence[Pair], dense: Pair) -> Pair:
 @partial(jax.jit, static_argnames="turn")
 def queries_keys(turn: Turn, w: Pair, inputs: Inputs) -> Pair:
     """Q and k of the weights."""
-    return turn(*project(w, inputs))
+    return _turned(turn, w, inputs)
 
 
 @partial(jax.jit, static_argnames="turn")
 def measure(turn: Turn, w: Pair, inputs: Inputs, dense: Pair) -> Pair:
     """L without regularisation, a scalar; and ‖P̃ − P‖_F/‖P‖_F of each head, (n_kv, g)."""
-    q, k = turn(*project(w, inputs))
-    (error,), energy = squared_errors([(q, k)], dense)
+    q, k = _turned(turn, w, inputs)
+    (error,), energy = squared_errors([(q, k)], dense, inputs.window)
     return 0.5 * jnp.sum(error) / _count(q), jnp.sqrt(error / energy)
 
 

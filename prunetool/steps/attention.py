@@ -1,6 +1,7 @@
 """One layer's q and k learned on its own attention, on the sequences that calibrate kept."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +41,13 @@ class AttentionLayer:
     """The attention of a layer: its weights, and the sequences to learn from and to check on.
 
     Args:
-      turns: `rotary` of the model by length, the same object for all layers.
+      turns: `turn_of` the model by length, the same object for all layers.
       work: the work directory.
       record: the layer's record.
       w: W_q and W_k of the KV groups kept, (out, in).
       biases: theirs, or None.
+      norms: weights of the norms of queries and keys, or None.
+      window: of the model's attention.
 
     Raises:
       RecordError: where calibrate kept no attention inputs.
@@ -57,6 +60,8 @@ class AttentionLayer:
         record: records.LayerRecord,
         w: Any,
         biases: Any,
+        norms: Any,
+        window: int | None,
     ) -> None:
         if "attention" not in record.files:
             raise RecordError(
@@ -70,9 +75,11 @@ class AttentionLayer:
             )
         self.turn = turns(samples["fit"].shape[2])
         self.w: Pair = tuple(jnp.asarray(W, jnp.float32) for W in w)  # type: ignore[assignment]
-        b_q, b_k = (None if b is None else jnp.asarray(b, jnp.float32) for b in biases)
+        b_q, b_k, *weights = (
+            None if b is None else jnp.asarray(b, jnp.float32) for b in (*biases, *norms)
+        )
         self.fit, self.held_out = (
-            Inputs(jnp.asarray(samples[part], jnp.float32), b_q, b_k)
+            Inputs(jnp.asarray(samples[part], jnp.float32), b_q, b_k, tuple(weights), window)
             for part in ("fit", "held_out")
         )
         self._targets = [
@@ -175,17 +182,13 @@ class AttentionLayer:
         return best
 
 
-def rotary(model: Model, length: int) -> Turn:
-    """The model's rotary embedding and scale, for sequences of ``length``.
+def turn_of(model: Model, length: int) -> Turn:
+    """The model's `forward.turn`, for sequences of ``length``.
 
     What takes it is compiled anew for every object: make one a run.
     """
-    rope = streaming.rotation(model, length)
-
-    def turn(z_q: jax.Array, z_k: jax.Array) -> Pair:
-        return forward.queries_keys(z_q, z_k, rope, model.config.head_dim)
-
-    return turn
+    rope, config = streaming.rotation(model, length), model.config
+    return partial(forward.turn, rope=rope, head_dim=config.head_dim, eps=config.rms_norm_eps)
 
 
 def saliency(layer: AttentionLayer) -> tuple[Pair, dict[str, float]]:

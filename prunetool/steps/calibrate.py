@@ -360,7 +360,7 @@ class Step:
             h: jax.Array, real: jax.Array | None, w: Layer, rope: forward.Rotation, sums: Any
         ) -> Any:
             out, inputs = forward.decoder_layer(
-                h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps
+                h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps, window=config.window
             )
             added = {}
             for name, so_far in sums.items():

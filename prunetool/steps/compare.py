@@ -1,6 +1,7 @@
 """A pruned checkpoint beside the dense one, layer by layer on the same sequences."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from prunetool import console, streaming
 from prunetool.checkpoint.writer import need_room
 from prunetool.errors import ConfigError
 from prunetool.llama import forward
+from prunetool.llama.config import LlamaConfig
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
 from prunetool.pruning import attention_loss
@@ -61,14 +63,14 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
     """Run both models over the sequences.
 
     Args:
-      model, dense: the checkpoints; of one vocabulary, hidden size and rotary embedding.
+      model, dense: the checkpoints; of one vocabulary, hidden size and kind of attention.
       tokens: (samples, N), int32.
       dtype: of the products.
 
     Raises:
       ConfigError: where the two cannot be compared.
     """
-    for name in ("vocab_size", "hidden_size", "head_dim", "rope", "layers"):
+    for name in ("vocab_size", "hidden_size", "head_dim", "rope", "qk_norm", "window", "layers"):
         mine, theirs = getattr(model.config, name), getattr(dense.config, name)
         if mine != theirs:
             raise ConfigError(
@@ -97,8 +99,9 @@ def _errors(
     dense = models[1]
     config = dense.config
     rope = streaming.rotation(dense, tokens.shape[1])
-    steps = [layer_step(config.head_dim, model.config.rms_norm_eps) for model in models]
-    attend = _compiled_attention(config.head_dim)
+    epsilons = [model.config.rms_norm_eps for model in models]
+    steps = [layer_step(config.head_dim, eps, config.window) for eps in epsilons]
+    attend = _compiled_attention(config, epsilons)
     for model, stream in zip(models, streams, strict=True):
         streaming.embed(model, tokens, stream)
     rows: list[np.ndarray] = []
@@ -136,19 +139,18 @@ def _errors(
     return own, same_input
 
 
-def _compiled_attention(head_dim: int) -> Any:
+def _compiled_attention(config: LlamaConfig, epsilons: list[float]) -> Any:
     """‖P̃ − P‖² by own inputs and by the dense model's, and ‖P‖²; (3, n_kv, g)."""
-
-    def queries_keys(x: jax.Array, w: Layer, rope: forward.Rotation) -> attention_loss.Pair:
-        z_q, z_k = forward.linear(w.q, w.q_bias, x), forward.linear(w.k, w.k_bias, x)
-        q, k = forward.queries_keys(z_q, z_k, rope, head_dim)
-        return q.astype(w.q.dtype), k.astype(w.k.dtype)  # as the layer does
+    pruned, dense = (
+        partial(forward.queries_keys, head_dim=config.head_dim, eps=eps) for eps in epsilons
+    )
 
     @jax.jit
     def attend(x: Any, x_dense: Any, w: Layer, w_dense: Layer, rope: Any) -> jax.Array:
-        candidates = [queries_keys(x, w, rope), queries_keys(x_dense, w, rope)]
         errors, energy = attention_loss.squared_errors(
-            candidates, queries_keys(x_dense, w_dense, rope)
+            [pruned(x, w, rope), pruned(x_dense, w, rope)],
+            dense(x_dense, w_dense, rope),
+            config.window,
         )
         return jnp.concatenate([errors, energy[None]])
 

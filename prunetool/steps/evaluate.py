@@ -82,7 +82,7 @@ def mean_loss(
     streaming.keep_only(stream.path)
     if done == 0:
         streaming.embed(model, tokens, stream)
-    step = layer_step(model.config.head_dim, model.config.rms_norm_eps)
+    step = layer_step(model.config.head_dim, model.config.rms_norm_eps, model.config.window)
     rope = streaming.rotation(model, length)
     layers = console.progress(model.padded_layers(done), model.layers, done)
     for number, layer in layers:
@@ -102,13 +102,13 @@ def mean_loss(
 
 @cache
 def layer_step(
-    head_dim: int, eps: float
+    head_dim: int, eps: float, window: int | None
 ) -> Callable[[jax.Array, Layer, forward.Rotation], tuple[jax.Array, jax.Array]]:
     """The compiled layer: h to the h behind it, and its attention's input."""
 
     @jax.jit
     def step(h: jax.Array, w: Layer, rope: forward.Rotation) -> tuple[jax.Array, jax.Array]:
-        out, inputs = forward.decoder_layer(h, w, rope, head_dim=head_dim, eps=eps)
+        out, inputs = forward.decoder_layer(h, w, rope, head_dim=head_dim, eps=eps, window=window)
         return out, inputs.attention
 
     return step

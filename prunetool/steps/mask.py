@@ -13,7 +13,7 @@ from prunetool.llama.weights import MATRICES
 from prunetool.methods import QK, methods_of
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.stats import GIVEN, SITES, Stats
-from prunetool.steps.attention import AttentionLayer, rotary
+from prunetool.steps.attention import AttentionLayer, turn_of
 from prunetool.steps.run import Run
 
 
@@ -31,7 +31,7 @@ class Masking:
         self.model, self.work = run.model, run.work
         self._method = methods_of(parts)[how["method"]]
         self._scorer = self._method.load()
-        self._turns = cache(partial(rotary, run.model))
+        self._turns = cache(partial(turn_of, run.model))
         self.said: list[str] = []  # what was reached, once all layers are given
 
     @property
@@ -173,6 +173,8 @@ class Masking:
             [kept[name].of(part(name)) for name in self.parts],
             [None if bias is None else bias[kept[name].rows]
              for name, bias in zip(self.parts, biases, strict=True)],
+            [self.model.part_if_any(record.index, f"{name}_norm") for name in self.parts],
+            self.model.config.window,
         )  # fmt: skip
 
     def _learn(

@@ -81,7 +81,6 @@ def open_with_text(
       The checkpoint; the sequences, (samples, N), int32; the BOS that each begins with, or None.
     """
     opened = open_model(model, revision)
-    opened.check_length(text.length)
     console.doing("reading text")
     tokens, bos = text.load(opened.directory, opened.config.vocab_size, samples, shuffle)
     console.doing("checking")

@@ -7,8 +7,10 @@ import gguf
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, Qwen2Tokenizer
 
 from prunetool.checkpoint.gguf import GGUFModel
 from prunetool.errors import LONGEST, ConfigError
@@ -21,7 +23,8 @@ OURS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 GLOBAL = {
     "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
@@ -63,6 +66,8 @@ def gguf_of(config, *, values=(), tensors=(), tokenizer=None):
             "tokenizer.ggml.tokens": letters(config["vocab_size"]),
             "tokenizer.ggml.merges": ["\u4e00 \u4e01"],
         }  # fmt: skip
+    architecture = config["model_type"]
+    keys = {key.replace("llama.", f"{architecture}.", 1): value for key, value in keys.items()}
     keys |= dict(values)  # None: left out
     stored, made = {}, {}
     for name, shape in tensor_shapes(parse_config(config, "")).items():
@@ -72,7 +77,7 @@ def gguf_of(config, *, values=(), tensors=(), tokenizer=None):
             continue
         _, _, layer, part = name.split(".", 3)
         part, kind = part.rsplit(".", 1)
-        if part.endswith(("q_proj", "k_proj")):
+        if part.endswith(("q_proj", "k_proj")) and architecture == "llama":
             heads = "num_attention_heads" if "q_proj" in part else "num_key_value_heads"
             array = interleave(array, config[heads])
         stored[f"blk.{layer}.{OURS[part]}.{kind}"] = array
@@ -139,6 +144,40 @@ def test_the_tensors_come_back_in_order(tmp_path, run, changes):
         assert written[key] == config[key]
 
 
+QWEN = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 128},  # transformers' reader knows no other
+    "qwen3, biases": {"model_type": "qwen3", "head_dim": 24, "attention_bias": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", QWEN.values(), ids=QWEN)
+def test_a_qwen_comes_back_as_it_was_and_as_transformers_reads_it(tmp_path, changes):
+    config = tiny_config(**changes)
+    architecture = config["model_type"]
+    length = (f"{architecture}.attention.value_length", config["head_dim"])
+    made = write_gguf(tmp_path / "a.gguf", config, values=[length], architecture=architecture)
+    out = converted(tmp_path / "a.gguf", tmp_path / "out")
+    back = {}
+    for path in out.glob("*.safetensors"):
+        back |= load_file(path)
+    assert back.keys() == made.keys()
+    for name, array in made.items():
+        np.testing.assert_array_equal(back[name], array)
+    written = json.loads((out / "config.json").read_text())
+    assert parse_config(written, "").identity() == parse_config(config, "").identity()
+    ours = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(ours).__name__ == f"{architecture.title()}ForCausalLM"
+    if not config["attention_bias"]:  # which its reader does not know either
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path, gguf_file="a.gguf", dtype=torch.float32
+        )
+        tokens = torch.arange(20)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits)
+
+
 def test_rope_scaling_comes_back(tmp_path):
     inverse = 500000.0 ** -(np.arange(0, 16, 2) / 16)
     turns = 8192 * inverse / (2 * np.pi)
@@ -161,9 +200,9 @@ def test_rope_scaling_comes_back(tmp_path):
 
 
 def test_what_is_not_converted_is_refused_by_name(tmp_path, run):
-    write_gguf(tmp_path / "q.gguf", tiny_config(), architecture="qwen2")
+    write_gguf(tmp_path / "q.gguf", tiny_config(), architecture="gpt2")
     line = error_of(run("convert", tmp_path / "q.gguf", tmp_path / "out", ok=False))
-    assert "architecture 'qwen2'; only llama is converted" in line
+    assert "architecture 'gpt2'; known: llama, qwen2, qwen3" in line
     (tmp_path / "junk.gguf").write_bytes(b"junk" * 9)
     line = error_of(run("convert", tmp_path / "junk.gguf", tmp_path / "out", ok=False))
     assert "junk.gguf: cannot be read as GGUF" in line
@@ -734,6 +773,7 @@ def tokenizer_of(tmp_path, values, name="a", **changes):
         ("gpt-2", {"add_bos_token": True, "add_eos_token": True}, [258], [259]),
         ("smollm", {}, [], []),
         ("smollm", {"add_eos_token": True}, [], [259]),
+        ("qwen2", {}, [], []),
         ("llama-bpe", {}, [258], []),
         ("llama3", {"add_bos_token": True}, [258], []),
         ("llama-v3", {"add_bos_token": False}, [], []),
@@ -806,6 +846,17 @@ def test_llama_3_takes_a_word_that_is_a_token_as_it_is(tmp_path):
     llama3, _ = tokenizer_of(tmp_path, values, "llama3")
     assert llama3.encode("hello").ids == [255]
     assert plain.encode("hello").tokens == ["hell", "o"]
+
+
+def test_qwen2_splits_a_text_as_transformers_does(tmp_path):
+    ours, _ = tokenizer_of(tmp_path, byte_level(pre="qwen2"))
+    theirs = Qwen2Tokenizer().backend_tokenizer
+    text = "It's 12345 cafe\u0301s,\n\n  we'LL see 5 1/2\tways  "
+    plain = ours.normalizer.normalize_str(text)
+    assert plain == theirs.normalizer.normalize_str(text) != text
+    split = ours.pre_tokenizer.pre_tokenize_str(plain)
+    assert split == theirs.pre_tokenizer.pre_tokenize_str(plain)
+    assert ("3", (7, 8)) in split
 
 
 def test_of_merges_with_equal_scores_the_lower_id_goes_first(tmp_path):

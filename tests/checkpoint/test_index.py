@@ -54,7 +54,7 @@ def test_no_config(checkpoint):
 def test_another_model_type(checkpoint):
     model = checkpoint()
     (model / "config.json").write_text(json.dumps(tiny_config(model_type="gpt_neox")))
-    says(model, "config.json: model_type 'gpt_neox'; prunetool reads Llama models only")
+    says(model, "config.json: model_type 'gpt_neox'; prunetool reads llama, mistral, qwen2, qwen3")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])

@@ -4,15 +4,17 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given
-from transformers import LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from prunetool.errors import LONGEST, ConfigError
 from prunetool.llama.config import (
+    FAMILIES,
     KEYS,
     MAX_LAYERS,
     PLAIN_ROPE_VALUES,
     PLAIN_VALUES,
+    PRUNED,
     ROPE_KEYS,
     LayerShape,
     parse_config,
@@ -38,7 +40,37 @@ def own(**changes):
 
 
 REFUSED = {
-    "model type": ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+    "model type": (
+        {"model_type": "gpt2"}, "model_type 'gpt2'; prunetool reads llama, mistral, qwen2, qwen3"
+    ),
+    "a pruned family": ({"model_type": "pruned_llama", "family": "gpt2"}, "family 'gpt2'; prunet"),
+    "a pruned family in a list": ({"model_type": "pruned_llama", "family": []}, "family []; prune"),
+    "a window of a pruned llama": (
+        {"model_type": "pruned_llama", "sliding_window": 64}, "sliding_window = 64 is not computed"
+    ),
+    "biases of o of qwen2": (
+        {"model_type": "qwen2", "attention_bias": True}, "attention_bias = True is not computed"
+    ),
+    "mlp biases of qwen3": (
+        {"model_type": "qwen3", "mlp_bias": True}, "mlp_bias = True is not computed here"
+    ),
+    "a window of some layers of qwen2": (
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+        "max_window_layers = 2 of 3 layers is not computed here; a window is of all layers (0) or",
+    ),
+    "windows of some layers of qwen3": (
+        {
+            "model_type": "qwen3", "use_sliding_window": True,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        "layer_types = ['full_attention', 'sliding_attention', 'full_attention'] is not computed",
+    ),
+    "windows of layers that are off": (
+        {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "layer_types = ['slid"
+    ),
+    "windows on by text": (
+        {"model_type": "qwen2", "use_sliding_window": "yes"}, "use_sliding_window = 'yes'; it must"
+    ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     "a window of llama": ({"sliding_window": 4096}, "sliding_window = 4096"),
     "a window of mistral": (
@@ -250,6 +282,54 @@ def test_a_mistral_has_the_window_that_transformers_gives_it(said, window):
     assert parse_config(raw, "").identity()["window"] == window
 
 
+ON = {"use_sliding_window": True, "sliding_window": 64}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("said", "window"),
+    [
+        ({}, None), ({"sliding_window": 64}, None), (ON, None),
+        ({**ON, "max_window_layers": 3}, None), ({**ON, "max_window_layers": 0}, 64),
+        ({**ON, "layer_types": ["sliding_attention"] * 3}, 64),
+        ({**ON, "layer_types": ["full_attention"] * 3}, None),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+    ],
+)  # fmt: skip
+def test_a_qwen_has_the_window_that_transformers_gives_it(model_type, said, window):
+    raw = tiny_config(model_type=model_type, **said)
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    kind = "full_attention" if window is None else "sliding_attention"
+    assert theirs.layer_types == [kind] * 3
+    assert window is None or theirs.sliding_window == window
+    config = parse_config(raw, "")
+    assert config.window == window
+    written = config_json(config, model_type)
+    assert AutoConfig.for_model(**written).layer_types == [kind] * 3
+    assert parse_config(written, "").identity() == config.identity()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_a_config_leaves_out_is_the_default_of_its_family(model_type):
+    sizes = dict.fromkeys(
+        [
+            "head_dim", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+            "rope_theta", "tie_word_embeddings", "attention_bias", "mlp_bias",
+        ],
+        "absent",
+    )  # fmt: skip
+    raw = tiny_config(model_type=model_type, num_attention_heads=32, **sizes)
+    config, theirs = parse_config(raw, ""), AutoConfig.for_model(**raw)
+    assert config.layer_shapes[0].kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == getattr(theirs, "head_dim", 64 // 32)
+    assert config.max_position_embeddings == theirs.max_position_embeddings
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert config.tied == theirs.tie_word_embeddings
+    assert config.attention_bias == getattr(theirs, "attention_bias", False)
+    assert config.window == getattr(theirs, "sliding_window", None)
+
+
 LIKE_PLAIN = {
     "a window that is off": {"sliding_window": 4096, "use_sliding_window": False},
     "another name": {"hidden_act": "swish"},
@@ -434,7 +514,8 @@ def test_an_identity_is_json_and_every_change_of_the_result_changes_it():
         own(intermediate_size=64), scaled(LINEAR), scaled(LINEAR, factor=2),
         {"model_type": "mistral"}, scaled(LINEAR, rope_type="dynamic"), scaled(LLAMA3),
         scaled(YARN), scaled(YARN, truncate=False), scaled(YARN, beta_slow=2),
-        scaled(YARN, attention_factor=1),
+        scaled(YARN, attention_factor=1), {"model_type": "qwen2"}, {"model_type": "qwen3"},
+        {"model_type": "qwen3", "attention_bias": True},
     ]  # fmt: skip
     identities = [parse_config(tiny_config(**one), "").identity() for one in changes]
     assert [json.loads(json.dumps(one)) for one in identities] == identities
@@ -448,7 +529,16 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 NAMES = sorted(
-    {*KEYS, *PLAIN_VALUES, "model_type", "rope_scaling", "rope_parameters", "per_layer_config"}
+    {
+        *KEYS,
+        *PLAIN_VALUES,
+        "model_type",
+        "rope_scaling",
+        "rope_parameters",
+        "per_layer_config",
+        "family",
+        "max_window_layers",
+    }
 )
 ROPE_NAMES = sorted(
     {*PLAIN_ROPE_VALUES, *ROPE_KEYS["yarn"], *ROPE_KEYS["llama3"], "type", "rope_theta"}
@@ -459,13 +549,21 @@ ROPE_NAMES = sorted(
     st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=2),
     st.dictionaries(st.sampled_from(ROPE_NAMES), VALUES, max_size=2),
     st.sampled_from([*ROPE_KEYS, None]),
+    st.sampled_from([*FAMILIES, PRUNED]),
 )
-@example({"rope_theta": 10**400}, {}, None)
-def test_any_config_is_read_or_refused_in_one_line(changes, rope, kind):
+@example({"rope_theta": 10**400}, {}, None, "llama")
+def test_any_config_is_read_or_refused_in_one_line(changes, rope, kind, model_type):
     said = "somewhere: read"
     try:
         identity = parse_config(
-            tiny_config(**{"rope_scaling": {"rope_type": kind, **rope}, **changes}), "somewhere"
+            tiny_config(
+                **{
+                    "model_type": model_type,
+                    "rope_scaling": {"rope_type": kind, **rope},
+                    **changes,
+                }
+            ),
+            "somewhere",
         ).identity()
         assert json.loads(json.dumps(identity)) == identity
     except ConfigError as error:

@@ -86,7 +86,9 @@ def hidden_after(model, tokens, dtype="float32"):
     )
     for number in range(config.layers):
         w = map_layer(lambda part: jnp.asarray(part, jnp.dtype(dtype)), model.layer(number))
-        h, _ = forward.decoder_layer(h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps)
+        h, _ = forward.decoder_layer(
+            h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps, window=config.window
+        )
     return np.asarray(h).transpose(1, 2, 0)
 
 
@@ -153,14 +155,16 @@ def test_a_product_in_tiles_is_the_product(monkeypatch):
     np.testing.assert_allclose(np.asarray(out), np.einsum("od,dbn->obn", W, x), atol=1e-3)
 
 
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
-def test_attention_in_blocks_is_attention(length):
+def test_attention_in_blocks_is_attention(length, window):
     random = np.random.default_rng(length)
     q = random.standard_normal((2, 3, 8, 2, length))
     k, v = random.standard_normal((2, 2, 8, 2, length))
-    out = np.asarray(forward.attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v))))
+    out = np.asarray(forward.attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), window))
     scores = np.einsum("kgdbi,kdbj->kgbij", q, k)
-    scores[..., ~np.tril(np.ones((length, length), bool))] = -np.inf
+    back = np.arange(length)[:, None] - np.arange(length)
+    scores[..., (back < 0) | (back >= (window or length))] = -np.inf
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     expected = np.einsum("kgbij,kdbj->kgdbi", p, v).reshape(48, 2, length)

@@ -2,8 +2,12 @@ import numpy as np
 import pytest
 
 from prunetool.llama.config import LayerShape
-from prunetool.llama.weights import scatter, select
+from prunetool.llama.weights import PARTS, Layer, scatter, select
 from prunetool.model import open_model
+
+
+def test_every_part_has_its_place_in_a_layer():
+    assert tuple(PARTS) == Layer._fields
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -21,6 +21,12 @@ MODELS = {
         "rope_theta": 500000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True,
         "attention_bias": True, "mlp_bias": True,
     },
+    "mistral, window": {"model_type": "mistral", "sliding_window": 16},
+    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3, window": {
+        "model_type": "qwen3", "head_dim": 24, "use_sliding_window": True, "sliding_window": 16,
+        "max_window_layers": 0,
+    },
 }  # fmt: skip
 
 

@@ -11,24 +11,33 @@ from tests import references
 from tests.pruning.test_attention_mask import relative, slopes
 
 D, HEADS, KV_HEADS, HEAD_DIM = 5, 4, 2, 4
-INVERSE = np.array([1.0, 0.2])
+INVERSE, EPS = np.array([1.0, 0.2]), 0.01
+KINDS = {
+    "plain": {}, "biased": {"biased": True}, "in a window": {"window": 3},
+    "normed": {"normed": True}, "all": {"biased": True, "normed": True, "window": 5},
+}  # fmt: skip
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-def turn(z_q, z_k):
-    """The rotary embedding by complex numbers, and the scale; float64."""
+def turn(z_q, z_k, *norms):
+    """The norms if any, the rotary embedding by complex numbers, and the scale; float64."""
 
-    def rotated(z):
+    def rotated(z, norm=None):
         _, B, N = z.shape
+        if norm is not None:
+            z = z.reshape(-1, HEAD_DIM, B, N)
+            z = z / jnp.sqrt(jnp.mean(z**2, axis=1, keepdims=True) + EPS)
+            z = z * norm[None, :, None, None]
         z = z.reshape(-1, 2, HEAD_DIM // 2, B, N)
         angle = jnp.asarray(INVERSE)[:, None, None] * jnp.arange(N, dtype=z.dtype)[None, None]
         turned = lax.complex(z[:, 0], z[:, 1]) * lax.complex(jnp.cos(angle), jnp.sin(angle))[None]
         return jnp.concatenate([turned.real, turned.imag], axis=1)
 
-    q, k = rotated(z_q) * HEAD_DIM**-0.5, rotated(z_k)
+    q, k = rotated(z_q, *norms[:1]) * HEAD_DIM**-0.5, rotated(z_k, *norms[1:])
     return q.reshape(k.shape[0], -1, *k.shape[1:]), k
 
 
-def problem(B=2, N=9, biased=False, seed=0):
+def problem(B=2, N=9, biased=False, normed=False, window=None, seed=0):
     random = np.random.default_rng(seed)
     w = tuple(
         jnp.asarray(random.standard_normal((heads * HEAD_DIM, D))) for heads in (HEADS, KV_HEADS)
@@ -36,7 +45,8 @@ def problem(B=2, N=9, biased=False, seed=0):
     x = jnp.asarray(random.standard_normal((D, B, N)))
     biases = [jnp.asarray(random.standard_normal(len(W))) if biased else None for W in w]
     moved = tuple(W + 0.3 * jnp.asarray(random.standard_normal(W.shape)) for W in w)
-    return w, moved, al.Inputs(x, *biases)
+    norms = tuple(jnp.asarray(random.uniform(0.5, 2, HEAD_DIM)) for _ in w) if normed else ()
+    return w, moved, al.Inputs(x, *biases, norms, window)
 
 
 def matrices(w, inputs):
@@ -46,7 +56,8 @@ def matrices(w, inputs):
         [
             references.layer_attention(
                 np.asarray(inputs.x)[:, b].T, *map(np.asarray, w), *biases,
-                HEADS, KV_HEADS, INVERSE,
+                HEADS, KV_HEADS, INVERSE, [np.asarray(norm) for norm in inputs.norms], EPS,
+                inputs.window,
             )
             for b in range(inputs.x.shape[1])
         ]
@@ -68,9 +79,9 @@ def _blocks_of_four():
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_the_loss_is_that_of_whole_matrices(biased):
-    w, moved, inputs = problem(biased=biased)
+@kinds
+def test_the_loss_is_that_of_whole_matrices(kind):
+    w, moved, inputs = problem(**kind)
     dense = al.queries_keys(turn, w, inputs)
     value, _ = al.value_and_gradient(turn, moved, inputs, dense)
     P0, P = matrices(w, inputs), matrices(moved, inputs)
@@ -81,9 +92,9 @@ def test_the_loss_is_that_of_whole_matrices(biased):
     np.testing.assert_allclose(np.ravel(errors), by_head, rtol=1e-10)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_the_gradient_is_that_of_finite_differences(biased):
-    w, moved, inputs = problem(biased=biased)
+@kinds
+def test_the_gradient_is_that_of_finite_differences(kind):
+    w, moved, inputs = problem(**kind)
     dense = al.queries_keys(turn, w, inputs)
     _, found = al.value_and_gradient(turn, moved, inputs, dense)
     P0 = matrices(w, inputs)
@@ -109,8 +120,9 @@ def jacobian(w, inputs):
     return np.concatenate(parts)
 
 
-def test_the_hessian_product_is_that_of_finite_differences():
-    w, _, inputs = problem(N=6)
+@kinds
+def test_the_hessian_product_is_that_of_finite_differences(kind):
+    w, _, inputs = problem(N=6, **kind)
     J = jacobian(w, inputs)
     count = inputs.x.shape[1] * HEADS * inputs.x.shape[2]
     random = np.random.default_rng(1)
@@ -120,8 +132,9 @@ def test_the_hessian_product_is_that_of_finite_differences():
     assert relative(found, J @ (J.T @ flat) / count) < 1e-6
 
 
-def test_the_diagonal_is_unbiased():
-    w, _, inputs = problem(N=6)
+@kinds
+def test_the_diagonal_is_unbiased(kind):
+    w, _, inputs = problem(N=6, **kind)
     J = jacobian(w, inputs)
     expected = (J**2).sum(axis=1) / (inputs.x.shape[1] * HEADS * inputs.x.shape[2])
     probes = 4000
