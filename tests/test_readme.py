@@ -1,6 +1,7 @@
 """README.md and the pages it leads to are current, and are read as their author meant them."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def links(page):
 def anchors(page):
     """The names that GitHub gives the headings."""
     found = tokens(page)
-    for opening, heading in zip(found, found[1:], strict=False):
+    for opening, heading in pairwise(found):
         if opening.type == "heading_open":
             text = "".join(child.content for child in heading.children)
             yield re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
