@@ -18,9 +18,7 @@ def tokens(page):
 
 
 def inline(page, kind):
-    return [
-        child for token in tokens(page) for child in token.children or [] if child.type == kind
-    ]
+    return [child for token in tokens(page) for child in token.children or [] if child.type == kind]
 
 
 def links(page):
