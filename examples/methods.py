@@ -69,7 +69,8 @@ def append(path: Path, columns: list[str], row: list[object]) -> None:
 
 def print_table(path: Path) -> None:
     rows = read(path)
-    print(f"| method | allocation | weighting | {' | '.join(SPARSITIES)} |")
+    fractions = " | ".join(f"{float(sparsity):.0%}" for sparsity in SPARSITIES)
+    print(f"| method | allocation | weighting | {fractions} |")
     print(f"|---|---|---|{'---:|' * len(SPARSITIES)}")
     for setting in SETTINGS:
         found = [rows.get((*setting, sparsity)) for sparsity in SPARSITIES]

@@ -1,4 +1,4 @@
-"""SmolLM2-135M and WikiText-2: what the numbers of the README stand on."""
+"""SmolLM2-135M and WikiText-2: what the numbers of the pages stand on."""
 
 import math
 
