@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import hypothesis
@@ -41,7 +42,35 @@ hypothesis.settings.load_profile("ci")
 
 WIKITEXT = Path(os.environ.get("PRUNETOOL_WIKITEXT", "../shared/wikitext-2"))
 SMOLLM2 = Path(os.environ.get("PRUNETOOL_SMOLLM2", "demo/SmolLM2-135M"))
+LIMIT_SECONDS = 900  # of a test, which hangs if it takes longer
+UNTIL_SECONDS = 240  # of waiting for what takes a few at most
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    def stop(*_):
+        pytest.fail(f"not at its end after {LIMIT_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT_SECONDS)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+
+
+def until(condition, process):
+    """Wait for what a process brings about; fail with its words if that cannot come any more."""
+    last = time.monotonic() + UNTIL_SECONDS
+    while True:
+        ended = process.poll() is not None
+        if condition():
+            return
+        if ended or time.monotonic() > last:
+            process.kill()
+            raise AssertionError(f"it ended ({ended}) or hangs: {process.communicate()}")
+        time.sleep(0.01)
 
 
 def tiny_config(**changes):
@@ -157,14 +186,68 @@ def run(tmp_path):
     return call
 
 
+def command(words, first=""):
+    """The words that run ``prunetool`` in a process of its own, ``first`` some Python there."""
+    how = (
+        ["-c", f"{first}\nfrom prunetool.cli import main; main()"] if first else ["-m", "prunetool"]
+    )
+    return [sys.executable, *how, *map(str, words)]
+
+
+def at_layer(number, act):
+    """Python for `command`: at a layer of its forward, calibrate or evaluate does something."""
+    return f"""
+import os, signal, time
+from pathlib import Path
+from prunetool import streaming
+def check(h, layer, real=streaming.check_finite):
+    real(h, layer)
+    if layer == {number}:
+        {act}
+streaming.check_finite = check
+"""
+
+
+STAND = "time.sleep(3600)"  # until a signal comes, or the end of the test
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.fixture
+def popen():
+    """Start a process, of text; what still runs at the end of the test is killed."""
+    started = []
+
+    def begin(words, **how):
+        usual = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(words, text=True, **{**usual, **how}))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        with process:
+            process.kill()
+
+
+@pytest.fixture
+def start(popen, tmp_path):
+    """Start ``prunetool`` in a process of its own, ``first`` some Python there."""
+
+    def begin(words, cwd=tmp_path, *, first="", stdin=subprocess.DEVNULL, **environment):
+        environment = {**os.environ, **environment}
+        return popen(command(words, first), cwd=cwd, stdin=stdin, env=environment)
+
+    return begin
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """Run ``prunetool`` in this process; gives what it wrote to stdout, and raises its errors."""
 
-    def run(*words):
-        monkeypatch.chdir(tmp_path)
+    def run(*words, cwd=tmp_path):
+        monkeypatch.chdir(cwd)
         capsys.readouterr()
-        cli.group.main([str(word) for word in words], standalone_mode=False)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            cli.group.main([str(word) for word in words], standalone_mode=False)
         return capsys.readouterr().out
 
     return run
