@@ -1,5 +1,6 @@
 """Small random checkpoints, and the commands run as a user runs them."""
 
+import gc
 import json
 import os
 import signal
@@ -7,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+import click
 import hypothesis
 import jax
 import ml_dtypes
@@ -17,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from prunetool import cli
+from prunetool import cli, console, signals
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_shapes
 
@@ -31,9 +34,9 @@ for number, usual in (
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="prunetool-tests-")
 # What one test compiled, the others and their processes load: it halves their time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="prunetool-tests-"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -170,16 +173,52 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path):
+def process(tmp_path):
     """Run ``prunetool`` in a process of its own; gives the finished process."""
 
-    def call(*words, stdin=None, ok=True, cwd=tmp_path, **environment):
-        given = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+    def call(*words, stdin="", ok=True, cwd=tmp_path, **environment):
         done = subprocess.run(
-            [sys.executable, "-m", "prunetool", *map(str, words)],
-            capture_output=True, text=True, cwd=cwd, timeout=300,
-            env={**os.environ, **environment}, **given,
+            command(words), capture_output=True, text=True, cwd=cwd, input=stdin,
+            env={**os.environ, **environment},
         )  # fmt: skip
+        assert not ok or done.returncode == 0, done.stderr
+        return done
+
+    return call
+
+
+@contextmanager
+def as_used():
+    """JAX and the log as a user has them, and afterwards as they were."""
+    log = console.log
+    before = log.handlers, log.level, log.propagate
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+    log.handlers, log.level, log.propagate = before
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run ``prunetool`` in this process, which is quick; gives what `process` does."""
+
+    def call(*words, stdin="", ok=True, cwd=tmp_path):
+        words = [*map(str, words)]
+        with monkeypatch.context() as patch, ExitStack() as stack, as_used():
+            streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+            streams[0].write(stdin)
+            streams[0].seek(0)
+            for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+                patch.setattr(sys, name, stream)
+            patch.setattr(sys, "argv", ["prunetool", *words])
+            patch.setattr(signals, "raised", lambda during: nullcontext())  # pytest's own stay
+            patch.chdir(cwd)
+            code, said = cli._run()
+            if code:
+                gc.collect(1)
+                click.echo(said, nl=bool(said), err=True)
+            for stream in streams:
+                stream.seek(0)
+            done = subprocess.CompletedProcess(words, code, *(each.read() for each in streams[1:]))
         assert not ok or done.returncode == 0, done.stderr
         return done
 
@@ -246,7 +285,7 @@ def call(tmp_path, monkeypatch, capsys):
     def run(*words, cwd=tmp_path):
         monkeypatch.chdir(cwd)
         capsys.readouterr()
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with as_used():
             cli.group.main([str(word) for word in words], standalone_mode=False)
         return capsys.readouterr().out
 

@@ -171,17 +171,17 @@ ODD = "m[/x] [red]\x1b[31m\n模型\udcff"  # markup of rich's, a colour, a line,
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
 def test_any_name_in_any_encoding_is_shown_on_one_line_that_no_terminal_obeys(
-    checkpoint, text, run, tmp_path, encoding
+    checkpoint, text, process, tmp_path, encoding
 ):
     model = tmp_path / ODD
     model.parent.mkdir()
     checkpoint().rename(model)
     words = {"PYTHONIOENCODING": encoding}
-    done = run("inspect", ODD, **words)
+    done = process("inspect", ODD, **words)
     assert json.loads(done.stdout)["model"] == ODD
     assert done.stdout.isascii()
     assert done.stderr.startswith(r"m[/x] [red]\x1b[31m\n")
-    found = run("calibrate", model, "--text", text, "--samples", 2, "--sequence-length", 32,
+    found = process("calibrate", model, "--text", text, "--samples", 2, "--sequence-length", 32,
                 "--work", tmp_path / f"{ODD}.w", **words)  # fmt: skip
     assert r"[/x] [red]\x1b[31m\n" in found.stderr
     assert len(found.stderr.splitlines()) == 1
@@ -426,13 +426,13 @@ class TestPerplexity:
             assert f"too large for a number (loss {result['loss']:.1f} nats) before" in done.stderr
 
 
-def test_what_an_export_copies_along_is_downloaded_with_a_model(checkpoint, run, tmp_path):
+def test_what_an_export_copies_along_is_downloaded_with_a_model(checkpoint, process, tmp_path):
     model = checkpoint("served")
     for name in (*COMPANIONS, "README.md", "pytorch_model.bin", "modeling_x.py"):
         if not (model / name).exists():
             (model / name).write_text("{}")
     server = hub.start(model)
-    run("inspect", "me/tiny", HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+    process("inspect", "me/tiny", HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
         HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", HF_TOKEN="")  # fmt: skip
     server.shutdown()
     server.server_close()
@@ -441,14 +441,14 @@ def test_what_an_export_copies_along_is_downloaded_with_a_model(checkpoint, run,
     assert found == {"config.json", "model.safetensors", "README.md", *COMPANIONS}
 
 
-def test_an_empty_stream_exits_1_with_one_line(run):
+def test_an_empty_stream_exits_1_with_one_line(process):
     for words in (["score", "--sparsity", ".2"], ["compensate"], ["export", "out"]):
-        done = run(*words, stdin="", ok=False)
+        done = process(*words, stdin="", ok=False)
         assert "<stdin>: the stream is empty; run the step before again" in error_of(done)
 
 
-def test_a_traceback_is_shown_on_request(run):
-    done = run("compensate", stdin="", ok=False, PRUNETOOL_DEBUG="1")
+def test_a_traceback_is_shown_on_request(process):
+    done = process("compensate", stdin="", ok=False, PRUNETOOL_DEBUG="1")
     assert "Traceback" in done.stderr
 
 

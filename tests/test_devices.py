@@ -42,18 +42,18 @@ def assert_alike(work, expected):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_four_devices_give_the_sums_of_one(checkpoint, text, run, tmp_path, biased):
+def test_four_devices_give_the_sums_of_one(checkpoint, text, process, tmp_path, biased):
     model = checkpoint(attention_bias=biased, mlp_bias=biased)
-    run(*calibrate(model, text, tmp_path / "one", "-o", "one.jsonl"))
+    process(*calibrate(model, text, tmp_path / "one", "-o", "one.jsonl"))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    run(*calibrate(model, text, tmp_path / "four", "-o", "four.jsonl"), **flags)
+    process(*calibrate(model, text, tmp_path / "four", "-o", "four.jsonl"), **flags)
     assert_alike(tmp_path / "four", tmp_path / "one")
 
 
-def test_the_stats_hardly_depend_on_the_batch(checkpoint, text, run, tmp_path):
+def test_the_stats_hardly_depend_on_the_batch(checkpoint, text, process, tmp_path):
     model = checkpoint()
-    run(*calibrate(model, text, tmp_path / "five", "-o", "a.jsonl"))
-    run(*calibrate(model, text, tmp_path / "one", "--batch-size", 1, "-o", "b.jsonl"))
+    process(*calibrate(model, text, tmp_path / "five", "-o", "a.jsonl"))
+    process(*calibrate(model, text, tmp_path / "one", "--batch-size", 1, "-o", "b.jsonl"))
     assert_alike(tmp_path / "one", tmp_path / "five")
 
 
@@ -95,9 +95,9 @@ class Processes:
         return [(p.returncode, *streams) for p, streams in zip(self.running, said, strict=True)]
 
 
-def test_two_processes_give_the_sums_of_one(checkpoint, text, run, tmp_path):
+def test_two_processes_give_the_sums_of_one(checkpoint, text, process, tmp_path):
     model = checkpoint()
-    alone = run(*calibrate(model, text, "one")).stdout
+    alone = process(*calibrate(model, text, "one")).stdout
     (code, out, err), (other, nothing, more) = Processes(
         calibrate(model, text, "two"), tmp_path
     ).finish()
@@ -152,9 +152,9 @@ def test_process_0_listens_on_the_address_given_and_no_other(waiting):
 
 
 @pytest.mark.parametrize("address", ["h", "h:", ":1", "h:x", "h:0", "h:65536"])
-def test_an_address_is_host_and_port(checkpoint, text, run, address):
+def test_an_address_is_host_and_port(checkpoint, text, process, address):
     for index in (0, 1):
-        done = run(*calibrate(checkpoint(), text, "w"), "--coordinator", address,
+        done = process(*calibrate(checkpoint(), text, "w"), "--coordinator", address,
                    "--processes", 2, "--process-id", index, ok=False)  # fmt: skip
         assert f"'{address}' is not HOST:PORT); start all of them with the same" in error_of(done)
 
@@ -165,19 +165,19 @@ def test_an_address_may_be_a_name_or_of_ipv6():
     assert _numeric("localhost:80") in ("127.0.0.1:80", "[::1]:80")
 
 
-def test_an_address_that_cannot_be_listened_on_is_one_line(checkpoint, text, run):
+def test_an_address_that_cannot_be_listened_on_is_one_line(checkpoint, text, process):
     alone = [*calibrate(checkpoint(), text, "w"), "--processes", 2, "--process-id", 0]
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", 0))
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        line = error_of(run(*alone, "--coordinator", address, ok=False))
+        line = error_of(process(*alone, "--coordinator", address, ok=False))
         assert line == f"Error: --coordinator: {address} is in use; give another port"
         with socket.create_connection(other.getsockname()):
             other.accept()[0].close()
     _need_free(address, address)  # of a connection that has ended, nothing is left
-    line = error_of(run(*alone, "--coordinator", "192.0.2.1:4000", ok=False))
+    line = error_of(process(*alone, "--coordinator", "192.0.2.1:4000", ok=False))
     assert "--coordinator: process 0 cannot listen on 192.0.2.1:4000 (Cannot assign" in line
 
 
@@ -222,14 +222,14 @@ def test_shares_are_whole_and_even():
         assert max(b - a for a, b in cuts) - min(b - a for a, b in cuts) <= 1
 
 
-def test_a_gpu_that_is_not_there_is_one_line(checkpoint, text, run):
-    done = run("calibrate", checkpoint(), "--text", text, "--device", "gpu", ok=False)
+def test_a_gpu_that_is_not_there_is_one_line(checkpoint, text, process):
+    done = process("calibrate", checkpoint(), "--text", text, "--device", "gpu", ok=False)
     assert "--device gpu: JAX finds none; install jax[cuda13] for it" in error_of(done)
 
 
-def test_a_process_that_fails_ends_the_others_at_once(checkpoint, text, run, tmp_path):
+def test_a_process_that_fails_ends_the_others_at_once(checkpoint, text, process, tmp_path):
     model = checkpoint()
-    run("calibrate", model, "--text", text, "--samples", 2, "--work", "two",
+    process("calibrate", model, "--text", text, "--samples", 2, "--work", "two",
         "--sequence-length", 32)  # fmt: skip
     (code, _, said), (other, _, more) = Processes(calibrate(model, text, "two"), tmp_path).finish()
     assert (code, other) == (1, 1)
@@ -260,7 +260,7 @@ def test_processes_with_other_weights_say_so(checkpoint, text, tmp_path):
     "words", [["--processes", 2], ["--coordinator", "h:1", "--processes", 2],
               ["--coordinator", "auto", "--process-id", 0]],
 )  # fmt: skip
-def test_processes_need_their_address(checkpoint, text, run, words):
-    done = run("calibrate", checkpoint(), "--text", text, *words, ok=False)
+def test_processes_need_their_address(checkpoint, text, process, words):
+    done = process("calibrate", checkpoint(), "--text", text, *words, ok=False)
     assert done.returncode == 2
     assert "--coordinator HOST:PORT, --processes and --process-id go together" in done.stderr

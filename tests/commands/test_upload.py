@@ -316,7 +316,7 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("signal", [9, 2], ids=["SIGKILL", "SIGINT"])
-def test_killed_half_way_it_sends_what_is_missing(out, server, start, run, signal, tmp_path):
+def test_killed_half_way_it_sends_what_is_missing(out, server, start, process, signal, tmp_path):
     words = ["upload", out, "me/x"]
     environment = {
         "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"),
@@ -349,7 +349,7 @@ def test_killed_half_way_it_sends_what_is_missing(out, server, start, run, signa
     assert set(server.files("me/x")) == {".gitattributes"}, "nothing half can be downloaded"
     shards = {path.name for path in out.glob("*.safetensors")}
     assert 1 <= len(kept) < len(shards)
-    done = run(*words, **environment)
+    done = process(*words, **environment)
     assert len(server.stored) == len(set(server.stored)) == len(shards), "none was sent twice"
     assert TOKEN not in output + error + done.stdout + done.stderr
     for name in names(out) - {"README.md"}:
