@@ -30,6 +30,9 @@ for number, usual in (
 ):  # fmt: skip
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
+# Idle threads of torch's and NumPy's products would spin, on the cores of the other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 # transformers copies a checkpoint's own code there; read when it is first imported.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="prunetool-tests-")
 # What one test compiled, the others and their processes load: it halves their time.
