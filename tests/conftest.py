@@ -1,13 +1,17 @@
 """Small random checkpoints, and the commands run as a user runs them."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+import click
 import hypothesis
 import jax
 import ml_dtypes
@@ -16,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from prunetool import cli
+from prunetool import cli, console, signals
 from prunetool.checkpoint.shards import TensorSpec
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_shapes
@@ -27,13 +31,16 @@ for number, usual in (
 ):  # fmt: skip
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
+# Idle threads of torch's and NumPy's products would spin, on the cores of the other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 # transformers copies a checkpoint's own code there; read when it is first imported.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="prunetool-tests-")
 # What one test compiled, the others and their processes load: it halves their time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="prunetool-tests-"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,7 +49,35 @@ hypothesis.settings.load_profile("ci")
 
 WIKITEXT = Path(os.environ.get("PRUNETOOL_WIKITEXT", "../shared/wikitext-2"))
 SMOLLM2 = Path(os.environ.get("PRUNETOOL_SMOLLM2", "demo/SmolLM2-135M"))
+LIMIT_SECONDS = 900  # of a test, which hangs if it takes longer
+UNTIL_SECONDS = 240  # of waiting for what takes a few at most
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    def stop(*_):
+        pytest.fail(f"not at its end after {LIMIT_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT_SECONDS)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+
+
+def until(condition, process):
+    """Wait for what a process brings about; fail with its words if that cannot come any more."""
+    last = time.monotonic() + UNTIL_SECONDS
+    while True:
+        ended = process.poll() is not None
+        if condition():
+            return
+        if ended or time.monotonic() > last:
+            process.kill()
+            raise AssertionError(f"it ended ({ended}) or hangs: {process.communicate()}")
+        time.sleep(0.01)
 
 
 def tiny_config(**changes):
@@ -161,15 +196,13 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path):
+def process(tmp_path):
     """Run ``prunetool`` in a process of its own; gives the finished process."""
 
-    def call(*words, stdin=None, ok=True, cwd=tmp_path, **environment):
-        given = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+    def call(*words, stdin="", ok=True, cwd=tmp_path, **environment):
         done = subprocess.run(
-            [sys.executable, "-m", "prunetool", *map(str, words)],
-            capture_output=True, text=True, cwd=cwd, timeout=300,
-            env={**os.environ, **environment}, **given,
+            command(words), capture_output=True, text=True, cwd=cwd, input=stdin,
+            env={**os.environ, **environment},
         )  # fmt: skip
         assert not ok or done.returncode == 0, done.stderr
         return done
@@ -177,14 +210,106 @@ def run(tmp_path):
     return call
 
 
+@contextmanager
+def as_used():
+    """JAX and the log as a user has them, and afterwards as they were."""
+    log = console.log
+    before = log.handlers, log.level, log.propagate
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+    log.handlers, log.level, log.propagate = before
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run ``prunetool`` in this process, which is quick; gives what `process` does."""
+
+    def call(*words, stdin="", ok=True, cwd=tmp_path):
+        words = [*map(str, words)]
+        with monkeypatch.context() as patch, ExitStack() as stack, as_used():
+            streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+            streams[0].write(stdin)
+            streams[0].seek(0)
+            for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+                patch.setattr(sys, name, stream)
+            patch.setattr(sys, "argv", ["prunetool", *words])
+            patch.setattr(signals, "raised", lambda during: nullcontext())  # pytest's own stay
+            patch.chdir(cwd)
+            code, said = cli._run()
+            if code:
+                gc.collect(1)
+                click.echo(said, nl=bool(said), err=True)
+            for stream in streams:
+                stream.seek(0)
+            done = subprocess.CompletedProcess(words, code, *(each.read() for each in streams[1:]))
+        assert not ok or done.returncode == 0, done.stderr
+        return done
+
+    return call
+
+
+def command(words, first=""):
+    """The words that run ``prunetool`` in a process of its own, ``first`` some Python there."""
+    how = (
+        ["-c", f"{first}\nfrom prunetool.cli import main; main()"] if first else ["-m", "prunetool"]
+    )
+    return [sys.executable, *how, *map(str, words)]
+
+
+def at_layer(number, act):
+    """Python for `command`: at a layer of its forward, calibrate or evaluate does something."""
+    return f"""
+import os, signal, time
+from pathlib import Path
+from prunetool import streaming
+def check(h, layer, real=streaming.check_finite):
+    real(h, layer)
+    if layer == {number}:
+        {act}
+streaming.check_finite = check
+"""
+
+
+STAND = "time.sleep(3600)"  # until a signal comes, or the end of the test
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.fixture
+def popen():
+    """Start a process, of text; what still runs at the end of the test is killed."""
+    started = []
+
+    def begin(words, **how):
+        usual = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(words, text=True, **{**usual, **how}))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        with process:
+            process.kill()
+
+
+@pytest.fixture
+def start(popen, tmp_path):
+    """Start ``prunetool`` in a process of its own, ``first`` some Python there."""
+
+    def begin(words, cwd=tmp_path, *, first="", stdin=subprocess.DEVNULL, **environment):
+        environment = {**os.environ, **environment}
+        return popen(command(words, first), cwd=cwd, stdin=stdin, env=environment)
+
+    return begin
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """Run ``prunetool`` in this process; gives what it wrote to stdout, and raises its errors."""
 
-    def run(*words):
-        monkeypatch.chdir(tmp_path)
+    def run(*words, cwd=tmp_path):
+        monkeypatch.chdir(cwd)
         capsys.readouterr()
-        cli.group.main([str(word) for word in words], standalone_mode=False)
+        with as_used():
+            cli.group.main([str(word) for word in words], standalone_mode=False)
         return capsys.readouterr().out
 
     return run

@@ -4,16 +4,17 @@ import fcntl
 import os
 import re
 import shlex
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import threading
-import time
 
 import pytest
 
 from prunetool import console
+from tests.conftest import DIE, at_layer, command, until
 
 STYLES = re.compile(r"\x1b\[[\d;]*m")
 BAR = re.compile(r"\r(\w+): ([^\r\x1b]*)\x1b\[K")
@@ -41,25 +42,32 @@ def terminal():
     def start(words, **how):
         environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", **how.pop("env", {})}
         how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **how}
-        running.append(subprocess.Popen(words, stderr=slave, env=environment, **how))
+        running.append(subprocess.Popen(words, stderr=slave, env=environment, text=True, **how))
         return running[-1]
+
+    def shows(what):
+        until(lambda: what.encode() in b"".join(read), running[-1])
 
     def said():
         for process in running:
-            process.wait(120)
+            process.wait()
         if thread.is_alive():
             os.close(slave)
             thread.join()
         return STYLES.sub("", b"".join(read).decode()).replace("\r\n", "\n")
 
-    start.said = said
+    start.shows, start.said = shows, said
     yield start
+    for process in running:
+        with process:
+            process.kill()
     said()
     os.close(master)
 
 
 def python(program):
-    return [sys.executable, "-c", f"import time\nfrom prunetool import console\n{program}"]
+    begin = "import sys\nfrom prunetool import console\n"
+    return [sys.executable, "-c", begin + program]
 
 
 def shown(said):
@@ -74,7 +82,7 @@ def steps_of(said):
 
 
 def pipe(*steps):
-    return " | ".join(shlex.join([sys.executable, "-m", "prunetool", *map(str, s)]) for s in steps)
+    return " | ".join(shlex.join(command(words)) for words in steps)
 
 
 ROWS = [[i, "x", 7 * i % 30] for i in range(30)]
@@ -189,50 +197,76 @@ class TestBar:
             assert max(map(len, lines)) <= COLUMNS
 
 
+# A step that looks whether its bar may be shown, and again after each line it is given.
 WORKS = """
+console.setup_logging({verbosity})
 with console.step({name!r}, waiting=False):
-    for _ in console.progress(range(10), 10): time.sleep(0.15)
-    console.setup_logging(0); console.log.info('{name} is done')
+    console.doing('looking')
+    for line in sys.stdin:
+        console.doing('looking again')
+        print('looked', flush=True)
+    console.log.info('{name} is done')
 """
+# One that has the bar until it is given a line, and waits from then on.
+WAITS = """
+console.setup_logging(0)
+with console.step('waits', waiting=False):
+    console.doing('looking')
+    sys.stdin.readline()
+    with console.waiting(): sys.stdin.read()
+"""
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+
+def works(name, verbosity=0):
+    return python(WORKS.format(name=name, verbosity=verbosity))
+
+
+def look(process):
+    """Have a process of `WORKS` look, and wait until it has."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "looked\n"
 
 
 class TestTerminal:
     def test_one_step_at_a_time_has_the_bar(self, terminal):
-        setup = "console.setup_logging(0)\n"
-        first = terminal(python(setup + WORKS.format(name="first")))
-        time.sleep(0.5)
-        terminal(python(setup + WORKS.format(name="second")))
+        first = terminal(works("first"), **PIPES)
+        look(first)
+        second = terminal(works("second"), **PIPES)
+        look(second)
+        first.communicate()
+        look(second)
+        second.communicate()
         said = terminal.said()
-        assert first.returncode == 0
-        assert steps_of(said) in (["first", "second"], ["first"])
+        assert steps_of(said) == ["first", "second"]
         assert [line for line in shown(said) if line] == ["first is done", "second is done"]
 
     def test_a_step_that_waits_gives_the_bar_away_and_a_killed_one_too(self, terminal):
-        waits = (
-            "console.setup_logging(0)\n"
-            "with console.step('waits', waiting=False):\n"
-            "    time.sleep(1)\n"
-            "    with console.waiting(): time.sleep(60)\n"
-        )
-        works = waits.partition("    time")[0].replace("waits", "works") + "    time.sleep(60)"
-        waiting = terminal(python(waits))
-        time.sleep(0.6)
-        working = terminal(python(works))
-        time.sleep(2)
+        waiting = terminal(python(WAITS), **PIPES)
+        terminal.shows("waits: looking")
+        working = terminal(works("works"), **PIPES)
+        look(working)
+        waiting.stdin.write("\n")
+        waiting.stdin.flush()
+        terminal.shows("works: looking")
         working.kill()
-        last = terminal(python(works.replace("works", "last")))
-        time.sleep(1.5)
+        last = terminal(works("last"), **PIPES)
+        terminal.shows("last: looking")
         last.kill()
         waiting.kill()
         assert steps_of(terminal.said()) == ["waits", "works", "last"]
 
     def test_quiet_or_dumb_or_elsewhere_there_is_no_bar(self, terminal):
-        program = "console.setup_logging({})\nwith console.step('a', waiting=False): time.sleep(.5)"
-        terminal(python(program.format(-1)))
-        terminal(python(program.format(0)), env={"TERM": "dumb"})
-        assert terminal.said() == ""
-        done = subprocess.run(python(program.format(0)), capture_output=True)
-        assert done.stderr == b""
+        for process in (
+            terminal(works("a", verbosity=-1), **PIPES),
+            terminal(works("a"), env={"TERM": "dumb"}, **PIPES),
+        ):
+            look(process)
+            process.communicate()
+        assert terminal.said() == "a is done\n"
+        done = subprocess.run(works("a"), capture_output=True, input="\n", text=True)
+        assert done.stderr == "a is done\n"
 
 
 PRUNE = [["score", "--sparsity", ".2", "--multiple-of", 8], ["compensate"], ["export", "out"]]
@@ -255,10 +289,10 @@ class TestPipe:
         lines = [line for line in shown(said) if line and not warning.match(line)]
         *lines, load, measure, report, upload, clean = lines
         assert "from_pretrained" in load
-        for line, command in {
+        for line, name in {
             measure: "evaluate", report: "report", upload: "upload", clean: "clean"
         }.items():  # fmt: skip
-            assert f": prunetool {command} out" in line
+            assert f": prunetool {name} out" in line
         assert max(map(len, (line for line in lines if not line[0].isascii()))) <= COLUMNS
         text = "\n".join(lines)
         row = r"│ +\d+ │ .* │"
@@ -297,20 +331,16 @@ class TestPipe:
         assert not (tmp_path / "out").exists()
 
     def test_of_a_killed_step_only_the_next_one_speaks(self, calibrate, terminal, tmp_path):
-        calibrate[calibrate.index("--samples") + 1] = 60
         record, end = os.pipe()
-        killed = terminal([*shlex.split(pipe(calibrate))], cwd=tmp_path, stdout=end)
+        killed = terminal(command(calibrate, at_layer(2, DIE)), cwd=tmp_path, stdout=end)
         shell = terminal(
             ["bash", "-c", f"{pipe(*PRUNE)}; exit ${{PIPESTATUS[2]}}"], cwd=tmp_path, stdin=record
         )
         os.close(record)
         os.close(end)
-        while not list(tmp_path.glob("w/stats/layer-00001.*")):
-            assert killed.poll() is None
-            time.sleep(0.01)
-        killed.kill()
         said = terminal.said()
         assert shell.returncode == 1
         lines = [line for line in shown(said) if "Error" in line]
         assert len(lines) == 1
-        assert re.search(r"Error: <stdin>: cut off after \d+ of 16 layers; ", lines[0])
+        assert killed.returncode == -signal.SIGKILL
+        assert "Error: <stdin>: cut off after 2 of 16 layers; " in lines[0]

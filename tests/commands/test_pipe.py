@@ -20,7 +20,7 @@ from prunetool import cli, methods
 from prunetool.llama.weights import tensor_name
 from prunetool.pruning import gram
 from tests import references
-from tests.conftest import error_of
+from tests.conftest import DIE, at_layer, error_of
 
 PRUNETOOL = f"{shlex.quote(sys.executable)} -m prunetool"
 
@@ -348,8 +348,8 @@ def shell(script, cwd):
     subprocess.run(["sh", "-ec", script], cwd=cwd, check=True, capture_output=True, timeout=300)
 
 
-def test_one_pipe_step_by_step_and_killed_give_the_same_bytes(checkpoint, text, tmp_path):
-    model = checkpoint(dtype="bfloat16", num_hidden_layers=24)
+def test_one_pipe_step_by_step_and_killed_give_the_same_bytes(checkpoint, text, start, tmp_path):
+    model = checkpoint(dtype="bfloat16", num_hidden_layers=8)
     parts = steps(model, text, "out")
     work, out = tmp_path / "w", tmp_path / "out"
 
@@ -369,13 +369,7 @@ def test_one_pipe_step_by_step_and_killed_give_the_same_bytes(checkpoint, text, 
     stream = (tmp_path / "a.jsonl").read_text()
     assert clean() == piped
 
-    running = subprocess.Popen(
-        [sys.executable, "-m", "prunetool", *shlex.split(parts[0])],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    for _ in range(6):
-        running.stdout.readline()
-    running.send_signal(signal.SIGKILL)
+    running = start(shlex.split(parts[0]), first=at_layer(5, DIE))
     seen, _ = running.communicate()
     assert running.returncode == -signal.SIGKILL
     assert '"end"' not in seen

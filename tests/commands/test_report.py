@@ -213,7 +213,7 @@ def test_a_cut_stream_makes_no_page(calibrated, run, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, run, tmp_path):
+def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, process, tmp_path):
     _, records = calibrated()
     header, *rest = records.read_text().splitlines()
     header = json.loads(header)
@@ -222,7 +222,7 @@ def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, run
     header["history"].append(step)
     stream = "\n".join([json.dumps(header), *rest, ""])
     (tmp_path / "e.json").write_text(json.dumps({"model": "y" * 500, "perplexity": 2, "tokens": 3}))
-    done = run("report", "-o", "-", "--evaluation", "e.json", stdin=stream,
+    done = process("report", "-o", "-", "--evaluation", "e.json", stdin=stream,
                PYTHONIOENCODING="cp1252")  # fmt: skip
     assert done.stdout.isascii()
     page = Page(done.stdout)

@@ -9,25 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
 
-from prunetool import cli, records, streaming, workdir
+from prunetool import cli, console, records, streaming, workdir
 from prunetool.workdir import load
 from tests.commands.test_pipe import contents
-from tests.conftest import error_of
+from tests.conftest import STAND, at_layer, command, error_of, until
 
 KILLS = int(os.environ.get("PRUNETOOL_KILLS", "8"))
-
-
-def start(words, cwd, stdin=None, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "prunetool", *map(str, words)], cwd=cwd, text=True, stdin=stdin,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
-    )  # fmt: skip
 
 
 def commands(model, text):
@@ -48,60 +39,72 @@ def stamps(directory):
     return {path: path.stat().st_mtime_ns for path in directory.rglob("layer-*.safetensors")}
 
 
-def test_killed_at_any_moment_and_run_again_it_ends_in_the_same_bytes(checkpoint, text, tmp_path):
+# Counts what a process changes in its directory, and kills it before the change of this number.
+COUNT = """
+import os, signal
+changes = 0
+def count(event, arguments):
+    global changes
+    opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if opened or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
+        path = arguments[0]
+        if not isinstance(path, int) and os.path.abspath(path).startswith(os.getcwd()):
+            changes += 1
+            if changes == {number}:
+                os.kill(os.getpid(), signal.SIGKILL)
+import sys; sys.addaudithook(count)
+"""
+COUNTED = "import atexit; atexit.register(lambda: print(changes, file=sys.stderr))"
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_in_the_same_bytes(
+    checkpoint, text, start, call, tmp_path
+):
     model = checkpoint(num_hidden_layers=6)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    seconds = []
+    changes = []
     for words in commands(model, text):
-        started = time.monotonic()
-        done = start(words, whole)
+        done = start(words, whole, first=COUNT.format(number=0) + COUNTED)
         _, said = done.communicate()
         assert done.returncode == 0, said
-        seconds.append(time.monotonic() - started)
+        changes.append(int(said.splitlines()[-1]))
 
-    chance = random.Random(0)
-    kills, redone = 0, []
+    chance, redone = random.Random(0), []
     moments = [chance.choice(range(5)) for _ in range(KILLS)]
     for step, words in enumerate(commands(model, text)):
-        for _ in range(moments.count(step)):
+        kills = moments.count(step)
+        for _ in range(kills):
             before = stamps(killed)
-            running = start(words, killed)
-            # The first part of a run is imports; where its files come is what is to be hit.
-            time.sleep(seconds[step] * chance.uniform(0.3, 1.0))
-            running.send_signal(signal.SIGKILL)
-            running.communicate()
-            kills += running.returncode == -signal.SIGKILL
+            # Not more than its share, so that there is something left for each of them.
+            number = chance.randint(1, changes[step] // (kills + 1))
+            running = start(words, killed, first=COUNT.format(number=number))
+            _, said = running.communicate()
+            assert running.returncode == -signal.SIGKILL, said
             now = stamps(killed)
             redone += [path for path, stamp in before.items() if now.get(path) != stamp]
         before = stamps(killed)
-        last = start(words, killed)
-        _, said = last.communicate()
-        assert last.returncode == 0, said
+        call(*words, cwd=killed)
         now = stamps(killed)
         redone += [path for path, stamp in before.items() if now.get(path) != stamp]
-    print(f"{kills} runs killed, {len(redone)} files made twice")
-    assert kills >= KILLS // 2
-    assert len(redone) <= 3 * kills, "a run makes the files of at most one layer again"
+    print(f"{KILLS} runs killed, {len(redone)} files made twice")
+    assert len(redone) <= 3 * KILLS, "a run makes the files of at most one layer again"
     for part in ("w", "out"):
         assert contents(killed / part) == contents(whole / part)
 
 
-def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(checkpoint, text, tmp_path):
+def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(
+    checkpoint, text, run, start, tmp_path
+):
     words = commands(checkpoint(), text)[0]
-    first = start([*words[:-2]], tmp_path)
-    first.stdout.readline()  # it has the lock
-    os.kill(first.pid, signal.SIGSTOP)
-    second = start(words, tmp_path)
-    _, said = second.communicate()
-    assert second.returncode == 1
-    assert f"w: is being written by process {first.pid}; wait for it, or stop it (if" in said
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
-    third = start(words, tmp_path)
-    _, said = third.communicate()
-    assert third.returncode == 0, said
+    first = start(words, first=at_layer(1, STAND))
+    until(lambda: list(tmp_path.glob("w/stats/layer-00000.*")), first)
+    line = error_of(run(*words, ok=False))
+    assert f"w: is being written by process {first.pid}; wait for it, or stop it (if" in line
+    first.kill()
+    first.wait()
+    said = run(*words).stderr
     assert f"process {first.pid}, which wrote it, is gone; this one goes on" in said
     assert not list(tmp_path.rglob("*.lock"))
 
@@ -145,10 +148,10 @@ def test_an_evaluation_that_failed_goes_on(checkpoint, text, run, tmp_path, monk
         assert "--work" in run(*words, *wrong, ok=False).stderr.splitlines()[-1]
 
 
-def test_two_sparsities_at_once_share_their_scores(calibrated, tmp_path):
+def test_two_sparsities_at_once_share_their_scores(calibrated, start, tmp_path):
     _, records = calibrated()
     words = ["score", "--method", "wanda-sp", "--multiple-of", 4, "--sparsity"]
-    both = [start([*words, s], tmp_path, stdin=subprocess.PIPE) for s in (".2", ".3")]
+    both = [start([*words, s], stdin=subprocess.PIPE) for s in (".2", ".3")]
     for line in records.read_text().splitlines(keepends=True):
         for process in both:
             process.stdin.write(line)
@@ -163,42 +166,51 @@ def test_two_sparsities_at_once_share_their_scores(calibrated, tmp_path):
     assert not list(tmp_path.rglob("*.lock"))
 
 
-def test_a_score_waits_for_a_layer_that_another_makes(calibrated, run, tmp_path):
+def test_a_score_waits_for_a_layer_that_another_makes(calibrated, call, tmp_path, monkeypatch):
     _, records = calibrated()
     words = ["score", "--method", "wanda-sp", "--multiple-of", 4, records, "--sparsity"]
-    run(*words, ".2")
+    call(*words, ".2")
     (made,) = (tmp_path / "dense.work").glob("scores-*/layer-00001.*")
     made.unlink()
-    with workdir.lock(made):
-        second = start([*words, ".3"], tmp_path)
-        with pytest.raises(subprocess.TimeoutExpired):
-            second.wait(6)
+    other = workdir.lock(made)
+    other.__enter__()
+    said = []
+
+    def warning(line, *arguments):
+        said.append(line % arguments)
         assert not made.exists()
-    _, said = second.communicate()
-    assert second.returncode == 0, said
+        other.__exit__(None, None, None)
+
+    monkeypatch.setattr(workdir, "SILENT_SECONDS", 0)
+    monkeypatch.setattr(console.log, "warning", warning)
+    call(*words, ".3")
+    assert [line.partition(";")[0] for line in said] == [
+        f"{made}: still being written by process {os.getpid()}"
+    ]
     assert made.exists()
 
 
-def test_who_waits_for_a_lock_gets_it(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(workdir, "SILENT_SECONDS", 0.2)
+@pytest.mark.parametrize("end", ["ends", "is killed"])
+def test_who_waits_for_a_lock_gets_it(popen, tmp_path, monkeypatch, end):
     program = (
-        "import sys, time; from pathlib import Path; from prunetool.workdir import lock\n"
-        "with lock(Path(sys.argv[1])): print(flush=True); time.sleep(float(sys.argv[2]))"
+        "import sys; from pathlib import Path; from prunetool.workdir import lock\n"
+        "with lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     )
+    words = [sys.executable, "-c", program, tmp_path / "x"]
+    holder = popen(words, stdin=subprocess.PIPE)
+    holder.stdout.readline()
+    said = []
 
-    def kill(process):
-        process.kill()
-        process.wait()  # a process that nobody waited for is not gone
+    def warning(line, *arguments):
+        said.append(line % arguments)
+        if end == "is killed":
+            holder.kill()
+        holder.communicate()  # ends it; a process that nobody waited for is not gone
 
-    for seconds in (1, 60):
-        words = [sys.executable, "-c", program, tmp_path / "x", str(seconds)]
-        with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
-            holder.stdout.readline()
-            if seconds == 60:
-                threading.Timer(1, kill, [holder]).start()
-            with workdir.lock(tmp_path / "x", wait=True):
-                pass
-            assert f"still being written by process {holder.pid}; wait for it, or" in caplog.text
+    monkeypatch.setattr(workdir, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(console.log, "warning", warning)
+    with workdir.lock(tmp_path / "x", wait=True):
+        assert f"still being written by process {holder.pid}; wait for it, or" in said[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -224,7 +236,17 @@ def test_an_export_that_failed_half_way_goes_on(checkpoint, text, run, tmp_path)
         assert "is not empty" in error_of(run("export", "out", *others, ok=False))
 
 
-def test_what_is_read_last_can_be_discarded(checkpoint, text, run, tmp_path):
+# Kills the steps of a pipe as the last one puts its second shard in its place.
+KILL_ALL = """
+import os, signal, sys
+def kill(event, arguments):
+    if event == "os.rename" and "/model-00002" in str(arguments[1]):
+        os.killpg(0, signal.SIGKILL)
+sys.addaudithook(kill)
+"""
+
+
+def test_what_is_read_last_can_be_discarded(checkpoint, text, run, popen, tmp_path):
     calibrate, _, _, _, _ = commands(checkpoint(), text)
     run(*calibrate)
     work = tmp_path / "w"
@@ -241,13 +263,12 @@ def test_what_is_read_last_can_be_discarded(checkpoint, text, run, tmp_path):
         [*words[:-2]], ["score", "--sparsity", ".2", "--multiple-of", "8"],
         ["compensate", "--discard"], ["export", "again", "--max-shard-size", "100KB"],
     ]  # fmt: skip
-    line = " | ".join(shlex.join([sys.executable, "-m", "prunetool", *map(str, w)]) for w in pipe)
-    stop = subprocess.Popen(["sh", "-c", line], cwd=tmp_path, start_new_session=True)
-    while not list(tmp_path.glob("again/model-*")):
-        time.sleep(0.01)
-    os.killpg(stop.pid, signal.SIGKILL)
-    stop.wait()
-    subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
+    *before, export = map(command, pipe)
+    for last, code in ((command(pipe[-1], KILL_ALL), -signal.SIGKILL), (export, 0)):
+        line = " | ".join(map(shlex.join, [*before, last]))
+        running = popen(["sh", "-c", line], cwd=tmp_path, start_new_session=True)
+        _, said = running.communicate()
+        assert running.returncode == code, said
     assert contents(tmp_path / "again") == contents(tmp_path / "gone")
     assert not list(work.glob("stats/layer-*"))
     # The steps before still give their records, and what needs the stats says where they went.

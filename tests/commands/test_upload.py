@@ -1,11 +1,9 @@
 """Upload to a Hub on loopback by the real client, and what comes back."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -15,7 +13,7 @@ from prunetool import card, cli
 from prunetool.checkpoint import writer
 from prunetool.errors import LONGEST, HubError, RecordError, WorkError
 from tests import hub
-from tests.conftest import tiny_config, write_checkpoint
+from tests.conftest import tiny_config, until, write_checkpoint
 
 # The client's own, of the library that it sends by.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -318,10 +316,10 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("signal", [9, 2], ids=["SIGKILL", "SIGINT"])
-def test_killed_half_way_it_sends_what_is_missing(out, server, tmp_path, signal):
-    words = [sys.executable, "-m", "prunetool", "upload", out, "me/x"]
+def test_killed_half_way_it_sends_what_is_missing(out, server, start, process, signal, tmp_path):
+    words = ["upload", out, "me/x"]
     environment = {
-        **os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"),
+        "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
     }  # fmt: skip
     first = []
@@ -333,20 +331,15 @@ def test_killed_half_way_it_sends_what_is_missing(out, server, tmp_path, signal)
             number = len(first)
         if number == 1:
             return False
-        for _ in range(10_000):
-            if server.stored:
-                break
-            os.sched_yield()
-        started.send_signal(signal)
-        started.wait(20)
+        if number == 2:
+            until(lambda: server.stored, started)
+            started.send_signal(signal)
+        started.wait()
         return True
 
-    started = subprocess.Popen(
-        words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
     server.during = during
-    output, error = started.communicate(timeout=60)
+    started = start(words, **environment)
+    output, error = started.communicate()
     assert started.returncode == (-9 if signal == 9 else 130)
     if signal == 2:
         assert error == "Interrupted; run the same command again to go on\n"
@@ -356,8 +349,7 @@ def test_killed_half_way_it_sends_what_is_missing(out, server, tmp_path, signal)
     assert set(server.files("me/x")) == {".gitattributes"}, "nothing half can be downloaded"
     shards = {path.name for path in out.glob("*.safetensors")}
     assert 1 <= len(kept) < len(shards)
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = process(*words, **environment)
     assert len(server.stored) == len(set(server.stored)) == len(shards), "none was sent twice"
     assert TOKEN not in output + error + done.stdout + done.stderr
     for name in names(out) - {"README.md"}:

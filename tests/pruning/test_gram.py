@@ -25,7 +25,8 @@ def whole(tiles, size):
     return gram.unpack(gram.pack_tiles(tiles, size, np.float64))
 
 
-@given(st.lists(st.integers(0, 40), max_size=3), st.integers(0, 10))
+# Few places, since each width of a part is compiled.
+@given(st.lists(st.sampled_from([0, 1, 7, 20, 39, 40]), max_size=3), st.integers(0, 10))
 def test_any_split_into_batches_gives_the_same_sums(cuts, seed):
     random = np.random.default_rng(seed)
     x, h = random.standard_normal((12, 40)), random.standard_normal((5, 40))
