@@ -73,21 +73,28 @@ def model_card(
             f"{getattr(new, k)} / {getattr(old, k)}" for k in ("heads", "kv_heads", "channels")
         )
         lines.append(f"| {layer} | {' | '.join(cells)} |")
-    if densities:
-        lines += [
-            "", "## Weights that are not zero, of those stored", "",
-            f"| layer | {' | '.join(densities[0])} |", f"|---:|{'---:|' * len(densities[0])}",
-        ]  # fmt: skip
-    for layer, of in enumerate(densities):
-        cells = (
-            f"{filled:,} / {size:,} ({filled / (size or 1):.2%})" for filled, size in of.values()
-        )
-        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    lines += _how_dense(densities)
     history = [_without_paths(step) for step in header.history]
     lines += ["", "## How it was made", "", "```sh", *commands(history, source), "```"]
     lines += ["", "As recorded:", "", "```json"]
     lines += [shown(json.dumps(step), HISTORY_SHOWN) for step in history]
     return "\n".join([*lines, "```", ""])
+
+
+def _how_dense(densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
+    """A table of the weights that are not zero, layer by layer; nothing if none were masked."""
+    if not densities:
+        return []
+    lines = [
+        "", "## Weights that are not zero, of those stored", "",
+        f"| layer | {' | '.join(densities[0])} |", f"|---:|{'---:|' * len(densities[0])}",
+    ]  # fmt: skip
+    for layer, of in enumerate(densities):
+        cells = (
+            f"{filled:,} / {size:,} ({filled / (size or 1):.2%})" for filled, size in of.values()
+        )
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return lines
 
 
 def published(card: str, repository: str, results: "Sequence[EvalResult]") -> str:

@@ -290,19 +290,6 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
         raise ConfigError(where, f"head_dim = {head_dim}", "rotary embedding needs an even number")
 
     given["num_key_value_heads"] = given["num_key_value_heads"] or heads
-    overrides = _parse_overrides(raw, layers, where)
-    shapes = []
-    for layer in range(layers):
-        own, of = {**given, **overrides.get(layer, {})}, f"layer {layer}"
-        shape = LayerShape(*(_read(own, key, COUNT, where, of) for key in LAYER_KEYS))
-        if shape.heads % shape.kv_heads:
-            raise ConfigError(
-                where,
-                f"{of}: {shape.heads} heads over {shape.kv_heads} KV heads",
-                "the first must be a multiple of the second",
-            )
-        shapes.append(shape)
-
     rope = _parse_rope(raw, given, where)
     if rope.type == "dynamic" and head_dim == 2:
         raise ConfigError(where, "rope type dynamic with head_dim = 2", "head_dim must be larger")
@@ -310,7 +297,7 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
         vocab_size=given["vocab_size"],
         hidden_size=hidden_size,
         head_dim=head_dim,
-        layer_shapes=tuple(shapes),
+        layer_shapes=_parse_shapes(raw, given, where),
         rms_norm_eps=given["rms_norm_eps"],
         rope=rope,
         tied=given["tie_word_embeddings"],
@@ -322,6 +309,25 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
         window=window,
         raw=raw,
     )
+
+
+def _parse_shapes(
+    raw: Mapping[str, Any], given: Mapping[str, Any], where: object
+) -> tuple[LayerShape, ...]:
+    """Counts of every layer: those of the model, and ``per_layer_config`` of the pruned form."""
+    layers, shapes = given["num_hidden_layers"], []
+    overrides = _parse_overrides(raw, layers, where)
+    for layer in range(layers):
+        own, of = {**given, **overrides.get(layer, {})}, f"layer {layer}"
+        shape = LayerShape(*(_read(own, key, COUNT, where, of) for key in LAYER_KEYS))
+        if shape.heads % shape.kv_heads:
+            raise ConfigError(
+                where,
+                f"{of}: {shape.heads} heads over {shape.kv_heads} KV heads",
+                "the first must be a multiple of the second",
+            )
+        shapes.append(shape)
+    return tuple(shapes)
 
 
 def _parse_family(raw: Mapping[str, Any], where: object) -> Family:

@@ -25,7 +25,7 @@ from prunetool.checkpoint.writer import (
 from prunetool.errors import RecordError, WorkError, shown
 from prunetool.kept import CHANNELS, HEADS, kept_units, masks
 from prunetool.llama import forms
-from prunetool.llama.config import LayerShape
+from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.weights import (
     MATRICES,
     Layer,
@@ -102,7 +102,7 @@ class Export:
         writer = self.writer
         if writer.state == "whole":
             return [f"{self.out} holds it already (delete it to write it again)"]
-        model, out, dense = self.model, self.out, self.dense
+        model, dense = self.model, self.dense
         kept = [
             kept_units(self.work, record, shape)
             for record, shape in zip(made, model.config.layer_shapes, strict=True)
@@ -144,26 +144,33 @@ class Export:
                 sizes = part_shapes(model.config, shapes[n])
                 densities.append(_densities(tensors, n, sizes))
 
-        writer.put("config.json", json_bytes(forms.config_json(target, kind)))
-        along: Mapping[str, bytes] = self.companions
-        if kind == "pruned_llama":
-            along = with_tokenizer_class(along, model.config.raw)
-            for name in forms.LOADER_FILES:
-                writer.put(name, resources.files("prunetool.loaders").joinpath(name).read_bytes())
-        for name, data in along.items():
-            writer.put(name, data)
+        self._put_files(target, kind)
         label = "dense" if dense else kind
-        card = model_card(
-            self.header, model, label, shapes, writer.parameters, densities if masked else ()
-        )
+        card = model_card(self.header, model, label, shapes, writer.parameters, densities)
         writer.put("README.md", card.encode())
         writer.close()
-        now, before = writer.parameters, model.parameters()
+        return self._said(kind, densities)
+
+    def _said(self, kind: str, densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
+        """What to say of the checkpoint, with its `_densities` if weights were masked."""
+        now, before = self.writer.parameters, self.model.parameters()
         said = [f"{kind}, {now:,} of {before:,} parameters ({1 - now / before:.2%} fewer)"]
-        if masked:
+        if densities:
             filled, size = np.sum([list(layer.values()) for layer in densities], axis=(0, 1))
             said.append(f"{filled:,} of {size:,} layer weights not zero ({filled / size:.2%})")
-        return [*said, f"{writer.size_bytes / 1e6:,.1f} MB in {out}"]
+        return [*said, f"{self.writer.size_bytes / 1e6:,.1f} MB in {self.out}"]
+
+    def _put_files(self, target: LlamaConfig, kind: str) -> None:
+        """Write config.json, what goes along with the model, and loader files if it needs them."""
+        self.writer.put("config.json", json_bytes(forms.config_json(target, kind)))
+        along: Mapping[str, bytes] = self.companions
+        if kind == "pruned_llama":
+            along = with_tokenizer_class(along, self.model.config.raw)
+            for name in forms.LOADER_FILES:
+                data = resources.files("prunetool.loaders").joinpath(name).read_bytes()
+                self.writer.put(name, data)
+        for name, data in along.items():
+            self.writer.put(name, data)
 
 
 def companions(directory: Path) -> dict[str, bytes]:
