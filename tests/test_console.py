@@ -235,6 +235,7 @@ class TestTerminal:
         look(first)
         second = terminal(works("second"), **PIPES)
         look(second)
+        look(first)  # had the second drawn its bar, this would draw the first one's once more
         first.communicate()
         look(second)
         second.communicate()
