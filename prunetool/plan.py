@@ -10,6 +10,7 @@ from prunetool.model import Model
 from prunetool.pruning.compensation import CHOICE_OUTPUTS
 from prunetool.stats import array_shapes
 
+FILE_BYTES = 4096  # of names, shapes and checksums in a file of a layer
 # Resident memory of the program before it reads anything: with JAX at work, and without.
 WITH_JAX, WITHOUT = 400_000_000, 150_000_000
 
@@ -30,8 +31,9 @@ def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtyp
     )
     values = sum(math.prod(shape) for file in files for shape in file)
     kept_inputs = attention[0] * attention[1] * model.config.hidden_size * 4
+    per_layer = FILE_BYTES + kept_inputs
     # Of the tokens to fit and of those held out.
-    return 2 * (values * np.dtype(stats_dtype).itemsize + model.layers * kept_inputs)
+    return 2 * (values * np.dtype(stats_dtype).itemsize + model.layers * per_layer)
 
 
 def hidden_bytes(model: Model, samples: int, length: int) -> int:
@@ -42,7 +44,7 @@ def hidden_bytes(model: Model, samples: int, length: int) -> int:
 def units_bytes(model: Model) -> int:
     """Bytes of the scores of units, and of those kept."""
     units = (shape.kv_heads + shape.channels for shape in model.config.layer_shapes)
-    return sum(17 * count + 4096 for count in units)
+    return sum(17 * count + FILE_BYTES for count in units)
 
 
 def masks_bytes(model: Model, parts: tuple[str, ...]) -> int:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import click
@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from prunetool import cli, console, signals
+from prunetool import cli, signals
 from prunetool.checkpoint.shards import TensorSpec
 from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_shapes
@@ -210,23 +210,13 @@ def process(tmp_path):
     return call
 
 
-@contextmanager
-def as_used():
-    """JAX and the log as a user has them, and afterwards as they were."""
-    log = console.log
-    before = log.handlers, log.level, log.propagate
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-    log.handlers, log.level, log.propagate = before
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run ``prunetool`` in this process, which is quick; gives what `process` does."""
 
     def call(*words, stdin="", ok=True, cwd=tmp_path):
         words = [*map(str, words)]
-        with monkeypatch.context() as patch, ExitStack() as stack, as_used():
+        with monkeypatch.context() as patch, ExitStack() as stack:
             streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
             streams[0].write(stdin)
             streams[0].seek(0)
@@ -308,8 +298,7 @@ def call(tmp_path, monkeypatch, capsys):
     def run(*words, cwd=tmp_path):
         monkeypatch.chdir(cwd)
         capsys.readouterr()
-        with as_used():
-            cli.group.main([str(word) for word in words], standalone_mode=False)
+        cli.group.main([str(word) for word in words], standalone_mode=False)
         return capsys.readouterr().out
 
     return run
