@@ -1,13 +1,15 @@
 """Mistral, Qwen2 and Qwen3 from end to end, held to transformers' own classes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prunetool.llama import forward
+from prunetool import cli
+from prunetool.llama import config, forward
 from prunetool.model import open_model
 from tests.conftest import tiny_config, write_checkpoint
 from tests.llama.test_forward import logits
@@ -49,24 +51,6 @@ def worst(directory, judge=None):
     return np.abs(logits(open_model(str(directory)), TOKENS) - theirs).max()
 
 
-@pytest.fixture
-def pruned(call, text, tmp_path):
-    """Prune ``dense``: ``pruned("--sparsity", ".3")``; gives the directory."""
-
-    def make(*score):
-        words = ["--samples", 6, "--sequence-length", 32, "--held-out", 2]
-        call("calibrate", "dense", "--text", text, *words, "--work", "w", "-o", "stats.jsonl")
-        call(
-            "score", "stats.jsonl", "--multiple-of", 8, "--min-channels", 8, *score,
-            "-o", "kept.jsonl",
-        )  # fmt: skip
-        call("compensate", "kept.jsonl", "-o", "refitted.jsonl")
-        call("export", "out", "refitted.jsonl")
-        return tmp_path / "out"
-
-    return make
-
-
 @families
 @tied
 def test_logits_are_those_of_transformers(tmp_path, monkeypatch, family, tied):
@@ -78,44 +62,48 @@ def test_logits_are_those_of_transformers(tmp_path, monkeypatch, family, tied):
     assert worst(model, judge) < 2e-5
 
 
+FORMS = {  # options of score, and what they leave
+    "alike": ["--allocation", "uniform", "--target", "heads"],
+    "unequal": ["--method", "random"],
+}
+
+
 @families
 @tied
-@pytest.mark.parametrize("alike", [True, False], ids=["alike", "unequal"])
 def test_what_is_pruned_loads_in_transformers_and_means_the_same(
-    tmp_path, pruned, call, text, family, tied, alike
+    tmp_path, call, text, family, tied
 ):
-    model = build(tmp_path, family, tied)
-    words = ["--allocation", "uniform", "--target", "heads"] if alike else ["--method", "random"]
-    out = pruned("--sparsity", ".2", *words)
-    judge = load(out)
-    said = json.loads((out / "config.json").read_text())
+    dense = open_model(str(build(tmp_path, family, tied))).config
+    words = ["--samples", 6, "--sequence-length", 32, "--held-out", 2, "--work", "w"]
+    call("calibrate", "dense", "--text", text, *words, "-o", "stats.jsonl")
     name = family.partition(",")[0]
-    if alike:  # without a window, a Mistral is a Llama
-        name = "llama" if family == "mistral" else name
-        assert type(judge).__name__ == f"{name.title()}ForCausalLM"
-    else:
-        assert type(judge).__name__ == "PrunedLlamaForCausalLM"
-    assert said.get("sliding_window") == open_model(str(model)).config.window
-    assert worst(out, judge) < 2e-5
-    config = open_model(str(out)).config
-    assert config.layer_shapes != open_model(str(model)).config.layer_shapes
-    assert json.loads(call("inspect", "out"))["model_type"] == said["model_type"]
-    compared = json.loads(
-        call(
-            "evaluate", "out", "--against", "dense", "--text", text, "--samples", 2,
-            "--sequence-length", 48,
-        )
-    )  # fmt: skip
-    assert 0 < compared["against"]["kl"] < 5
+    classes = {
+        "alike": "Llama" if family == "mistral" else name.title(),  # which it is, with no window
+        "unequal": "PrunedLlama",
+    }
+    for form, score in FORMS.items():
+        words = ["--sparsity", ".2", "--multiple-of", 8, "--min-channels", 8, *score]
+        call("score", "stats.jsonl", *words, "-o", "kept.jsonl")
+        call("compensate", "kept.jsonl", "-o", "refitted.jsonl")
+        call("export", form, "refitted.jsonl")
+        judge = load(tmp_path / form)
+        assert type(judge).__name__ == f"{classes[form]}ForCausalLM"
+        assert worst(tmp_path / form, judge) < 2e-5
+        pruned = open_model(str(tmp_path / form)).config
+        assert pruned.layer_shapes != dense.layer_shapes
+        assert (pruned.window, pruned.qk_norm, pruned.qkv_bias, pruned.attention_bias) == (
+            dense.window, dense.qk_norm, dense.qkv_bias, dense.attention_bias
+        )  # fmt: skip
+        assert json.loads(call("inspect", form))["model_type"] == pruned.raw["model_type"]
 
 
 @pytest.mark.parametrize("family", ["mistral, window", "qwen2", "qwen3, window, biases"])
 def test_single_weights_are_masked_by_attention_and_by_gram_matrices(tmp_path, call, text, family):
     model = build(tmp_path, family)
+    words = ["--text", text, "--sequence-length", 40, "--samples"]
     call(
-        "calibrate", "dense", "--text", text, "--samples", 6, "--sequence-length", 40,
-        "--held-out", 2, "--stats", "all", "--attention-samples", 2, "--work", "w",
-        "-o", "stats.jsonl",
+        "calibrate", "dense", *words, 6, "--held-out", 2, "--stats", "all",
+        "--attention-samples", 2, "--work", "w", "-o", "stats.jsonl",
     )  # fmt: skip
     learn = ["--method", "attention-gd", "--iterations", 20, "--refine", 20]
     call("score", "--target", "qk", "--sparsity", ".5", *learn, "stats.jsonl", "-o", "qk.jsonl")
@@ -123,9 +111,25 @@ def test_single_weights_are_masked_by_attention_and_by_gram_matrices(tmp_path, c
     call("score", *others, "qk.jsonl", "-o", "masked.jsonl")
     call("compensate", "masked.jsonl", "-o", "refitted.jsonl")
     call("export", "out", "refitted.jsonl")
-    layers = [json.loads(line) for line in (tmp_path / "qk.jsonl").read_text().splitlines()]
-    learned = [layer["values"]["attention"] for layer in layers if layer["record"] == "layer"]
-    assert all(0 < of["held_out"] < 1 and of["refine_steps"] for of in learned)
-    plain = open_model(str(model)).config
-    assert open_model(str(tmp_path / "out")).config.layer_shapes == plain.layer_shapes
+    assert open_model(str(tmp_path / "out")).config.layer_shapes == (
+        open_model(str(model)).config.layer_shapes
+    )
     assert worst(tmp_path / "out") < 2e-5
+
+    call("export", "learned", "qk.jsonl")
+    compared = json.loads(call("evaluate", "learned", "--against", "dense", *words, 2))["against"]
+    lines = (tmp_path / "qk.jsonl").read_text().splitlines()
+    layers = [json.loads(line) for line in lines if '"record": "layer"' in line]
+    for layer, by_head in zip(
+        layers, compared["attention_error"]["same_input"]["by_head"], strict=True
+    ):
+        said = layer["values"]["attention"]
+        assert said["calibration"] == pytest.approx(np.mean(by_head), rel=1e-3)
+        assert said["refine_steps"]
+
+
+def test_help_and_readme_name_every_family():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name in config.FAMILIES:
+        assert name.title() in cli.group.help
+        assert name.title() in readme

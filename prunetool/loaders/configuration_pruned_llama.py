@@ -29,14 +29,15 @@ def config_of_layer(config, index):
                 for name, value in sizes.items():
                     setattr(own, name, value)
     if getattr(config, "family", "llama") != "llama":
-        kind = "full_attention" if window_of(config) is None else "sliding_attention"
-        own.layer_types = [kind] * config.num_hidden_layers
         own.sliding_window = window_of(config)
+        kind = "full_attention" if own.sliding_window is None else "sliding_attention"
+        own.layer_types = [kind] * config.num_hidden_layers
     return own
 
 
 class PrunedLlamaConfig(LlamaConfig):
     model_type = "pruned_llama"
+    use_sliding_window = False  # asked before transformers 4.53, which computes no window here
 
     def validate_architecture(self):
         """Replaces Llama's check that hidden_size is a multiple of the heads: head_dim is given."""

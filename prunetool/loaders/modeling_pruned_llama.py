@@ -1,7 +1,7 @@
 """Llama whose decoder layers differ in attention heads and MLP width, and families near to it.
 
-Loaded by transformers (4.48 and later; 4.51 for Qwen3) through ``trust_remote_code=True``, and by
-vLLM's Transformers backend. Written by prunetool; Apache-2.0.
+Loaded by transformers (4.48 and later; 4.51 for Qwen3, 4.53 for a sliding window) through
+``trust_remote_code=True``, and by vLLM's Transformers backend. Written by prunetool; Apache-2.0.
 """
 
 from functools import cache, wraps
@@ -57,6 +57,8 @@ class PrunedLlamaPreTrainedModel(LlamaPreTrainedModel):
 
 class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config):
+        if window_of(config) is not None and hasattr(LlamaModel, "_update_causal_mask"):
+            raise ImportError("a sliding window needs transformers 4.53 or later")
         # Not LlamaModel.__init__, which would build layers of one size.
         LlamaPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
