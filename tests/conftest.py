@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from prunetool import cli, signals
 from prunetool.checkpoint.shards import TensorSpec
-from prunetool.llama.config import parse_config
+from prunetool.llama.config import FAMILIES, parse_config
 from prunetool.llama.weights import tensor_shapes
 
 # A runner in the background has them ignored, which the processes of tests would inherit.
@@ -129,7 +129,7 @@ def write_checkpoint(directory, config, *, dtype="float32", shards=1, seed=0):
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     shaping = {key: config[key] for key in SHAPING if key in config}
-    if config.get("model_type") in ("qwen2", "qwen3"):
+    if config.get("model_type") in FAMILIES:
         shaping["family"] = config["model_type"]
     parsed = parse_config({"model_type": "pruned_llama", **shaping}, directory)
     tensors = {}
