@@ -79,7 +79,7 @@ def read_tokens(path: Path) -> np.ndarray:
     """
     if path.exists() and not path.is_file():  # a pipe cannot be mapped
         raise CorpusError(
-            path, "is not a regular file", "write the ids by numpy.save('ids.npy', ids)"
+            path, "is not a regular file", "write the ids with numpy.save('ids.npy', ids)"
         )
     try:
         ids = _safetensors_ids(path) if path.suffix.lower() == ".safetensors" else _npy_ids(path)
@@ -89,7 +89,7 @@ def read_tokens(path: Path) -> np.ndarray:
     except Exception as error:  # NumPy lets its header's parser raise whatever it likes
         raise CorpusError(
             path, f"cannot be read as token ids ({str(error) or type(error).__name__})",
-            "write the ids by numpy.save('ids.npy', ids); give text by --text",
+            "write the ids with numpy.save('ids.npy', ids); give text with --text",
         ) from error  # fmt: skip
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
         raise CorpusError(
@@ -102,7 +102,7 @@ def _safetensors_ids(path: Path) -> np.ndarray:
     with safe_open(path, framework="np") as file:
         names = list(file.keys())
         if len(names) != 1:
-            raise ValueError(f"{len(names)} tensors, and one is wanted")
+            raise ValueError(f"{len(names)} tensors instead of one")
         return np.asarray(file.get_tensor(names[0]))
 
 
@@ -176,7 +176,9 @@ def _check(ids: np.ndarray, vocab_size: int, where: object) -> None:
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         worst = f"the token id {ids.min()}" if ids.min() < 0 else f"token ids up to {ids.max()}"
         raise CorpusError(
-            where, f"has {worst} for a vocabulary of {vocab_size}", "use this model's tokenizer"
+            where,
+            f"has {worst}, outside the vocabulary of {vocab_size}",
+            "use this model's tokenizer",
         )
 
 
@@ -201,7 +203,9 @@ def _whole(ids: np.ndarray, length: int, bos: int | None, where: object) -> np.n
         )  # fmt: skip
     if ids.shape[1] != length:
         raise CorpusError(
-            where, f"has sequences of {ids.shape[1]}", f"give --sequence-length {ids.shape[1]}"
+            where,
+            f"has sequences of {ids.shape[1]} tokens",
+            f"give --sequence-length {ids.shape[1]}",
         )
     return ids
 

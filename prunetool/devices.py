@@ -26,7 +26,7 @@ from prunetool import signals
 from prunetool.errors import ConfigError, WorkError
 
 JOIN_SECONDS = 300
-STOPPED = "run all of them again; they go on after the last whole layer"
+STOPPED = "run all of them again; they resume after the last finished layer"
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -145,7 +145,7 @@ def start(
         _join(coordinator, processes, index)
     if device == "gpu" and jax.default_backend() == "cpu":
         raise ConfigError(
-            "--device gpu", "JAX finds none", "install jax[cuda13] for it, or give --device cpu"
+            "--device gpu", "JAX finds no GPU", "install jax[cuda13] for it, or give --device cpu"
         )
     team = Team(jax.process_index(), jax.process_count()) if coordinator is not None else Team()
     if team.count > 1:
@@ -185,7 +185,7 @@ def _join(coordinator: str, processes: int | None, index: int | None) -> None:
                 )  # fmt: skip
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
-            "--coordinator", f"the processes did not come together ({error})",
+            "--coordinator", f"the processes did not connect ({error})",
             "start all of them with the same HOST:PORT, and each with its own --process-id",
         ) from error  # fmt: skip
 

@@ -184,13 +184,13 @@ def open_model(name: str, revision: str | None = None) -> Model:
     expected = tensor_shapes(config)
     for tensor, shape in expected.items():
         if tensor not in index:
-            raise CheckpointError(directory, f"no tensor {tensor}", "get the checkpoint again")
+            raise CheckpointError(directory, f"no tensor {tensor}", "download the checkpoint again")
         info = index[tensor]
         if info.shape != shape:
             raise CheckpointError(
                 info.shard,
-                f"{tensor} is {info.shape}, and config.json makes it {shape}",
-                "get config.json and the shards from one place",
+                f"{tensor} is {info.shape}, but config.json requires {shape}",
+                "take config.json and the shards from the same checkpoint",
             )
         dtype_of(info)
     for tensor in index:

@@ -75,7 +75,7 @@ class Finite(click.FloatRange):
 def _no_terminal(_: click.Context, __: Parameter, path: str) -> str:
     if path == "-" and sys.stdin.isatty():
         raise click.UsageError(
-            "stdin is a terminal: pipe the step before in, or name a file of its records"
+            "stdin is a terminal: pipe in the previous step, or name a file of its records"
         )
     return path
 
@@ -86,21 +86,21 @@ def _dampings(_: click.Context, __: Parameter, value: str) -> tuple[float, ...] 
     try:
         numbers = tuple(float(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter("give a number, several with commas, or auto") from None
+        raise click.BadParameter("give a number, several separated by commas, or auto") from None
     if not all(0 <= number < float("inf") for number in numbers):
-        raise click.BadParameter("a damping is 0 or more, and finite")
+        raise click.BadParameter("a damping must be finite and at least 0")
     return numbers
 
 
 def _size_bytes(_: click.Context, __: Parameter, value: str) -> int:
     said = SIZE.fullmatch(value)
     if said is None:
-        raise click.BadParameter("give a size as 5GB, 500MB, 2GiB, or bytes")
+        raise click.BadParameter("give a size such as 5GB, 500MB, 2GiB, or bytes")
     number, unit, binary = said.groups("")
     power = " KMGT".index(unit.upper() or " ")
     size = round(float(number) * math.pow(1024 if binary else 1000, power))
     if size < 1:
-        raise click.BadParameter("a size is a byte or more")
+        raise click.BadParameter("a size is at least one byte")
     return size
 
 
@@ -134,7 +134,7 @@ TEXT = (
         "Several are joined.",
     ),
     click.option(
-        "--text-field", default="text", show_default=True, help="Field of JSON lines."
+        "--text-field", default="text", show_default=True, help="Field of the JSON lines."
     ),
     click.option(
         "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),
@@ -144,7 +144,7 @@ TEXT = (
     click.option(
         "--bos", type=click.Choice(["auto", "always", "never"]), default="auto",
         show_default=True, help="Begin each window with the BOS token. auto: as the model's "
-        "tokenizer does with a text; to --tokens it adds none.",
+        "tokenizer does for text; none for --tokens.",
     ),
 )  # fmt: skip
 
@@ -170,33 +170,33 @@ def text_options(command: Callable[..., None]) -> Callable[..., None]:
 
 dtype_opt = click.option(
     "--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
-    show_default=True, help="Of the products; sums are float32. auto: bfloat16 where the "
-    "checkpoint is, else float32.",
+    show_default=True, help="Precision of matrix products; sums are float32. auto: bfloat16 "
+    "if the checkpoint is, else float32.",
 )  # fmt: skip
 overwrite_opt = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 max_shard_size_opt = click.option(
     "--max-shard-size", "max_shard_bytes", metavar="SIZE", callback=_size_bytes, default="5GB",
-    show_default=True, help="Most bytes of a shard, as 5GB, 2GiB or 1000000. No layer is split: "
-    "a larger one is a shard of its own, as is a larger embedding or head.",
+    show_default=True, help="Maximum shard size, such as 5GB, 2GiB or 1000000. No layer is split: "
+    "a larger one gets its own shard, as does a larger embedding or head.",
 )  # fmt: skip
 damping_opt = click.option(
     "--damping", "dampings", default="auto", show_default=True, callback=_dampings,
-    help="Of the refit, as a fraction of the Gram matrix's mean diagonal. auto tries "
-    "1e-4 … 1 on the held-out tokens; several with commas are tried in the same way.",
+    help="Damping of the refit, as a fraction of the Gram matrix's mean diagonal. auto tries "
+    "1e-4 … 1 on the held-out tokens; a comma-separated list is tried the same way.",
 )  # fmt: skip
 
 
 device_opt = click.option(
     "--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True,
-    help="Where JAX computes; auto is a GPU where there is one.",
+    help="Where JAX computes; auto uses a GPU if there is one.",
 )  # fmt: skip
 profile_opt = click.option(
     "--profile", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
-    help="Write JAX's trace here (.json.gz, for Perfetto), and seconds by phase in the records.",
+    help="Write JAX's trace here (.json.gz, for Perfetto), and seconds per phase to the records.",
 )  # fmt: skip
 discard_opt = click.option(
-    "--discard", is_flag=True, help="Delete a layer's stats once it is done, for a disk that is "
-    "short. Another sparsity then needs another calibration.",
+    "--discard", is_flag=True, help="Delete a layer's stats once it is done, to save disk "
+    "space. Another sparsity then needs another calibration.",
 )  # fmt: skip
 
 

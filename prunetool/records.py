@@ -26,7 +26,7 @@ from prunetool import console
 from prunetool.errors import RecordError, StepFailed, shown
 
 FORMAT = 1
-AGAIN = "run the step before again; its own message says what happened"
+AGAIN = "run the previous step again; its own message says what happened"
 
 # The only files that a record may name: what the steps call them. A stream is input from outside.
 MATRIX = "(q|k|v|o|gate|up|down)"
@@ -121,10 +121,10 @@ def read(source: IO[str]) -> tuple[Header, Iterator[LayerRecord]]:
     number, value = first
     where = f"{_name(source)}: line {number}"
     if value.get("record") != "header":
-        raise RecordError(where, "no header record", "pipe the records of a prunetool step in")
+        raise RecordError(where, "no header record", "pipe in the records of a prunetool step")
     if value.get("format") != FORMAT:
         raise RecordError(
-            where, f"format {shown(value.get('format'))}, and this prunetool reads {FORMAT}",
+            where, f"format {shown(value.get('format'))}, but this prunetool reads {FORMAT}",
             "run all steps with one version",
         )  # fmt: skip
     types: dict[str, type] = {
@@ -151,16 +151,18 @@ def _layers(
             if seen != count:
                 raise RecordError(where, f"ends after {seen} of {count} layers", AGAIN)
             if next(lines, None) is not None:
-                raise RecordError(where, "more follows the end record", "pipe one stream in")
+                raise RecordError(where, "records follow the end record", "pipe in one stream")
             return
         if value.get("record") != "layer":
             raise RecordError(where, f"record {shown(repr(value.get('record')))} is unknown", AGAIN)
         fields = _typed(where, value, {"index": int, "files": dict, "values": dict})
         if fields["index"] != seen or seen >= count:
-            raise RecordError(where, f"layer {fields['index']} where {seen} was due", AGAIN)
+            raise RecordError(
+                where, f"layer {fields['index']} after {seen} of {count} layers", AGAIN
+            )
         for kind, path in fields["files"].items():
             if not _is_named_so(kind, path, seen):
-                what = f"file {shown(repr(path))} of {shown(kind)} is none that a step makes"
+                what = f"file {shown(repr(path))} of {shown(kind)} is not one that a step makes"
                 raise RecordError(where, what, AGAIN)
         for key, shape in VALUES.items():
             if key in fields["values"]:
@@ -169,7 +171,7 @@ def _layers(
             step, _, part = kind.partition(".")
             said = fields["values"].get(BEHIND.get(step, ""), {})
             if step in BEHIND and (not said or (step == "mask" and part not in said)):
-                raise RecordError(where, f"has a file of {kind} and says nothing of it", AGAIN)
+                raise RecordError(where, f"has a file of {kind} but no values for it", AGAIN)
         seen += 1
         yield LayerRecord(**fields)
     raise RecordError(_name(source), f"cut off after {seen} of {count} layers", AGAIN)
@@ -234,7 +236,7 @@ def _check(where: str, key: str, value: object, shape: Shape) -> None:
       RecordError: naming the key.
     """
     if not _has_shape(value, shape):
-        raise RecordError(where, f"{key} is {shown(repr(value))}, not of its form", AGAIN)
+        raise RecordError(where, f"{key} is {shown(repr(value))}, which is malformed", AGAIN)
 
 
 def _has_shape(value: object, shape: Shape) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # timeout(1) and others signal a process and then its group: two signals, and one wish.
 SAME_SECONDS = 0.5
-GO_ON = "Interrupted; run the same command again to go on"
+GO_ON = "Interrupted; run the same command again to resume"
 
 _last_words: list[str] = []  # while there are any, a signal ends the process at once
 

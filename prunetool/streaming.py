@@ -173,5 +173,5 @@ def check_finite(h: np.ndarray, layer: int) -> None:
     """
     if not np.isfinite(h.sum()):
         raise NumericalError(
-            f"layer {layer}", "gives NaN or infinity", "try --dtype float32, or check the model"
+            f"layer {layer}", "outputs NaN or infinity", "try --dtype float32, or check the model"
         )

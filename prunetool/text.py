@@ -186,7 +186,9 @@ def _decompressed(path: Path, source: _Bytes) -> Iterator[bytes]:
             except (
                 OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
             ) as error:  # fmt: skip
-                raise CorpusError(path, f"is damaged {name} ({error})", "get it again") from error
+                raise CorpusError(
+                    path, f"is damaged {name} ({error})", "download it again"
+                ) from error
             return
     while data := source.read(READ_BYTES):
         yield data
@@ -304,7 +306,7 @@ def _json_lines(
             if not between:
                 _refuse_document(path, head, whole)
             raise CorpusError(
-                where, f"is not JSON ({error})", "give JSON lines: one object a line"
+                where, f"is not JSON ({error})", "give JSON lines: one object per line"
             ) from error
         if not isinstance(fields, dict):
             if not between:
@@ -314,13 +316,13 @@ def _json_lines(
             names = shown(", ".join(map(str, fields)), 80) or "none"
             raise CorpusError(
                 where, f"has no text field {shown(field, 40)!r} (its fields: {names})",
-                "name it by --text-field",
+                "name it with --text-field",
             )  # fmt: skip
         value = fields[field]
         if not isinstance(value, str):
             raise CorpusError(
                 where, f"has no text in field {shown(field, 40)!r}: {shown(json.dumps(value), 40)}",
-                "name another by --text-field, or leave the line out",
+                "name another with --text-field, or delete the line",
             )  # fmt: skip
         if half := re.search("[\ud800-\udfff]", value):
             raise CorpusError(
@@ -355,7 +357,7 @@ def _refuse_document(path: Path, head: str, whole: bool) -> None:
         raise CorpusError(path, "is one JSON array, not JSON lines", todo)
     if isinstance(value, dict) and "\n" in text[:end]:
         raise CorpusError(
-            path, "is JSON over several lines, not one object a line", TO_LINES.format(".")
+            path, "is JSON over several lines, not one object per line", TO_LINES.format(".")
         )
 
 

@@ -39,13 +39,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     path = tokenizer_path(directory)
     if not path.exists():
-        raise CorpusError(path, "no such file", "give token ids by --tokens instead of --text")
+        raise CorpusError(path, "no such file", "give token ids with --tokens instead of --text")
     if not path.is_file():  # a named pipe would be waited for
-        raise CorpusError(path, "is not a regular file", "get it again")
+        raise CorpusError(path, "is not a regular file", "download it again")
     if path.stat().st_size > TOKENIZER_BYTES:
         raise CorpusError(
-            path, f"is {path.stat().st_size >> 20:,} MiB, and {TOKENIZER_BYTES >> 20} are read",
-            "get it again",
+            path,
+            f"is {path.stat().st_size >> 20:,} MiB, but at most {TOKENIZER_BYTES >> 20} are read",
+            "download it again",
         )  # fmt: skip
     try:
         document = json.loads(
@@ -58,11 +59,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     except OSError as error:
         raise CorpusError(path, f"cannot be read ({error.strerror})", "check it") from error
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
-        raise CorpusError(path, f"is not a tokenizer ({error})", "get it again") from error
+        raise CorpusError(path, f"is not a tokenizer ({error})", "download it again") from error
     if growth > MOST_GROWTH:
         raise CorpusError(
-            path, f"has rules that make {growth:,.4g} characters of one; {MOST_GROWTH} are allowed",
-            "get it again, or give token ids by --tokens",
+            path,
+            f"has rules that make {growth:,.4g} characters of one; at most {MOST_GROWTH} are "
+            "allowed",
+            "download it again, or give token ids with --tokens",
         )  # fmt: skip
     document |= {"truncation": None, "padding": None}
     with _library(path, "is not a tokenizer"):
@@ -115,7 +118,7 @@ def _library(path: Path, what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CorpusError(path, f"{what} ({error})", "get it again") from error
+        raise CorpusError(path, f"{what} ({error})", "download it again") from error
 
 
 @contextmanager
@@ -231,7 +234,7 @@ def bos_id(
         start = _template_start(tokenizer) if tokenizer else []
     if how == "auto" and len(start) > 1:
         raise CorpusError(
-            path, f"puts {len(start)} tokens before a text", "choose by --bos always or never"
+            path, f"puts {len(start)} tokens before a text", "give --bos always or --bos never"
         )
     found = start[0] if len(start) == 1 else None
     if how == "always" and found is None:
@@ -242,7 +245,7 @@ def bos_id(
             )
     if found is not None and not 0 <= found < vocab_size:
         raise CorpusError(
-            directory, f"has token {found} as its BOS, of a vocabulary of {vocab_size}",
+            directory, f"has BOS token {found}, outside the vocabulary of {vocab_size}",
             "give --bos never, or the model's own tokenizer",
         )  # fmt: skip
     return found

@@ -77,7 +77,8 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     _remove_broken(held)
     holder = held.pid
     advice = (
-        f"wait for it, or stop it (if it is of another machine and gone, delete {held.lock_file})"
+        "wait for it, or stop it (if it ran on another machine and is gone, delete "
+        f"{held.lock_file})"
     )
     try:
         held.acquire(timeout=0)
@@ -92,9 +93,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         ) from error  # fmt: skip
     else:
         if holder is not None:
-            console.log.warning(
-                "%s: process %d, which wrote it, is gone; this one goes on", path, holder
-            )
+            console.log.warning("%s: process %d, which wrote it, is gone; continuing", path, holder)
     try:
         files.sweep(path)
         yield
@@ -112,7 +111,7 @@ def _remove_broken(held: SoftFileLock) -> None:
         time.sleep(BROKEN_SECONDS)
         if path.lstat() == before:
             path.unlink()
-            console.log.warning("%s: names no process, after a crash; taken over", path)
+            console.log.warning("%s: names no process, so it is from a crash; taken over", path)
 
 
 def _wait(held: SoftFileLock, path: Path, advice: str) -> None:
@@ -359,7 +358,7 @@ def of(place: Path) -> Path:
             "a report or another sparsity needs another calibration",
         )  # fmt: skip
     raise WorkError(
-        place, "is neither a work directory nor a checkpoint of export", "name one of these"
+        place, "is neither a work directory nor a checkpoint that export wrote", "name one of these"
     )
 
 
@@ -374,7 +373,7 @@ def last_records(work: Path) -> Path:
         if DIRECTORIES.fullmatch(path.parent.name) and path.parent.name != STATS
     ]  # fmt: skip
     if not made:
-        raise WorkError(work, "holds no records of score or compensate", "run score to its end")
+        raise WorkError(work, "has no records of score or compensate", "run score to its end")
     return max(made, key=lambda path: path.stat().st_mtime_ns)
 
 

@@ -238,7 +238,7 @@ class CheckpointWriter:
                 return "whole"
             if not overwrite:
                 raise WorkError(
-                    directory / damaged[0], "is damaged or gone",
+                    directory / damaged[0], "is damaged or missing",
                     "give --overwrite to write it again",
                 )  # fmt: skip
         elif not overwrite:
@@ -276,7 +276,7 @@ class CheckpointWriter:
         # Nothing is written through a link, and what it leads to would be loaded.
         for path in filter(_is_there, [*foreign, self.directory / TEMPLATES]):
             raise WorkError(
-                path, "would be replaced or out of place, and is not of the checkpoint there",
+                path, "would be replaced or out of place, but is not part of the checkpoint there",
                 "move it away, or name another directory",
             )  # fmt: skip
 
@@ -418,14 +418,14 @@ def whole_files(directory: Path) -> list[str]:
     sums = _sealed(directory / MANIFEST)["files"]
     if INDEX_NAME not in sums:
         raise WorkError(
-            directory, f"has no {MANIFEST} that tells whether it is whole",
+            directory, f"has no {MANIFEST} to check it against",
             "name a checkpoint that this version of prunetool wrote",
         )  # fmt: skip
     for name, total in sums.items():
         path = directory / name
         edited = name == "README.md" and path.is_file() and not path.is_symlink()
         if not edited and not _is_whole(path, total):
-            raise WorkError(path, "is damaged or gone", "write the checkpoint again")
+            raise WorkError(path, "is damaged or missing", "write the checkpoint again")
     return sorted(sums)
 
 

@@ -13,7 +13,7 @@ def clean(place: Path) -> None:
     """Delete the files of a work directory: stats, scores, refits and their records.
 
     DIR is the work directory, or the checkpoint that export wrote from it, which stays. Another
-    sparsity, or a report, then needs another calibration. Files that are not of the steps stay.
+    sparsity, or a report, then needs another calibration. Files that no step wrote stay.
 
     \b
     Example:

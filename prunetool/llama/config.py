@@ -390,7 +390,7 @@ def _parse_windowed(stated: Mapping[str, Any], layers: int, where: object) -> bo
         raise ConfigError(
             where,
             f"max_window_layers = {first} of {layers} layers is not computed here",
-            f"a window is of all layers (0) or of none ({layers})",
+            f"the window must be on all layers (0) or on none ({layers})",
         )
     return bool(on) and (first == 0 if types is None else types != ["full_attention"] * layers)
 
@@ -407,9 +407,7 @@ def _parse_overrides(
         layer = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else layers
         of = f"per_layer_config of layer {shown(name)}"
         if layer >= layers or layer in overrides:
-            raise ConfigError(
-                where, of, f"each layer, from 0 to {layers - 1}, may stand there once"
-            )
+            raise ConfigError(where, of, f"each layer, from 0 to {layers - 1}, may appear once")
         if not isinstance(own, dict):
             raise ConfigError(where, f"{of} = {_said(own)}", "it must be an object")
         for key, value in own.items():

@@ -141,7 +141,7 @@ def _check_reachable(most: int, target: int) -> None:
     if target > most:
         raise ConfigError(
             "--sparsity",
-            f"asks for {target:,} parameters and at most {most:,} can go",
+            f"asks for {target:,} parameters, but at most {most:,} can be removed",
             "lower it, name more in --target, or lower --min-channels",
         )
 

@@ -36,7 +36,7 @@ def keep(score: np.ndarray, sparsity: float, pattern: str = "unstructured") -> n
       ValueError: where 2:4 does not divide the inputs.
     """
     if np.isnan(score).any():
-        raise NumericalError("the score", "has NaN", "check the model and the calibration")
+        raise NumericalError("the score", "contains NaN", "check the model and the calibration")
     if pattern == "unstructured":
         rows = score.reshape(1, -1)
     elif pattern == "2:4":

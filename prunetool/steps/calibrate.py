@@ -83,7 +83,7 @@ class Calibration:
           open_sink: opens where they go.
 
         Raises:
-          ConfigError: if the processes run different things.
+          ConfigError: if the processes differ in what they run.
           WorkError: if the work directory is of another run, or the disk too small.
         """
         samples, length = self.tokens.shape
@@ -103,8 +103,8 @@ class Calibration:
         )  # fmt: skip
         if not team.same(int(workdir.digest(run), 16)):
             raise ConfigError(
-                "--coordinator", "the processes run different things",
-                "give all the same checkpoint, text and options",
+                "--coordinator", "the processes differ in checkpoint, text or options",
+                "give all of them the same",
             )  # fmt: skip
         # Process 0 holds the lock that a process alone would.
         locked = self.work.with_name(f"{self.work.name}{team.suffix if team.index else ''}")

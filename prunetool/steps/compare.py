@@ -74,7 +74,7 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
         mine, theirs = getattr(model.config, name), getattr(dense.config, name)
         if mine != theirs:
             raise ConfigError(
-                "--against", f"its {name} is {theirs} and the model's {mine}",
+                "--against", f"its {name} is {theirs} but the model's is {mine}",
                 "name the checkpoint that was pruned",
             )  # fmt: skip
     size = dense.config.hidden_size

@@ -40,7 +40,7 @@ def refit_layers(
     """
     if len(grid) > 1 and not run.header.calibration.get("held_out"):
         raise RecordError(
-            "--damping", "no tokens were held out to choose it on",
+            "--damping", "no tokens were held out to choose it with",
             "give one number, such as 0.01, or calibrate with 2 samples or more",
         )  # fmt: skip
     for record, name, arrays in run.layers(source, partial(_refit, run, grid)):
@@ -102,7 +102,7 @@ def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> di
             console.within(1 if matrix == "o" else 2, 3, "matrix")
         if np.isnan(parts["report"][-1]):
             console.log.warning(
-                "layer %d, %s_proj: no damping served the held-out tokens; rows are removed and "
+                "layer %d, %s_proj: no damping lowered the held-out error; rows are removed but "
                 "not refitted",
                 record.index,
                 matrix,
@@ -192,7 +192,7 @@ def _refit_matrix(
     if len(sums) == 1 and len(grid) > 1:
         raise RecordError(
             "--damping",
-            "no tokens were held out to choose it on",
+            "no tokens were held out to choose it with",
             "give one number, or calibrate with --held-out",
         )
     gone = ~kept

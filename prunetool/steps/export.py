@@ -177,17 +177,13 @@ def companions(directory: Path) -> dict[str, bytes]:
     """
     found = {}
     if code := sorted({path.name for path in directory.glob("*.py")} - {*forms.LOADER_FILES}):
-        console.log.warning(
-            "%s: code, which does not go along: %s", directory, shown(", ".join(code))
-        )
+        console.log.warning("%s: code, which is not copied: %s", directory, shown(", ".join(code)))
     for name in (*COMPANIONS, *sorted(templates(directory))):
         path = directory / name
         if not path.exists():
             continue
         if not _belongs(path, directory):
-            console.log.warning(
-                "%s: a link out of the checkpoint, or not a file; it does not go along", path
-            )
+            console.log.warning("%s: a link out of the checkpoint, or not a file; not copied", path)
             continue
         found[name] = path.read_bytes()
         if name.endswith(".json") and name not in LARGE_FILES:

@@ -211,7 +211,7 @@ class Masking:
         sparsity, pattern = self.how["sparsity"], self.how["pattern"]
         if pattern == "2:4" and W.shape[1] % 4:
             raise NumericalError(
-                f"{W.shape[1]} inputs", "are no multiple of 4", "take another --pattern"
+                f"{W.shape[1]} inputs", "are not a multiple of 4", "choose another --pattern"
             )
         if self._learns:
             # Nothing was learned if nothing is to go, or all KV groups are gone.

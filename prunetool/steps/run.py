@@ -35,7 +35,7 @@ def reopen(header: records.Header) -> Model:
             "restore it, or calibrate again",
         )  # fmt: skip
     if header.fingerprint != checksum.of_json(now) or header.layers != model.layers:
-        raise RecordError("header", "is of another checkpoint than its run", records.AGAIN)
+        raise RecordError("header", "is for a different checkpoint than its run", records.AGAIN)
     return replace(model, recorded=Path(header.work) / workdir.WEIGHTS_NAME)
 
 

@@ -149,7 +149,7 @@ class Scoring:
             )
         shapes = set(self.model.config.layer_shapes)
         if len(shapes) > 1:
-            raise ConfigError("--allocation uniform", "the layers differ", "give global")
+            raise ConfigError("--allocation uniform", "the layers differ in size", "give global")
         shape = shapes.pop()
         return budget.allocate_uniform(
             shape.kv_heads if HEADS in self.targets else 0,

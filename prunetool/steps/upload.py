@@ -60,10 +60,12 @@ def contents(out: Path, repository: str, metrics: Sequence[Path]) -> dict[str, P
             files[CARD] = published(card, repository, results).encode()
         except ValueError as error:
             raise WorkError(
-                out / CARD, f"has front matter that cannot be read ({error})", "correct it"
+                out / CARD, f"has front matter that cannot be read ({error})", "fix it"
             ) from error
     elif results:
-        raise WorkError(out / CARD, "no such file to put --metrics in", "write one, or leave them")
+        raise WorkError(
+            out / CARD, "no such file to put --metrics in", "write one, or omit --metrics"
+        )
     return files
 
 
@@ -86,8 +88,8 @@ def read_metrics(path: Path, model: Model) -> "list[EvalResult]":
     value = json.loads(path.read_text("utf-8"))
     if value.get("parameters") != model.parameters():
         raise RecordError(
-            path, f"is of a model of {value.get('parameters')} parameters, and OUT has "
-            f"{model.parameters()}", "evaluate OUT, and give that",
+            path, f"is for a model of {value.get('parameters')} parameters, and OUT has "
+            f"{model.parameters()}", "evaluate OUT and give that result",
         )  # fmt: skip
     measured = {"perplexity": ("Perplexity", value["perplexity"])}
     if value["perplexity"] is None:
@@ -125,7 +127,7 @@ def say_licence(out: Path, repository: str, names: Sequence[str]) -> None:
         "a name that begins with “Llama”": repository.split("/")[-1].startswith("Llama"),
     }
     asked = ", ".join(f"{duty} ({'there' if met else 'NOT there'})" for duty, met in duties.items())
-    console.log.warning("Licence of Llama %s asks for: %s; see to it", found[1], asked)
+    console.log.warning("The Llama %s licence requires: %s", found[1], asked)
 
 
 def upload(
@@ -156,7 +158,7 @@ def upload(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if get_token() is None:
-        raise HubError(repository, "needs a token that may write, and there is none", LOGIN)
+        raise HubError(repository, "needs a token with write access, but there is none", LOGIN)
     api = HfApi()
     with asking(repository, "is not there and cannot be made", ABSENT):
         api.create_repo(repository, private=private or None, exist_ok=True)
@@ -164,7 +166,7 @@ def upload(
         if private and not api.repo_info(repository).private:
             raise HubError(
                 repository,
-                "is there and public",
+                "exists and is public",
                 "make it private in its settings, or name another",
             )
         if revision and not create_pr:

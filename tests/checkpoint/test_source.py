@@ -253,7 +253,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("status", "said"),
-        [(403, "the token lacks the right"), (500, "a fault of the Hub, status 500"),
+        [(403, "the token lacks permission"), (500, "a fault of the Hub, status 500"),
          (503, "a fault of the Hub, status 503"), (418, "status 418: tea … …=x")],
     )  # fmt: skip
     def test_other_answers(self, answers, monkeypatch, status, said):
@@ -299,12 +299,10 @@ class TestOtherThings:
     def test_repositories_without_safetensors(self, server):
         config = {"config.json": json.dumps(tiny_config()).encode()}
         server.publish("me/a", {"a.Q4_0.gguf": b"GGUF", "README.md": b""})
-        says(
-            "me/a", "me/a: holds GGUF files, no safetensors; make one a checkpoint: prunetool conv"
-        )
+        says("me/a", "me/a: holds GGUF files and no safetensors; convert one to a checkpoint: pr")
         server.publish("me/b", {**config, "pytorch_model-00001-of-00002.bin": b"", "x/y.gguf": b""})
-        says("me/b", "me/b: holds neither model.safetensors.index.json nor model.safetensors, but "
-             "pickled files, never read; load it in transformers")  # fmt: skip
+        says("me/b", "me/b: holds neither model.safetensors.index.json nor model.safetensors, "
+             "only pickled files (never read); load it in transformers")  # fmt: skip
         server.publish("me/c", config)
         says("me/c", "me/c: holds neither model.safetensors.index.json nor model.safetensors; give")
         server.publish("me/d", {"notes.txt": b""})
@@ -315,10 +313,13 @@ class TestOtherThings:
         (tmp_path / "gguf").mkdir()
         for name in ("gguf/a.gguf", "dense/pytorch_model.bin", "notes"):
             (tmp_path / name).write_bytes(b"x")
-        says(tmp_path / "gguf/a.gguf", "is a GGUF file; make it a checkpoint: prunetool convert a.")
+        says(
+            tmp_path / "gguf/a.gguf",
+            "is a GGUF file; convert it to a checkpoint: prunetool convert a.",
+        )
         says(
             tmp_path / "gguf",
-            "holds GGUF files, no safetensors; make one a checkpoint: prunetool c",
+            "holds GGUF files and no safetensors; convert one to a checkpoint: pru",
         )
         for name in ("model.safetensors", "config.json"):
             says(model / name, "is one file of a checkpoint; give its directory: ")

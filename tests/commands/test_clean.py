@@ -38,7 +38,7 @@ def test_a_step_that_fails_keeps_no_records(checkpoint, text, call, tmp_path):
     (tmp_path / "cut.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(Exception, match="cut off"):
         call("score", "--sparsity", ".3", "cut.jsonl", "-o", "b.jsonl")
-    with pytest.raises(WorkError, match="w: holds no records of score or compensate; run score"):
+    with pytest.raises(WorkError, match="w: has no records of score or compensate; run score"):
         call("report", "w")
 
 

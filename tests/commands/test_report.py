@@ -208,7 +208,7 @@ def test_a_cut_stream_makes_no_page(calibrated, run, tmp_path):
     for lines, seen in ((4, 3), (2, 1)):
         cut = "".join(records.read_text().splitlines(True)[:lines])
         line = error_of(run("report", stdin=cut, ok=False))
-        assert f"cut off after {seen} of 3 layers; run the step before again" in line
+        assert f"cut off after {seen} of 3 layers; run the previous step again" in line
     assert (tmp_path / "report.html").read_text() == "before"
     assert not list(tmp_path.glob(".*"))
 

@@ -105,7 +105,7 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(
     first.kill()
     first.wait()
     said = run(*words).stderr
-    assert f"process {first.pid}, which wrote it, is gone; this one goes on" in said
+    assert f"process {first.pid}, which wrote it, is gone; continuing" in said
     assert not list(tmp_path.rglob("*.lock"))
 
 

@@ -56,7 +56,8 @@ REFUSED = {
     ),
     "a window of some layers of qwen2": (
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
-        "max_window_layers = 2 of 3 layers is not computed here; a window is of all layers (0) or",
+        "max_window_layers = 2 of 3 layers is not computed here; the window must be on all "
+        "layers (0) or on none (3)",
     ),
     "windows of some layers of qwen3": (
         {
@@ -164,7 +165,7 @@ REFUSED = {
     ),
     "a layer too many": (
         {"per_layer_config": {"3": {}}},
-        "per_layer_config of layer 3; each layer, from 0 to 2, may stand there once",
+        "per_layer_config of layer 3; each layer, from 0 to 2, may appear once",
     ),
     "a layer twice": (
         {"per_layer_config": {"1": {}, "01": {}}}, "per_layer_config of layer 01; each"
