@@ -16,9 +16,9 @@ import click
 from prunetool import console
 from prunetool.errors import RecordError, shown
 
-# Where files that a process has open go by other names; macOS has no /proc.
+# Other names of a process's open files; macOS has no /proc.
 OPEN_FILES = "/proc" if sys.platform == "linux" else "/dev/fd"
-# As the Hub's libraries read it, and binary units, and bytes.
+# Units as in the Hub's libraries, plus binary units and bytes.
 SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) ?(?:([KMGT])(i?)B|B)?", re.ASCII | re.IGNORECASE)
 Parameter = click.Parameter
 VERBOSITY = (
@@ -30,14 +30,14 @@ VERBOSITY = (
 
 
 class Command(click.Command):
-    """A command that takes -v and -q behind its name too, and shows at once that it is at work."""
+    """A command that also takes -v and -q after its name, and shows at once that it is at work."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += VERBOSITY
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it."""
+        """Run the command."""
         verbose, quiet = ctx.params.pop("verbose"), ctx.params.pop("quiet")
         if verbose or quiet:
             console.setup_logging(-1 if quiet else verbose)
@@ -60,7 +60,7 @@ class Finite(click.FloatRange):
         self.infinity = infinity
 
     def convert(self, value: Any, param: Parameter | None, ctx: click.Context | None) -> float:
-        """The number; refuses others."""
+        """The number, if it is in the range."""
         try:
             number = super().convert(value, param, ctx)
         except click.BadParameter as error:
@@ -105,7 +105,7 @@ def _size_bytes(_: click.Context, __: Parameter, value: str) -> int:
 
 
 def named(_: click.Context, __: Parameter, path: Path | None) -> Path | None:
-    """A directory to write that has a name, and so room for its lock beside it: not the root."""
+    """An output directory that has a name, and so room for its lock beside it: not the root."""
     if path and path.name == "..":
         path = path.resolve()
     if path and not path.absolute().name:
@@ -150,7 +150,7 @@ TEXT = (
 
 
 def text_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what text a model is given, as one argument ``text`` (`corpus.Text`)."""
+    """Add the options for the model's text, passed as one argument ``text`` (`corpus.Text`)."""
 
     @wraps(command)
     def gathered(
@@ -221,10 +221,10 @@ def open_source(path: str) -> Iterator[IO[str]]:
 
 @contextmanager
 def open_sink(path: str) -> Iterator[IO[str]]:
-    """Open where the records go, ``-`` being stdout. A file appears when the stream is whole.
+    """Open the records' destination, ``-`` being stdout. A file appears once the stream is whole.
 
-    If it is a link, its target is written. Devices, pipes and files already open (/dev/stdout) are
-    appended to, never replaced.
+    If it is a link, its target is written. Devices, pipes and open files (/dev/stdout) are appended
+    to, never replaced.
     """
     from prunetool.checkpoint.writer import atomic
 
@@ -239,16 +239,16 @@ def open_sink(path: str) -> Iterator[IO[str]]:
         else:
             with atomic(place) as partial, partial.open("w", encoding="utf-8") as file:
                 yield file
-    except OSError as error:  # only those of opening a file name it
+    except OSError as error:  # only errors on opening name the file
         error.filename = error.filename or ("stdout" if path == "-" else path)
         raise
 
 
 def _place(path: Path) -> Path:
-    """Where a chain of links ends, or comes to an open file: /dev/stdout leads to /proc/self/fd/1.
+    """Follow a chain of links to its end or an open file: /dev/stdout leads to /proc/self/fd/1.
 
     Raises:
-      OSError: if it never ends.
+      OSError: if the chain is endless.
     """
     with suppress(FileNotFoundError):
         path.stat()
@@ -260,11 +260,11 @@ def _place(path: Path) -> Path:
 
 
 def keep_inputs(outputs: Iterable[Path | str | None], inputs: Iterable[Path | str | None]) -> None:
-    """Refuse a command line that would write onto what the command reads.
+    """Refuse a command line that would overwrite the command's inputs.
 
     Args:
       outputs: files to write, ``-`` being stdout.
-      inputs: files to read, ``-`` being stdin; of a directory, the files of the checkpoint in it.
+      inputs: files to read, ``-`` being stdin; for a directory, the checkpoint files in it.
 
     Raises:
       click.UsageError: if an output is one of the inputs.
@@ -284,15 +284,15 @@ def keep_inputs(outputs: Iterable[Path | str | None], inputs: Iterable[Path | st
 
 
 def _regular_file(path: Path | str | None, number: int) -> tuple[int, int] | None:
-    """What tells a file from all others, whatever its name; None for a device, a pipe or nothing.
+    """Identify a regular file independent of its name; None for a device, a pipe or nothing.
 
     Args:
-      path: its name, or ``-`` for a standard stream.
-      number: of that stream.
+      path: its path, or ``-`` for a standard stream.
+      number: number of that stream.
     """
     try:
         found = os.fstat(number) if path == "-" else os.stat(path or "")
-    except (OSError, ValueError):  # ValueError: a null in the name
+    except (OSError, ValueError):  # ValueError: a null byte in the name
         return None
     return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 

@@ -176,7 +176,9 @@ def test_a_failed_step_tells_the_next_one_through_a_pipe(tmp_path, lines):
         sink.write(begun)
         records.tell_failed(sink)
         sink.close()
-        with pytest.raises(StepFailed, match=f"line {lines + 1}: its step failed; run the step"):
+        with pytest.raises(
+            StepFailed, match=f"line {lines + 1}: its step failed; run the previous step"
+        ):
             list(records.read(source)[1])
     # What came into a file is an error in words.
     (tmp_path / "file").write_text(begun + '{"record": "failed"}\n')

@@ -46,7 +46,7 @@ def of_json(value: Mapping[str, Any]) -> str:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Add an object's own checksum to it."""
+    """A JSON object with its own checksum added."""
     return {**value, KEY: of_json(value)}
 
 

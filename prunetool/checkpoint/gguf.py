@@ -207,9 +207,7 @@ class GGUFModel:
         """A positive number of the architecture, as config.json spelled it; or 0 if ``zero``."""
         key = self.key(key)
         stated = self.required(key, float) if default is None else self.value(key, float, default)
-        number = float(
-            str(np.float32(stated))
-        )  # the header has float32: its shortest decimal
+        number = float(str(np.float32(stated)))  # the header has float32: its shortest decimal
         if not 0 <= number < math.inf or (number == 0 and not zero):
             raise ConfigError(self.path, f"{key} = {number}", "it must be positive and finite")
         return number
@@ -480,9 +478,7 @@ class _Reader(gguf.GGUFReader):
                 raise ValueError(f"an array of {length[0]} {gguf.GGUFValueType(kind[0]).name}")
             made = super()._get_field_parts(orig_offs, raw_type)
             return made
-        numbers = self._get(
-            orig_offs + 12, number, length[0]
-        )  # the library makes arrays of them
+        numbers = self._get(orig_offs + 12, number, length[0])  # the library makes arrays of them
         types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
         return 12 + numbers.nbytes, [kind, length, numbers], [2], types
 

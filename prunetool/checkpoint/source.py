@@ -160,7 +160,7 @@ def _not_a_model(model: str, directory: Path, names: Collection[str]) -> Checkpo
         todo = "convert one to a checkpoint: prunetool convert FILE OUT"
     elif of.keys() & set(PICKLED):
         what = f"holds neither {INDEX_NAME} nor {SINGLE_NAME}, only pickled files (never read)"
-        todo = "load it in transformers and save_pretrained it, or give another --revision"
+        todo = "load it in transformers and save_pretrained it, or try another revision"
     else:
         return None
     return CheckpointError(model, what, todo)

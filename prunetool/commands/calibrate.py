@@ -138,7 +138,7 @@ def _check(
         raise click.BadParameter(f"{held_out} of {samples} samples leaves none to fit")
     if 2 * attention_samples > samples:
         raise click.BadParameter(
-            f"--attention-samples {attention_samples} and as many held out needs --samples "
+            f"--attention-samples {attention_samples} and as many held out need --samples "
             f"{2 * attention_samples}"
         )
     if attention_length and attention_length > length:

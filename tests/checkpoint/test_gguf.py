@@ -926,7 +926,7 @@ TEXTS = byte_level()["tokenizer.ggml.tokens"]
     ("key", "value", "says"),
     [
         ("tokens", None, "has no tokenizer.ggml.tokens"),
-        ("tokens", TEXTS[:-1], "has 259 tokens and 260 rows of token_embd.weight"),
+        ("tokens", TEXTS[:-1], "has 259 tokens but 260 rows of token_embd.weight"),
         ("tokens", ["a", *TEXTS[1:]], "token 'a' has the ids 0 and"),
         ("tokens", [b"\xff\xfe", *TEXTS[1:]], "tokenizer.ggml.tokens cannot be read"),
         ("tokens", list(range(260)), "tokenizer.ggml.tokens is not an array of type string"),
