@@ -75,7 +75,7 @@ def model_card(
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     if densities:
         lines += [
-            "", "## Weights that are not zero, of those stored", "",
+            "", "## Nonzero weights, of those stored", "",
             f"| layer | {' | '.join(densities[0])} |", f"|---:|{'---:|' * len(densities[0])}",
         ]  # fmt: skip
     for layer, of in enumerate(densities):
@@ -222,5 +222,5 @@ def _how_to_load(form: str) -> list[str]:
         note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
         return [f"{note}Loads like the base model:", "", *code]
     files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADER_FILES.items())
-    said = f"Layers differ in size, so the loader comes along: {files}. Read it, then:"
+    said = f"Layers differ in size, so a loader is included: {files}. Read it, then:"
     return [said, "", *code]

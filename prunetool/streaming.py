@@ -123,7 +123,7 @@ def layers_done(first: HiddenStates, layers: int, suffix: str = "") -> int:
 
 
 def keep_only(path: Path, suffix: str = "") -> None:
-    """Delete every other stream file of this process beside ``path``, the one to resume from."""
+    """Delete every stream file of this process but ``path``, the one to resume from."""
     for other in paths(path.parent, suffix):
         if other != path:
             other.unlink()

@@ -234,7 +234,7 @@ def _foreign(beginning: bytes, what: str, todo: str) -> tuple[re.Pattern[bytes],
 AS_LINES = (
     "write its text column as JSON lines first (pandas: to_json, orient='records', lines=True)"
 )
-AS_TOKENS = "if it holds token ids, give it by --tokens"
+AS_TOKENS = "if it holds token ids, give it with --tokens"
 NOT_TEXT = rb"(?![ -~\s])"
 UNPACK = "unpack it, and give the text files inside"
 # Formats other than text: magic bytes, what it is, what to do.

@@ -140,4 +140,4 @@ def _refusal(
     if status >= 500:
         return f"{failed} (a fault of the Hub, status {status})", f"wait a little and {AGAIN}"
     said = " ".join(without_secrets(error.server_message or "no reason given").split())
-    return f"{failed} (status {status}: {said})", "see to it and run again"
+    return f"{failed} (status {status}: {said})", "fix it and run again"

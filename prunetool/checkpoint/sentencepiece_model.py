@@ -54,7 +54,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     except OSError as error:
         raise ConfigError(path, f"cannot be read ({error.strerror})", "check it") from error
     except (ValueError, TypeError, AttributeError, struct.error) as error:
-        why = error if isinstance(error, ValueError) else "a field holds what it cannot"
+        why = error if isinstance(error, ValueError) else "a field has an invalid value"
         raise ConfigError(
             path, f"is not a SentencePiece model ({why})", "download it again"
         ) from error

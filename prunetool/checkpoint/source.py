@@ -20,7 +20,7 @@ ADAPTER_NAME = "adapter_config.json"
 SMALL_FILES = (
     *DATA_FILES, f"{TEMPLATES}/*.jinja", *LICENSE_FILES, INDEX_NAME, ADAPTER_NAME, "README.md",
 )  # fmt: skip
-NOT_GIVEN = "no such directory, and the Hub did not give it"
+NOT_GIVEN = "no such directory, and the Hub did not provide it"
 NOT_THERE = "no such directory or Hub repository"
 
 README_BYTES = 1 << 18  # nearly all on the Hub are below 2¹⁷

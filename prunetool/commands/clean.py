@@ -29,4 +29,4 @@ def clean(place: Path) -> None:
             freed = before - workdir.size_bytes(work, *workdir.EVERYTHING)
         said += [f"{freed / 1e6:,.1f} MB of {work}"]
         if work.exists():
-            said += ["what is not of the steps stays there"]
+            said += ["files that no step wrote stay there"]

@@ -57,7 +57,7 @@ def convert_gguf(
             out, overwrite=overwrite, run=run, files=list(files), inputs=model.parts
         )
         if writer.state == "whole":
-            return [f"{out} holds it already (delete it to write it again)"]
+            return [f"{out} already has it (delete it to write it again)"]
         model.check(tensor_shapes(parsed), target)
         written = writer.write(
             chunks, lambda number: model.tensors(chunks[number], target), max_shard_bytes

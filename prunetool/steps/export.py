@@ -101,7 +101,7 @@ class Export:
         """
         writer = self.writer
         if writer.state == "whole":
-            return [f"{self.out} holds it already (delete it to write it again)"]
+            return [f"{self.out} already has it (delete it to write it again)"]
         model, out, dense = self.model, self.out, self.dense
         kept = [
             kept_units(self.work, record, shape)
@@ -206,7 +206,7 @@ def with_tokenizer_class(
     if "tokenizer.json" not in along or said.get("tokenizer_class"):
         return along
     name = config.get("tokenizer_class") or READS_TOKENIZER_JSON
-    console.log.debug("%s: tokenizer_class is %s, for it named none", TOKENIZER_CONFIG, shown(name))
+    console.log.debug("%s: tokenizer_class set to %s; it named none", TOKENIZER_CONFIG, shown(name))
     return {**along, TOKENIZER_CONFIG: json_bytes({**said, "tokenizer_class": name})}
 
 

@@ -109,7 +109,7 @@ def make_page(
         '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n',
         f"<title>{title}</title>\n<style>{STYLE}</style>\n",
         f"<h1>{title}</h1>\n<p>{_text(shown(header.source))}</p>\n",
-        _table("What was asked", asked, "words"),
+        _table("What was requested", asked, "words"),
         _table("Weights of the decoder layers' seven matrices", counts),
         _by_layer("Units kept", [of[0] for of in sizes]),
         _by_layer("Weights kept, of those before", [of[1] for of in sizes]),

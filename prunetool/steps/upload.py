@@ -93,7 +93,7 @@ def read_metrics(path: Path, model: Model) -> "list[EvalResult]":
         )  # fmt: skip
     measured = {"perplexity": ("Perplexity", value["perplexity"])}
     if value["perplexity"] is None:
-        measured = {"loss": ("Loss, nats a token", value["loss"])}
+        measured = {"loss": ("Loss, nats per token", value["loss"])}
     if "against" in value:
         measured["kl_divergence"] = ("KL divergence from the base, nats", value["against"]["kl"])
     how = {

@@ -93,7 +93,7 @@ def test_a_hub_out_of_reach(process, tmp_path):
     done = process("inspect", "me/tiny", ok=False, HF_ENDPOINT="http://127.0.0.1:9",
                HF_HOME=str(tmp_path / "hf"), HF_TOKEN="")  # fmt: skip
     line = error_of(done)
-    assert "me/tiny: no such directory, and the Hub did not give it" in line
+    assert "me/tiny: no such directory, and the Hub did not provide it" in line
     assert "(no answer from http://127.0.0.1:9); check the connection" in line
 
 
@@ -161,7 +161,7 @@ class TestCache:
         shard.unlink()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         for name in ("me/tiny", "me/other"):
-            says(name, f"{name}: no such directory, and the Hub did not give it "
+            says(name, f"{name}: no such directory, and the Hub did not provide it "
                  "(HF_HUB_OFFLINE is set, and the cache does not hold all of it); unset",
                  kind=errors.HubError)  # fmt: skip
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -220,7 +220,7 @@ class TestCache:
             raise OSError(28, "No space left on device", "/hub/blobs/x.incomplete")
 
         monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
-        says("me/tiny", "did not give it (the disk is full); make room and run again")
+        says("me/tiny", "did not provide it (the disk is full); make room and run again")
 
 
 class TestRefusals:
@@ -259,7 +259,7 @@ class TestRefusals:
     def test_other_answers(self, answers, monkeypatch, status, said):
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         answers(status, message=f"tea {SECRET} https://u:{SECRET}@hub/?token={SECRET}")
-        line = says("me/tiny", "me/tiny: no such directory, and the Hub did not give it (")
+        line = says("me/tiny", "me/tiny: no such directory, and the Hub did not provide it (")
         assert said.split(" …")[0] in line
         assert SECRET not in line
         assert "http" not in line.replace("https://…hub", "")

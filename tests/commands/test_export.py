@@ -234,7 +234,7 @@ def test_killed_inside_a_shard_and_run_again_it_ends_in_the_same_bytes(
     call("score", "--sparsity", ".2", "--multiple-of", 8, kept, "-o", "kept.jsonl")
     words = ["kept.jsonl", "--max-shard-size", size]
     call("export", "whole", *words)
-    assert ("not zero" in (tmp_path / "whole/README.md").read_text()) == masked
+    assert ("Nonzero weights" in (tmp_path / "whole/README.md").read_text()) == masked
     whole = contents(tmp_path / "whole")
     for layer in range(4):
         out = tmp_path / f"out-{layer}"
