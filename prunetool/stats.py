@@ -162,7 +162,7 @@ class Stats:
     ) -> None:
         if "stats" not in record.files:
             raise RecordError(
-                f"layer {record.index}", "has no stats", "put prunetool calibrate before this step"
+                f"layer {record.index}", "has no stats", "run prunetool calibrate before this step"
             )
         self.parts = tuple(part for part in parts if part in record.files)
         self._files = [workdir.TensorFile(work, record.files[part]) for part in self.parts]

@@ -63,7 +63,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if growth > MOST_GROWTH:
         raise CorpusError(
             path,
-            f"has rules that make {growth:,.4g} characters of one; at most {MOST_GROWTH} are "
+            f"has rules that turn one character into {growth:,.4g}; at most {MOST_GROWTH} are "
             "allowed",
             "download it again, or give token ids with --tokens",
         )  # fmt: skip

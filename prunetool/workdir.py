@@ -172,7 +172,7 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
             if not overwrite:
                 raise WorkError(
                     work, f"holds another run: {_in_words(changes)}",
-                    "give --overwrite to drop it, or another --work",
+                    "give --overwrite to delete it, or another --work",
                 )  # fmt: skip
             drop(work)  # run.json is replaced last: it says whose this is
     else:

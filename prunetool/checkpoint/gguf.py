@@ -119,7 +119,7 @@ class GGUFModel:
         self.architecture = self.required("general.architecture", str)
         if self.architecture not in CLASSES:
             raise ConfigError(
-                self.path, f"architecture {self.architecture!r}", f"known: {', '.join(CLASSES)}"
+                self.path, f"architecture {self.architecture!r}", f"supported: {', '.join(CLASSES)}"
             )
         self._refuse_variants()
         self.layers = self.required(self.key("block_count"), int)
@@ -141,8 +141,8 @@ class GGUFModel:
                 continue
             value, plain = _contents(self.path, self._reader, key), PLAIN_VALUES.get(name, ())
             if value not in plain:
-                todo = f"known: {' or '.join(map(str, plain))}" if plain else "not a key known here"
-                raise ConfigError(self.path, f"{key} = {value!r} is not computed here", todo)
+                todo = f"supported: {' or '.join(map(str, plain))}" if plain else "unknown key"
+                raise ConfigError(self.path, f"{key} = {value!r} is not supported", todo)
 
     def key(self, name: str) -> str:
         """The metadata key of one of the architecture's settings."""
@@ -194,7 +194,7 @@ class GGUFModel:
             numbers = self.values(key, int)
             if len(numbers) != self.layers or len(set(numbers)) != 1:
                 raise ConfigError(
-                    self.path, f"{key} is not the same number in every layer", "not converted"
+                    self.path, f"{key} is not the same number in every layer", "cannot be converted"
                 )
             number = numbers[0]
         else:
@@ -222,11 +222,11 @@ class GGUFModel:
                 raise ConfigError(
                     self.path,
                     f"{self.key(key)} = {other} with heads of {head_dim}",
-                    "not computed here",
+                    "not supported",
                 )
         if head_dim % 2:
             raise ConfigError(
-                self.path, f"heads of {head_dim}", "rotary embedding needs an even number"
+                self.path, f"head size {head_dim}", "rotary embedding needs an even number"
             )
         return head_dim
 
@@ -264,7 +264,9 @@ class GGUFModel:
             return default if default is not None and default < self.vocab_size else None
         if not 0 <= found < self.vocab_size:
             raise ConfigError(
-                self.path, f"{key} = {found} of {self.vocab_size} tokens", "download it again"
+                self.path,
+                f"{key} = {found}, outside the vocabulary of {self.vocab_size}",
+                "download it again",
             )
         return int(found)
 
@@ -307,7 +309,9 @@ class GGUFModel:
     def _rope_scaling(self, theta: float) -> dict[str, Any] | None:
         kind = self.value(self.key("rope.scaling.type"), str, "linear")
         if kind not in ("none", "linear", "yarn"):
-            raise ConfigError(self.path, f"rope scaling {kind!r}", "known: linear, yarn, llama3")
+            raise ConfigError(
+                self.path, f"rope scaling {kind!r}", "supported: linear, yarn, llama3"
+            )
         # The older key counts only if the newer is absent; 0 means none.
         older = self._number("rope.scale_linear", 0.0, zero=True)
         factor = self._number("rope.scaling.factor", older, zero=True) or 1.0
@@ -319,14 +323,14 @@ class GGUFModel:
             raise ConfigError(
                 self.path,
                 f"{self.key('rope.scaling.yarn_ext_factor')} = {ext_factor}",
-                "not computed here",
+                "not supported",
             )
         llama3 = self._llama3_scaling(theta) if ROPE_FACTORS in self._tensors else None
         if (factor, stretch) == (1.0, 1.0):
             return llama3
         if llama3:
             raise ConfigError(
-                self.path, f"has both {ROPE_FACTORS} and rope scaling {kind!r}", "not computed here"
+                self.path, f"has both {ROPE_FACTORS} and rope scaling {kind!r}", "not supported"
             )
         if kind == "yarn":
             return self._yarn(factor, stretch)
@@ -334,7 +338,7 @@ class GGUFModel:
             raise ConfigError(
                 self.path,
                 f"{self.key('rope.scaling.attn_factor')} = {stretch} with rope scaling {kind!r}",
-                "it is computed with yarn only",
+                "it is supported only with yarn",
             )
         return {"rope_type": "linear", "factor": factor}
 
@@ -368,7 +372,7 @@ class GGUFModel:
         made = 1 / ((1 - blend) / factor + blend)
         if divisors.shape != made.shape or not np.allclose(made, divisors, rtol=1e-4):
             raise ConfigError(
-                self.path, f"{ROPE_FACTORS} is not Llama 3's scaling", "not converted"
+                self.path, f"{ROPE_FACTORS} is not Llama 3's scaling", "cannot be converted"
             )
         return {
             "rope_type": "llama3", "factor": factor, "low_freq_factor": LLAMA3_LOW,
@@ -475,7 +479,7 @@ class _Reader(gguf.GGUFReader):
         number = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
         if number is None:
             if kind[0] != gguf.GGUFValueType.STRING or length[0] > MOST_STRINGS:
-                raise ValueError(f"an array of {length[0]} {gguf.GGUFValueType(kind[0]).name}")
+                raise ValueError(f"it claims {length[0]} {gguf.GGUFValueType(kind[0]).name}s")
             made = super()._get_field_parts(orig_offs, raw_type)
             return made
         numbers = self._get(orig_offs + 12, number, length[0])  # the library makes arrays of them
@@ -484,7 +488,7 @@ class _Reader(gguf.GGUFReader):
 
     def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[Any]]:
         if count > MOST_TENSORS:
-            raise ValueError(f"{count} tensors")
+            raise ValueError(f"it claims {count} tensors")
         made: tuple[int, list[Any]] = super()._build_tensor_info(offs, count)
         return made
 

@@ -55,7 +55,7 @@ def build_tokenizer(model: GGUFModel) -> Tokenizer:
     kind = model.required("tokenizer.ggml.model", str)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
-        raise ConfigError(model.path, f"tokenizer {kind!r}", f"known: {', '.join(builders)}")
+        raise ConfigError(model.path, f"tokenizer {kind!r}", f"supported: {', '.join(builders)}")
     vocabulary = _vocabulary(model)
     tokenizer = builders[kind](model, vocabulary)
     added = [
@@ -156,7 +156,7 @@ def _byte_level(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
     word = model.value("tokenizer.ggml.pre", str, "default")
     if word not in BYTE_LEVEL:
         known = ", ".join(sorted(BYTE_LEVEL))
-        raise ConfigError(model.path, f"pre-tokenizer {word!r}", f"known: {known}")
+        raise ConfigError(model.path, f"pre-tokenizer {word!r}", f"supported: {known}")
     merges = []
     for text in dict.fromkeys(model.values("tokenizer.ggml.merges", str)):  # the first one counts
         cut = text.find(" ", 1)

@@ -135,7 +135,7 @@ def _check(
 ) -> None:
     """Refuse numbers that contradict each other."""
     if held_out >= samples:
-        raise click.BadParameter(f"{held_out} of {samples} samples leaves none to fit")
+        raise click.BadParameter(f"--held-out {held_out} of --samples {samples} leaves none to fit")
     if 2 * attention_samples > samples:
         raise click.BadParameter(
             f"--attention-samples {attention_samples} and as many held out need --samples "

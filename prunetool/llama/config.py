@@ -376,8 +376,8 @@ def _refuse_others(
         if not any(_same(value, known) for known in values):
             raise ConfigError(
                 where,
-                f"{_named(key, of)} = {_said(value)} is not computed here",
-                f"known: {key} = {values[0]!r}",
+                f"{_named(key, of)} = {_said(value)} is not supported",
+                f"supported: {key} = {values[0]!r}",
             )
 
 
@@ -389,7 +389,7 @@ def _parse_windowed(stated: Mapping[str, Any], layers: int, where: object) -> bo
     if on and types is None and stated["sliding_window"] is not None and 0 < first < layers:
         raise ConfigError(
             where,
-            f"max_window_layers = {first} of {layers} layers is not computed here",
+            f"max_window_layers = {first} of {layers} layers is not supported",
             f"the window must be on all layers (0) or on none ({layers})",
         )
     return bool(on) and (first == 0 if types is None else types != ["full_attention"] * layers)
@@ -415,7 +415,7 @@ def _parse_overrides(
             if key not in LAYER_KEYS and not harmless:
                 raise ConfigError(
                     where,
-                    f"{of}: {key} = {_said(value)} is not computed here",
+                    f"{of}: {key} = {_said(value)} is not supported",
                     f"layers may differ in {', '.join(LAYER_KEYS)}",
                 )
         overrides[layer] = own
@@ -440,7 +440,7 @@ def _parse_spelling(name: str, stated: Any, given: Mapping[str, Any], where: obj
         if key not in ("type", "rope_type") and isinstance(value, dict | list):
             raise ConfigError(
                 where,
-                f"{name}: {shown(key)} = {_said(value)} is not computed here",
+                f"{name}: {shown(key)} = {_said(value)} is not supported",
                 "it must be a number",
             )
     _refuse_others(stated, PLAIN_ROPE_VALUES, where, name)
@@ -449,7 +449,7 @@ def _parse_spelling(name: str, stated: Any, given: Mapping[str, Any], where: obj
     for kind in kinds:
         if kind not in tuple(ROPE_KEYS):
             raise ConfigError(
-                where, f"rope type {_said(kind)}", f"known types: {', '.join(ROPE_KEYS)}"
+                where, f"rope type {_said(kind)}", f"supported: {', '.join(ROPE_KEYS)}"
             )
     if kinds[0] != kinds[-1]:
         raise ConfigError(

@@ -127,7 +127,7 @@ def _in_box(K: np.ndarray, s: float, lam: float, damping: float) -> tuple[np.nda
         return scores, ""
     return scores, (
         f"the box solve stopped after {info.steps} steps at residual {info.residual:.1e}; the "
-        "order is that of its last step, raise --damping"
+        "order is that of its last step; raise --damping"
     )
 
 

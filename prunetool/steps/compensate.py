@@ -75,7 +75,7 @@ def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> di
     """
     if not any(name.startswith(("kept.", "mask.")) for name in record.files):
         raise RecordError(
-            f"layer {record.index}", "nothing to keep", "put prunetool score before this step"
+            f"layer {record.index}", "nothing to keep", "run prunetool score before this step"
         )
     model, work = run.model, run.work
     shape = model.config.layer_shapes[record.index]

@@ -88,7 +88,7 @@ def read_metrics(path: Path, model: Model) -> "list[EvalResult]":
     value = json.loads(path.read_text("utf-8"))
     if value.get("parameters") != model.parameters():
         raise RecordError(
-            path, f"is for a model of {value.get('parameters')} parameters, and OUT has "
+            path, f"is for a model of {value.get('parameters')} parameters, but OUT has "
             f"{model.parameters()}", "evaluate OUT and give that result",
         )  # fmt: skip
     measured = {"perplexity": ("Perplexity", value["perplexity"])}

@@ -202,7 +202,7 @@ def test_rope_scaling_comes_back(tmp_path):
 def test_what_is_not_converted_is_refused_by_name(tmp_path, run):
     write_gguf(tmp_path / "q.gguf", tiny_config(), architecture="gpt2")
     line = error_of(run("convert", tmp_path / "q.gguf", tmp_path / "out", ok=False))
-    assert "architecture 'gpt2'; known: llama, qwen2, qwen3" in line
+    assert "architecture 'gpt2'; supported: llama, qwen2, qwen3" in line
     (tmp_path / "junk.gguf").write_bytes(b"junk" * 9)
     line = error_of(run("convert", tmp_path / "junk.gguf", tmp_path / "out", ok=False))
     assert "junk.gguf: cannot be read as GGUF" in line
@@ -217,7 +217,7 @@ def test_what_is_not_converted_is_refused_by_name(tmp_path, run):
 
     write_gguf(tmp_path / "t.gguf", tiny_config(), tokenizer=unknown)
     line = error_of(run("convert", tmp_path / "t.gguf", tmp_path / "out", ok=False))
-    assert "pre-tokenizer 'unheard-of'; known: gpt-2, llama-bpe" in line
+    assert "pre-tokenizer 'unheard-of'; supported: gpt-2, llama-bpe" in line
 
     def torn(writer):
         writer.add_tokenizer_model("gpt2")
@@ -518,15 +518,15 @@ def test_keys_and_their_defaults_are_read_as_llama_cpp_reads_them(tmp_path, valu
         ([("llama.attention.head_count", [4, 4])], "head_count is not the same number in every"),
         ([("llama.feed_forward_length", [96, 96, 32])], "feed_forward_length is not the same"),
         ([("llama.attention.head_count_kv", [2, 1, 2])], "head_count_kv is not the same number"),
-        ([("llama.expert_count", 8)], "llama.expert_count = 8 is not computed here; known: 0"),
+        ([("llama.expert_count", 8)], "llama.expert_count = 8 is not supported; supported: 0"),
         ([("llama.attention.causal", False)], "llama.attention.causal = False is not computed"),
         ([("llama.attention.clamp_kqv", 8.0)], "llama.attention.clamp_kqv = 8.0 is not computed"),
-        ([("llama.logit_scale", 0.5)], "llama.logit_scale = 0.5 is not computed here; known: 0.0"),
-        ([("llama.embedding_scale", 12.0)], "llama.embedding_scale = 12.0 is not computed here"),
-        ([("llama.residual_scale", 0.5)], "llama.residual_scale = 0.5 is not computed here"),
-        ([("llama.attention.scale", 0.5)], "llama.attention.scale = 0.5 is not computed here"),
+        ([("llama.logit_scale", 0.5)], "llama.logit_scale = 0.5 is not supported; supported: 0.0"),
+        ([("llama.embedding_scale", 12.0)], "llama.embedding_scale = 12.0 is not supported"),
+        ([("llama.residual_scale", 0.5)], "llama.residual_scale = 0.5 is not supported"),
+        ([("llama.attention.scale", 0.5)], "llama.attention.scale = 0.5 is not supported"),
         ([("llama.attention.sliding_window", 64)], "llama.attention.sliding_window = 64 is not"),
-        ([("llama.of_the_future", 1)], "llama.of_the_future = 1 is not computed here; not a key"),
+        ([("llama.of_the_future", 1)], "llama.of_the_future = 1 is not supported; unknown key"),
         ([("llama.rope.scaling.type", "longrope")], "rope scaling 'longrope'"),
         ([("llama.rope.scaling.attn_factor", 0.5)], "attn_factor = 0.5 with rope scaling 'linear'"),
         ([*YARN, ("llama.rope.scaling.yarn_ext_factor", 0.5)], "yarn_ext_factor = 0.5"),
@@ -939,12 +939,15 @@ TEXTS = byte_level()["tokenizer.ggml.tokens"]
         ("merges", ["l h"], "merge 'l h' is not in its vocabulary"),
         ("merges", [b"h \xff"], "tokenizer.ggml.merges cannot be read"),
         ("model", None, "has no tokenizer.ggml.model"),
-        ("model", "bert", "tokenizer 'bert'; known: gpt2, llama"),
+        ("model", "bert", "tokenizer 'bert'; supported: gpt2, llama"),
         ("model", 5, "tokenizer.ggml.model = 5; it must be of type string"),
         ("pre", 5, "tokenizer.ggml.pre = 5; it must be of type string"),
-        ("bos_token_id", 260, "tokenizer.ggml.bos_token_id = 260 of 260 tokens"),
-        ("eos_token_id", -1, "tokenizer.ggml.eos_token_id = -1 of 260 tokens"),
-        ("unknown_token_id", 1000, "tokenizer.ggml.unknown_token_id = 1000 of 260 tokens"),
+        ("bos_token_id", 260, "tokenizer.ggml.bos_token_id = 260, outside the vocabulary of 260"),
+        ("eos_token_id", -1, "tokenizer.ggml.eos_token_id = -1, outside the vocabulary of 260"),
+        (
+            "unknown_token_id", 1000,
+            "tokenizer.ggml.unknown_token_id = 1000, outside the vocabulary of 260",
+        ),  # fmt: skip
         ("padding_token_id", 1.5, "padding_token_id = 1.5; it must be of type integer"),
         ("add_bos_token", 1, "add_bos_token = 1; it must be of type boolean"),
     ],

@@ -446,7 +446,7 @@ def test_export_refuses_what_it_would_destroy(calibrated, run, tmp_path):
 def test_steps_out_of_order_say_what_is_missing(calibrated, run, tmp_path):
     _, records = calibrated()
     done = run("compensate", records, ok=False)
-    assert "put prunetool score before this step" in error_of(done)
+    assert "run prunetool score before this step" in error_of(done)
     (tmp_path / "dense.work" / "stats" / "layer-00001.stats.safetensors").unlink()
     line = error_of(run("score", "--sparsity", ".1", records, ok=False))
     assert "layer-00001.stats.safetensors: cannot be read" in line

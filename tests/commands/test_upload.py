@@ -270,7 +270,7 @@ class TestRefusals:
     def test_a_token_that_may_only_read(self, out, server, upload, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", READER)
         with pytest.raises(HubError, match=r"me/x: is not there and cannot be made \(the token lac"
-                           r"ks the right\); use one that has it"):  # fmt: skip
+                           r"ks permission\); use one that has it"):  # fmt: skip
             upload(out, "me/x")
         server.publish("me/x", {"notes.md": b""})
         with pytest.raises(HubError, match=r"me/x: is not uploaded \(the token lacks permission\)"):
@@ -397,7 +397,7 @@ class TestMetrics:
 
 class TestLicence:
     def said(self, upload, out, name):
-        return [line for line in upload(out, name, "--dry-run").err.splitlines() if "asks" in line]
+        return [line for line in upload(out, name, "--dry-run").err.splitlines() if "licence" in line]
 
     def test_what_a_llama_licence_asks_for_is_said(self, out, upload):
         assert self.said(upload, out, "me/x") == []
