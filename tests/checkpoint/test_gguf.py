@@ -945,9 +945,10 @@ TEXTS = byte_level()["tokenizer.ggml.tokens"]
         ("bos_token_id", 260, "tokenizer.ggml.bos_token_id = 260, outside the vocabulary of 260"),
         ("eos_token_id", -1, "tokenizer.ggml.eos_token_id = -1, outside the vocabulary of 260"),
         (
-            "unknown_token_id", 1000,
+            "unknown_token_id",
+            1000,
             "tokenizer.ggml.unknown_token_id = 1000, outside the vocabulary of 260",
-        ),  # fmt: skip
+        ),
         ("padding_token_id", 1.5, "padding_token_id = 1.5; it must be of type integer"),
         ("add_bos_token", 1, "add_bos_token = 1; it must be of type boolean"),
     ],

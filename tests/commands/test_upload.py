@@ -397,7 +397,9 @@ class TestMetrics:
 
 class TestLicence:
     def said(self, upload, out, name):
-        return [line for line in upload(out, name, "--dry-run").err.splitlines() if "licence" in line]
+        return [
+            line for line in upload(out, name, "--dry-run").err.splitlines() if "requires" in line
+        ]
 
     def test_what_a_llama_licence_asks_for_is_said(self, out, upload):
         assert self.said(upload, out, "me/x") == []
