@@ -46,10 +46,10 @@ REFUSED = {
     "a pruned family": ({"model_type": "pruned_llama", "family": "gpt2"}, "family 'gpt2'; prunet"),
     "a pruned family in a list": ({"model_type": "pruned_llama", "family": []}, "family []; prune"),
     "a window of a pruned llama": (
-        {"model_type": "pruned_llama", "sliding_window": 64}, "sliding_window = 64 is not computed"
+        {"model_type": "pruned_llama", "sliding_window": 64}, "sliding_window = 64 is not supported"
     ),
     "biases of o of qwen2": (
-        {"model_type": "qwen2", "attention_bias": True}, "attention_bias = True is not computed"
+        {"model_type": "qwen2", "attention_bias": True}, "attention_bias = True is not supported"
     ),
     "mlp biases of qwen3": (
         {"model_type": "qwen3", "mlp_bias": True}, "mlp_bias = True is not supported"
@@ -64,7 +64,7 @@ REFUSED = {
             "model_type": "qwen3", "use_sliding_window": True,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
-        "layer_types = ['full_attention', 'sliding_attention', 'full_attention'] is not computed",
+        "layer_types = ['full_attention', 'sliding_attention', 'full_attention'] is not supported",
     ),
     "windows of layers that are off": (
         {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "layer_types = ['slid"
@@ -175,7 +175,7 @@ REFUSED = {
         {"per_layer_config": {"-1": {}}}, "per_layer_config of layer -1; each layer"
     ),
     "eps of a layer": (
-        own(rms_norm_eps=1e-3), "per_layer_config of layer 1: rms_norm_eps = 0.001 is not computed"
+        own(rms_norm_eps=1e-3), "per_layer_config of layer 1: rms_norm_eps = 0.001 is not supported"
     ),
     "head_dim of a layer": (own(head_dim=8), "per_layer_config of layer 1: head_dim = 8 is not"),
     "null of a layer": (own(intermediate_size=None), "layer 1 without intermediate_size; download"),
@@ -190,7 +190,7 @@ REFUSED = {
     "rope type a list": ({"rope_scaling": {"type": ["linear"]}}, "rope type ['linear']; supported"),
     "rope of each layer type": (
         {"rope_parameters": {"full_attention": LINEAR}, "layer_types": ["full_attention"] * 3},
-        "rope_parameters: full_attention = {'factor': 4.0, 'rope_type': 'linear'} is not computed",
+        "rope_parameters: full_attention = {'factor': 4.0, 'rope_type': 'linear'} is not supported",
     ),
     "rope list": (
         scaled(LINEAR, factor=[4.0]), "rope_scaling: factor = [4.0] is not supported"
