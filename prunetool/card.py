@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 HISTORY_SHOWN = 2000  # characters of a step in the history
-FIELD_SHOWN = 200  # of a field of the base's front matter, which else is left out
-ID_PLACE = '"OUT"'  # stands where the page will name its repository
+FIELD_SHOWN = 200  # characters of a field of the base's front matter; longer ones are dropped
+ID_PLACE = '"OUT"'  # placeholder for the repository's name
 ABSOLUTE = re.compile(r"(file:/|~)?[/\\].*|[A-Za-z]:[/\\].*", re.DOTALL)
 
 
@@ -35,21 +35,21 @@ def model_card(
 ) -> str:
     """README.md for the Hub: front matter, sizes, how to load, and how it was made.
 
-    No path of this machine is in it.
+    It contains no path of this machine.
 
     Args:
       header: of the records that were exported.
-      dense: the checkpoint before.
+      dense: the original checkpoint.
       form: what config.json calls it, or ``dense``.
       shapes: what each layer keeps.
       parameters: stored in the result.
-      densities: of each layer's matrices, weights that are not zero and all; none where no weights
-        were masked.
+      densities: nonzero and all weights of each layer's matrices; none if no weights were
+        masked.
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
     after = [dense.layer_parameters(shape) for shape in shapes]
     source = hub_id(Path(header.model)) or Path(header.source).name
-    if source in ("", ".."):  # of a path that names nothing, such as .
+    if source in ("", ".."):  # the path has no name, such as .
         source = Path(header.model).name
     data = _front_matter(header, dense)
     licence = data.license_name or data.license
@@ -82,11 +82,11 @@ def model_card(
 
 
 def _how_dense(densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
-    """A table of the weights that are not zero, layer by layer; nothing if none were masked."""
+    """A table of the nonzero weights per layer; nothing if none were masked."""
     if not densities:
         return []
     lines = [
-        "", "## Weights that are not zero, of those stored", "",
+        "", "## Nonzero weights, of those stored", "",
         f"| layer | {' | '.join(densities[0])} |", f"|---:|{'---:|' * len(densities[0])}",
     ]  # fmt: skip
     for layer, of in enumerate(densities):
@@ -98,16 +98,16 @@ def _how_dense(densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
 
 
 def published(card: str, repository: str, results: "Sequence[EvalResult]") -> str:
-    """A card as it is published: with the id of its repository, and what was measured.
+    """The card as published: with the id of its repository and the measured results.
 
     Raises:
-      ValueError: if its front matter cannot be read, as one that was edited.
+      ValueError: if its front matter cannot be read, for example after an edit.
     """
     from huggingface_hub import ModelCard
 
     try:
         page = ModelCard(card.replace(ID_PLACE, json.dumps(repository)))
-    except Exception as error:  # YAML's and the library's own
+    except Exception as error:  # from YAML and from the library
         raise ValueError(str(error).partition("\n")[0]) from error
     if not results:
         return str(page)
@@ -124,11 +124,11 @@ def published(card: str, repository: str, results: "Sequence[EvalResult]") -> st
 
 
 def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
-    """The pipe that made a checkpoint, in the shell's language, a step a line.
+    """The pipe that made a checkpoint as shell commands, one step per line.
 
     Args:
-      history: of the records, each step's options by the names of its command.
-      model: what to call the model there.
+      history: history of the records; options go by the names of the command.
+      model: name of the model in the commands.
     """
     steps = []
     for step in history:
@@ -144,7 +144,7 @@ def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
 
 
 def _option(option: str, value: Any) -> list[str]:
-    """The words of a step's option, as its history has it, on the command line."""
+    """A history entry's option as command-line words."""
     match option, value:
         case "tokens", _:  # the ids' checksum
             return []
@@ -166,7 +166,7 @@ def _option(option: str, value: Any) -> list[str]:
 
 
 def _front_matter(header: Header, dense: Model) -> "ModelCardData":
-    """What the Hub reads of the page: the base's licence and languages, and tags."""
+    """Metadata that the Hub reads from the page: the base's licence and languages, and tags."""
     from huggingface_hub import ModelCardData
 
     base = front_matter(dense.directory)
@@ -174,7 +174,7 @@ def _front_matter(header: Header, dense: Model) -> "ModelCardData":
         key: _words(base.get(key))[:1] for key in ("license", "license_name", "license_link")
     }
     bases = [hub_id(Path(header.model))]
-    if bases == [None]:  # a local model may be made from one of the Hub
+    if bases == [None]:  # a local model may be made from one on the Hub
         bases = [name for name in _words(base.get("base_model")) if HUB_ID.fullmatch(name)]
     fields |= {"base_model": bases, "language": _words(base.get("language"))}
     methods = [step["options"].get("method") for step in header.history]
@@ -189,7 +189,7 @@ def _front_matter(header: Header, dense: Model) -> "ModelCardData":
 
 
 def _words(value: object) -> list[str]:
-    """A field of foreign front matter, or a list of it: short plain text that is no path here."""
+    """Strings of a foreign front matter field (or list): short plain text, no local paths."""
     return [
         word
         for word in (value if isinstance(value, list) else [value])[:100]
@@ -199,7 +199,7 @@ def _words(value: object) -> list[str]:
 
 
 def _without_paths(value: Any) -> Any:
-    """A JSON value with the last name alone of every path of this machine."""
+    """Reduce every path of this machine in a JSON value to its last name."""
     if isinstance(value, dict):
         return {key: _without_paths(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -210,7 +210,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def plain(text: str) -> str:
-    """Foreign text in a Markdown page: one short line, in which nothing is markup."""
+    """Escape foreign text for a Markdown page: one short line without markup."""
     return re.sub(r"([\\`*_{}\[\]<>()#!|&~$:@])", r"\\\1", shown(text))
 
 
@@ -229,5 +229,5 @@ def _how_to_load(form: str) -> list[str]:
         note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
         return [f"{note}Loads like the base model:", "", *code]
     files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADER_FILES.items())
-    said = f"Layers differ in size, so the loader comes along: {files}. Read it, then:"
+    said = f"Layers differ in size, so a loader is included: {files}. Read it, then:"
     return [said, "", *code]

@@ -20,15 +20,15 @@ COMMANDS = (
     "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report",
     "upload", "clean",
 )  # fmt: skip
-# evaluate with --work
+# and evaluate with --work
 RESUMED = ("convert", "calibrate", "score", "compensate", "export", "upload")
-STREAMING = ("calibrate", "score", "compensate")  # what they write, a next step reads
+STREAMING = ("calibrate", "score", "compensate")  # the next step reads their output
 WRITES_FILES = ("convert", "export")  # and nothing to stdout
-WAIT_SECONDS = 5  # for the step before to clean up, at most
+WAIT_SECONDS = 5  # at most, for the previous step to clean up
 
 
 class Group(click.Group):
-    """Loads a command's module when it is asked for, in the order in which they are used."""
+    """Imports a command's module only when needed; lists commands in order of use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands."""
@@ -46,7 +46,7 @@ class Group(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command. A next step is told if it fails, and leaves it to this one to say why."""
+        """Run a command. If it fails, the next step is told, and fails silently."""
         try:
             return super().invoke(ctx)
         except click.exceptions.Exit:
@@ -64,7 +64,7 @@ class Group(click.Group):
 def group(verbose: int, quiet: bool) -> None:
     """Make Llama checkpoints smaller without training, one layer at a time.
 
-    Checkpoints of Mistral, Qwen2 and Qwen3 too.
+    Also for checkpoints of Mistral, Qwen2 and Qwen3.
 
     \b
     Example:
@@ -81,10 +81,10 @@ def group(verbose: int, quiet: bool) -> None:
 def main() -> None:
     """Run a command.
 
-    Exits with 0: done; 1: the work failed; 2: the command line was wrong; 128 and a signal's
-    number: that signal ended it.
+    Exit status: 0: done; 1: the work failed; 2: the command line was wrong; 128 plus a signal's
+    number: ended by that signal.
     """
-    # OpenBLAS, read when NumPy loads: its idle threads spin for 2²⁶ cycles by default, which made
+    # Read by OpenBLAS when NumPy loads: its idle threads spin for 2²⁶ cycles by default, which made
     # solves 10 to 20 times slower beside another step of the pipe on two cores.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     _restart_with_huge_pages()
@@ -92,18 +92,18 @@ def main() -> None:
     code, said = _run()
     if not code:
         sys.exit()
-    gc.collect()  # closes generators that the failure left suspended: they remove their files
+    gc.collect()  # closes generators that the failure left suspended; they remove their files
     with suppress(OSError), console.no_bar():
         click.echo(said, nl=bool(said), err=True)
     if sys.stdout:
         with suppress(OSError):
             sys.stdout.flush()
-    # JAX may still be computing, which is a segmentation fault while the interpreter shuts down.
+    # JAX may still be computing, which would segfault while the interpreter shuts down.
     os._exit(code)
 
 
 def _run() -> tuple[int, str]:
-    """Run a command; its exit code, and the line to say once nothing holds its frames."""
+    """Run a command; returns the exit code, and the line to print once its frames are released."""
     try:
         with signals.raised(lambda: click.get_current_context(silent=True)):
             return group.main(standalone_mode=False) or 0, ""
@@ -113,16 +113,16 @@ def _run() -> tuple[int, str]:
         with console.no_bar():
             error.show()
         return error.exit_code, ""
-    except SystemExit as done:  # click's, if nobody reads the output any more
+    except SystemExit as done:  # from click, if nobody reads the output any more
         return int(done.code or 0), ""
     except Exception as error:
         if os.environ.get("PRUNETOOL_DEBUG") or not isinstance(error, PrunetoolError | OSError):
             with console.no_bar():
                 traceback.print_exc()
             return 1, ""
-        if isinstance(error, StepFailed):  # it has said why
+        if isinstance(error, StepFailed):  # the failed step has said why
             return 1, ""
-        if isinstance(error, OSError):  # a permission that is missing: the user's, not a bug
+        if isinstance(error, OSError):  # such as a missing permission: not a bug
             reason = error.strerror or str(error)
             error = PrunetoolError(error.filename or "output", reason, "fix it and run again")
         return 1, f"Error: {error}"
@@ -130,11 +130,11 @@ def _run() -> tuple[int, str]:
 
 
 def _notice(number: int, context: click.Context | None) -> str:
-    """What to say of a signal: nothing before a command begins, or if a step before says it."""
+    """What to say about a signal; nothing before a command begins, or if a previous step does."""
     if context is None or context.parent is None:
         return ""
     if options.reads_pipe(context):
-        # A terminal signals every step of a pipe; of SIGTERM one knows once the step before ends.
+        # A terminal signals every step; after SIGTERM, see whether the previous step ends.
         before = select.poll()
         before.register(0, 0)  # only for its end
         if number != SIGTERM or before.poll(WAIT_SECONDS * 1000):
@@ -147,10 +147,10 @@ def _notice(number: int, context: click.Context | None) -> str:
 def _fill_streams() -> None:
     """Open the null device for every standard stream that is closed.
 
-    Otherwise a file opened later would get the stream's number, and what is written to the stream.
-    ``sys.stdout`` stays None, so that a command can tell.
+    Otherwise a file opened later would get the stream's number, and the stream's output.
+    ``sys.stdout`` stays None, so that commands can tell.
     """
-    # What is opened gets the lowest free number: the stream's own.
+    # A newly opened file gets the lowest free number: the stream's own.
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
@@ -162,9 +162,9 @@ def _fill_streams() -> None:
 def _restart_with_huge_pages() -> None:
     """Have glibc put large arrays in huge pages, which made calibrate 11 % faster.
 
-    It reads the variable when a program starts.
+    glibc reads the variable when a program starts.
     """
-    own = Path(sys.argv[0]).name in ("prunetool", "__main__.py")  # nobody else's process
+    own = Path(sys.argv[0]).name in ("prunetool", "__main__.py")  # not an embedding process
     if own and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         with suppress(OSError):

@@ -1,9 +1,9 @@
-"""What people see, on stderr: a bar, tables, a summary. The only user of tqdm and rich.
+"""Output for people, on stderr: a bar, tables, a summary. The only user of tqdm and rich.
 
 The steps of a pipe are processes that write to one terminal. Each locks it while it writes
-(`fcntl.lockf`), and clears the line that a bar may be on: nobody's lines are torn. Another lock on
-it (`fcntl.flock`) is of the step whose bar is shown: it works, while the others wait for their
-input or their turn. Both are the kernel's: they leave no file, and end with their process.
+(`fcntl.lockf`), and clears the line that a bar may be on, so that no line is torn. Another lock on
+it (`fcntl.flock`) belongs to the step whose bar is shown: it works, while the others wait for their
+input or their turn. Both are kernel locks: they leave no file, and end with their process.
 """
 
 import fcntl
@@ -25,20 +25,20 @@ T = TypeVar("T")
 log = logging.getLogger("prunetool")
 SEPARATOR = ", "
 LINE = 1000  # characters of a message or title; paths in it may be long
-COLUMNS = 80  # at most, so that a bar still fits when a wider window is made so narrow
-MOVES = 200  # that the time left is reckoned by
-ROWS = 12  # of a table, at most, without -v
-TICK_SECONDS = 0.2  # between two looks at what a step does
-GRACE_SECONDS = 1.0  # for another process to write: one that is stopped meanwhile never ends it
-MARGIN = 3  # columns behind the bar, in which ^C stays on its line
+COLUMNS = 80  # at most, so that a bar still fits when a wider window is narrowed to this
+MOVES = 200  # recent moves from which the time left is estimated
+ROWS = 12  # of a table without -v, at most
+TICK_SECONDS = 0.2  # between two redraws
+GRACE_SECONDS = 1.0  # for another process to finish writing; a stopped one never does
+MARGIN = 3  # columns after the bar, so that ^C stays on its line
 CLEAR = "\r\x1b[K"
-TERMINAL = "/proc/self/fd/2" if sys.platform == "linux" else ""  # opens it anew, named or not
+TERMINAL = "/proc/self/fd/2" if sys.platform == "linux" else ""  # reopens it, even without a name
 
-_write_lock = threading.Lock()  # the kernel's locks do not tell threads apart
+_write_lock = threading.Lock()  # the kernel's locks do not distinguish threads
 
 
 class _Handler(logging.StreamHandler[IO[str]]):
-    """Writes a message as one line that no terminal obeys: it may hold names of somebody else's.
+    """Writes a message as one line without control characters: it may contain foreign names.
 
     On a terminal, a summary is folded between its parts.
     """
@@ -61,7 +61,7 @@ class _Handler(logging.StreamHandler[IO[str]]):
 
 
 def setup_logging(verbosity: int) -> None:
-    """Log to stderr: warnings at -1, the summaries at 0, tables with all their rows at 1."""
+    """Log to stderr: only warnings at -1, summaries at 0, full tables at 1."""
     level = {-1: logging.WARNING, 0: logging.INFO}.get(max(verbosity, -1), logging.DEBUG)
     log.handlers = [_Handler(sys.stderr)]
     log.setLevel(level)
@@ -81,9 +81,9 @@ def _writing() -> Iterator[None]:
             try:
                 fcntl.lockf(sys.stderr, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except (BlockingIOError, PermissionError):  # another process has it
+            except (BlockingIOError, PermissionError):  # another process holds it
                 time.sleep(0.005)
-            except OSError:  # no locks on terminals here
+            except OSError:  # terminals cannot be locked here
                 break
         try:
             yield
@@ -94,7 +94,7 @@ def _writing() -> Iterator[None]:
 
 @contextmanager
 def no_bar(instead: str = CLEAR) -> Iterator[None]:
-    """Clear any bar, of any step, and keep it away while lines are written to the terminal."""
+    """Clear the bar of any step, and keep it away while lines are written to the terminal."""
     if not _on_terminal():
         yield
         return
@@ -106,26 +106,26 @@ def no_bar(instead: str = CLEAR) -> Iterator[None]:
 
 
 def write(sink: IO[str], text: str) -> None:
-    """Write to a stream at once; clear of the bar, should that be on the same terminal."""
+    """Write to a stream at once, clearing a bar on the same terminal."""
     with no_bar() if sink.isatty() else nullcontext():
         sink.write(text)
         sink.flush()
 
 
 def is_pipe(stream: IO[str]) -> bool:
-    """Whether a stream is an end of a pipe."""
+    """Whether a stream is one end of a pipe."""
     try:
         return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError, AttributeError):  # not a stream of the system, or closed
+    except (OSError, ValueError, AttributeError):  # not a system stream, or closed
         return False
 
 
 class _Step:
-    """What a command is doing and how far it is; the bar says it, and the summary its times.
+    """What a command is doing and how far it is, for the bar and the summary.
 
     Args:
       command: its name.
-      waiting: whether it begins by waiting for a step before.
+      waiting: whether it begins by waiting for a previous step.
     """
 
     def __init__(self, command: str, *, waiting: bool = False) -> None:
@@ -138,33 +138,33 @@ class _Step:
         self.start(0, 0)
 
     def start(self, done: float, total: int) -> None:
-        """So many units are to be done, ``done`` of them by an earlier run."""
+        """Begin work on ``total`` units, of which an earlier run did ``done``."""
         self.done, self.total = done, total
         self.moves: deque[tuple[float, float]] = deque(maxlen=MOVES)
 
     def move(self, done: float) -> None:
-        """So many units are done now, parts of them included."""
+        """Record how many units are done, fractions included."""
         if done <= self.done:
             return
         self.done = done
         self.moves.append((done, self.worked()))
 
     def worked(self) -> float:
-        """Seconds of work since the beginning."""
+        """Seconds worked so far."""
         now = time.monotonic()
         return now - self.begun - self.waited - (now - (self.waits_since or now))
 
     def left(self) -> float | None:
-        """Seconds of work that the rest will take; None as long as nobody can know."""
+        """Estimated seconds for the rest; None if there is no estimate yet."""
         moves = list(self.moves)
-        if len(moves) < 2:  # what the first took is no measure: it was compiled
+        if len(moves) < 2:  # the first one does not count: it was compiled
             return None
         (before, then), (done, last) = moves[0], moves[-1]
         seconds = (self.total - done) * (last - then) / (done - before)
         return max(seconds - (self.worked() - last), 0.0)
 
     def line(self, columns: int) -> str:
-        """One line, in at most so many columns."""
+        """One line of at most ``columns`` columns."""
         from tqdm import tqdm
 
         said = f"{self.command}: {self.doing}"
@@ -190,7 +190,7 @@ def step(command: str, *, waiting: bool) -> Iterator[None]:
 
     Args:
       command: its name.
-      waiting: whether it reads from a pipe; it has no bar before something comes.
+      waiting: whether it reads from a pipe; then there is no bar before the first input.
     """
     global _step
     _step = _Step(command, waiting=waiting)
@@ -209,11 +209,11 @@ def step(command: str, *, waiting: bool) -> Iterator[None]:
 
 
 class _Bar:
-    """Draws a step's bar as long as it works and no other step's is shown.
+    """Draws a step's bar while it works and no other step's is shown.
 
     Args:
       step: the step.
-      mine: takes the turn to show a bar, and gives it back (`_turn`).
+      mine: takes or returns the turn to show a bar (`_turn`).
     """
 
     def __init__(self, step: _Step, mine: Callable[[bool], bool]) -> None:
@@ -222,7 +222,7 @@ class _Bar:
         self.ended = threading.Event()
 
     def keep(self) -> None:
-        """Look again and again, until the step has ended."""
+        """Redraw until the step has ended."""
         with suppress(OSError):  # the terminal is gone
             while not self.ended.is_set():
                 self.look()
@@ -232,7 +232,7 @@ class _Bar:
                     pass
 
     def look(self) -> None:
-        """Draw what there is to draw now."""
+        """Draw the current state."""
         with self._lock:
             since = self._step.waits_since
             works = since is None or (self._drawn and time.monotonic() - since < TICK_SECONDS)
@@ -246,10 +246,10 @@ class _Bar:
 
 @contextmanager
 def _turn() -> Iterator[Callable[[bool], bool]]:
-    """Give a function that takes, or gives back, the turn to show a bar; True if it has it.
+    """Yield a function that takes or returns the turn to show a bar; True if it has it.
 
-    The lock is on an opening of the terminal of this process's own: of one that is inherited it
-    would be everybody's, and `fcntl.lockf` lets go of it whenever any library closes the terminal.
+    The terminal is opened anew for the lock: an inherited descriptor would share it with all
+    processes, and `fcntl.lockf` drops its lock whenever any library closes the terminal.
     """
     try:
         own = os.open(TERMINAL or os.ttyname(2), os.O_WRONLY | os.O_NOCTTY)
@@ -262,7 +262,7 @@ def _turn() -> Iterator[Callable[[bool], bool]]:
             fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB if wanted else fcntl.LOCK_UN)
         except BlockingIOError:
             return False
-        except OSError:  # no locks on terminals here
+        except OSError:  # terminals cannot be locked here
             pass
         return wanted
 
@@ -273,16 +273,16 @@ def _turn() -> Iterator[Callable[[bool], bool]]:
 
 
 def _columns() -> int:
-    """Columns to use of the terminal, and elsewhere."""
+    """Columns to use, on a terminal or elsewhere."""
     with suppress(OSError):
         return min(os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS, COLUMNS)
     return COLUMNS
 
 
 def doing(what: str) -> None:
-    """Say what is being done, of which the time is no measure for what follows.
+    """Say what is being done; its time does not count in the estimate.
 
-    It is drawn at once: a long call of C may hold Python's other threads.
+    It is drawn at once: a long C call may block Python's other threads.
     """
     _step.doing = what
     _step.moves.clear()
@@ -295,10 +295,10 @@ def progress(items: Iterable[T], total: int, done: int = 0, what: str = "layer")
     """Iterate, moving the bar: an item is done when the next one is asked for.
 
     Args:
-      items: those that are left.
-      total: how many there are, the ``done`` first ones included.
-      done: by an earlier run.
-      what: they are.
+      items: the remaining items.
+      total: number of all items, including the first ``done``.
+      done: number done by an earlier run.
+      what: word for them.
     """
     step = _step
     step.item = step.doing = f"{what} {min(done + 1, total)}/{total}"
@@ -312,12 +312,12 @@ def progress(items: Iterable[T], total: int, done: int = 0, what: str = "layer")
 
 
 def within(done: int, total: int, what: str) -> None:
-    """Move the bar within the item of `progress` that is being worked on.
+    """Move the bar within the current item of `progress`.
 
     Args:
-      done: parts of it that are done.
-      total: parts of it.
-      what: they are.
+      done: finished parts.
+      total: all parts.
+      what: word for them.
     """
     _step.doing = f"{_step.item}, {what} {min(done + 1, total)}/{total}"
     _step.move(int(_step.done) + min(done / total, 0.999))
@@ -340,15 +340,14 @@ def table(
     rows: Iterable[Sequence[object]],
     by: Sequence[float] | None = None,
 ) -> None:
-    """Print a table to stderr, unless -q; not more than `ROWS` of its rows, unless -v.
+    """Print a table to stderr, unless -q; at most `ROWS` of its rows, unless -v.
 
     Args:
       title: may be foreign text.
-      columns: their names.
-      rows: their cells; they may be foreign text.
-      by: a number of each row, if the rows that matter are those with the largest. Without it,
-        neighbours that differ in nothing but the number in the first cell are one row, and the
-        middle ones are left out.
+      columns: column names.
+      rows: cells; may be foreign text.
+      by: a number per row, if the rows with the largest matter. Without it, neighbours that differ
+        only in the number in the first cell are merged, and the middle rows are left out.
     """
     if not log.isEnabledFor(logging.INFO):
         return
@@ -372,7 +371,7 @@ def table(
 
 
 def _fewer(rows: list[list[object]], by: Sequence[float] | None) -> list[list[object]]:
-    """At most `ROWS` of the rows, as `table` says."""
+    """Reduce the rows to at most `ROWS`, as described in `table`."""
     if by is not None:
         largest = sorted(range(len(rows)), key=lambda i: by[i], reverse=True)[:ROWS]
         return [rows[i] for i in sorted(largest)]
@@ -393,7 +392,7 @@ def _fewer(rows: list[list[object]], by: Sequence[float] | None) -> list[list[ob
 
 @contextmanager
 def summary(command: str) -> Iterator[list[str]]:
-    """Give a list for what to say; at the end log it with the times and peak memory."""
+    """Yield a list for what to say; at the end log it with the times and peak memory."""
     said: list[str] = []
     yield said
     times = [f"{_step.worked():.1f} s"]

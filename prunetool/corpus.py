@@ -1,8 +1,8 @@
-"""Text or token files -> sequences of token ids, and nothing that the user did not give.
+"""Text or token files -> sequences of token ids, without anything that the user did not give.
 
 All text is one string (files joined as they are) whose ids come part by part, so that only the
-sequences are held. They are consecutive windows from its start, of which no more text is read than
-they need; or with a seed windows at random positions of all of it, as the papers do. With a BOS,
+sequences are in memory. They are consecutive windows from its start, and no more text is read than
+needed; or, with a seed, windows at random positions of all of it, as in the papers. With a BOS,
 each window is the BOS and one token of text fewer: the text is still used without gaps.
 """
 
@@ -20,15 +20,15 @@ from prunetool.errors import CorpusError
 from prunetool.text import read_text
 from prunetool.tokenizer import bos_id, tokenize
 
-PART_TOKENS = 1 << 20  # of a token file
+PART_TOKENS = 1 << 20  # of a token file, read at a time
 
 
 class Text(NamedTuple):
-    """What to give a model, and how it is cut.
+    """The text to give a model, and how it is cut.
 
     Attributes:
       texts: text files, joined.
-      field: of JSON lines.
+      field: field of JSON lines.
       tokens_path: a file of token ids instead.
       length: tokens per sequence.
       bos: ``auto``, ``always`` or ``never`` (`tokenizer.bos_id`).
@@ -42,21 +42,21 @@ class Text(NamedTuple):
 
     @property
     def files(self) -> list[Path]:
-        """All of its files."""
+        """All its files."""
         return [*self.texts, *([self.tokens_path] if self.tokens_path else [])]
 
     def load(
         self, directory: Path, vocab_size: int, samples: int | None, shuffle: int | None = None
     ) -> tuple[np.ndarray, int | None]:
-        """The sequences by a checkpoint's tokenizer, and the BOS that each begins with.
+        """Make the sequences with a checkpoint's tokenizer; also returns the BOS they begin with.
 
         See `read_text`, `tokenize`, `read_tokens`, `bos_id` and `sequences`, which raise
         CorpusError.
 
         Args:
-          directory: the checkpoint's.
-          vocab_size: of the checkpoint.
-          samples, shuffle: as `sequences`.
+          directory: the checkpoint's directory.
+          vocab_size: the checkpoint's vocabulary size.
+          samples, shuffle: as in `sequences`.
 
         Returns:
           (samples, length) int32; the BOS, or None.
@@ -79,17 +79,17 @@ def read_tokens(path: Path) -> np.ndarray:
     """
     if path.exists() and not path.is_file():  # a pipe cannot be mapped
         raise CorpusError(
-            path, "is not a regular file", "write the ids by numpy.save('ids.npy', ids)"
+            path, "is not a regular file", "write the ids with numpy.save('ids.npy', ids)"
         )
     try:
         ids = _safetensors_ids(path) if path.suffix.lower() == ".safetensors" else _npy_ids(path)
     except OSError as error:
         why = error.strerror or error
         raise CorpusError(path, f"cannot be read ({why})", "check --tokens") from error
-    except Exception as error:  # NumPy lets its header's parser raise whatever it likes
+    except Exception as error:  # NumPy's header parser can raise anything
         raise CorpusError(
             path, f"cannot be read as token ids ({str(error) or type(error).__name__})",
-            "write the ids by numpy.save('ids.npy', ids); give text by --text",
+            "write the ids with numpy.save('ids.npy', ids); give text with --text",
         ) from error  # fmt: skip
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
         raise CorpusError(
@@ -102,7 +102,7 @@ def _safetensors_ids(path: Path) -> np.ndarray:
     with safe_open(path, framework="np") as file:
         names = list(file.keys())
         if len(names) != 1:
-            raise ValueError(f"{len(names)} tensors, and one is wanted")
+            raise ValueError(f"{len(names)} tensors instead of one")
         return np.asarray(file.get_tensor(names[0]))
 
 
@@ -111,7 +111,7 @@ def _npy_ids(path: Path) -> np.ndarray:
         if file.read(6) != b"\x93NUMPY":
             raise ValueError("it is neither .npy nor .safetensors")
     with warnings.catch_warnings(action="ignore"):
-        # Mapped, so that the shape is held against the file's size before memory is taken.
+        # Mapped, so that the shape is checked against the file's size before memory is taken.
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
@@ -127,21 +127,21 @@ def sequences(
     """Cut token ids into sequences.
 
     Args:
-      ids: (n,), or the parts of it one after the other, of which no more are taken than needed; or
-        (n, length) which is taken as it is.
-      samples: how many sequences; None takes all that are there.
-      length: tokens in each.
-      vocab_size: every id that is taken must be below it.
-      where: what the ids came from, for messages.
+      ids: (n,), or its parts in order, of which no more are taken than needed; or (n, length),
+        which is used as it is.
+      samples: how many sequences; None for all.
+      length: tokens per sequence.
+      vocab_size: every id used must be below it.
+      where: the ids' source, for messages.
       shuffle: a seed, to draw windows at random positions instead of consecutive ones.
-      bos: the token that each sequence begins with, before ``length - 1`` of the ids.
+      bos: the token that begins each sequence, before ``length - 1`` of the ids.
 
     Returns:
       (samples, length), int32.
 
     Raises:
-      CorpusError: if there are too few (it says how many are missing), if one is outside the
-        vocabulary, or if there is a BOS for sequences that are already whole.
+      CorpusError: if there are too few (says how many are missing), one is outside the
+        vocabulary, or there is a BOS but the sequences are already whole.
     """
     own = length if bos is None else length - 1
     if isinstance(ids, np.ndarray):
@@ -176,7 +176,9 @@ def _check(ids: np.ndarray, vocab_size: int, where: object) -> None:
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         worst = f"the token id {ids.min()}" if ids.min() < 0 else f"token ids up to {ids.max()}"
         raise CorpusError(
-            where, f"has {worst} for a vocabulary of {vocab_size}", "use this model's tokenizer"
+            where,
+            f"has {worst}, outside the vocabulary of {vocab_size}",
+            "use this model's tokenizer",
         )
 
 
@@ -193,7 +195,7 @@ def _parts(
 
 
 def _whole(ids: np.ndarray, length: int, bos: int | None, where: object) -> np.ndarray:
-    """Sequences as a file holds them."""
+    """Sequences used as stored in a file."""
     if bos is not None:
         raise CorpusError(
             where, "holds whole sequences, which a BOS would lengthen",
@@ -201,7 +203,9 @@ def _whole(ids: np.ndarray, length: int, bos: int | None, where: object) -> np.n
         )  # fmt: skip
     if ids.shape[1] != length:
         raise CorpusError(
-            where, f"has sequences of {ids.shape[1]}", f"give --sequence-length {ids.shape[1]}"
+            where,
+            f"has sequences of {ids.shape[1]} tokens",
+            f"give --sequence-length {ids.shape[1]}",
         )
     return ids
 
@@ -221,18 +225,18 @@ def _consecutive(parts: Iterator[np.ndarray], samples: int | None, own: int) -> 
 def _drawn(
     parts: Iterator[np.ndarray], samples: int, own: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """Windows whose starts are drawn uniformly and independently from all that leave room.
+    """Windows whose starts are drawn uniformly and independently among all possible ones.
 
-    One pass that holds little but the windows, each a reservoir of its own: of the i starts seen
-    so far, each is the window's with probability 1 / i. So no start before the t-th takes its
-    place with probability i / t, and the next one that does is number floor(i / u), counted from
-    zero, u uniform in (0, 1]. It depends on the seed and on which window it is, not on the parts.
+    One pass that keeps little but the windows, each its own reservoir: each of the i starts seen
+    so far is the window's with probability 1 / i. So with probability i / t no start before the
+    t-th replaces it, and the next one to do so is number floor(i / u), counted from zero, u uniform
+    in (0, 1]. It depends on the seed and the window's number, not on the parts.
 
     Returns:
-      The windows, (samples, own), int32, and how many the ids have side by side; if those are
+      The windows, (samples, own), int32, and how many the ids have without overlap; if these are
       fewer than ``samples``, no windows.
     """
-    first, have = [], 0  # so much that memory for the windows is taken for what is there
+    first, have = [], 0  # enough that memory is taken only for windows that exist
     while have < samples * own and (part := next(parts, None)) is not None:
         first.append(part)
         have += len(part)
@@ -240,8 +244,8 @@ def _drawn(
         return np.zeros((0, own), np.int32), have // own
     windows = np.zeros((samples, own), np.int32)
     random = np.random.default_rng(seed).spawn(samples)
-    upcoming = [0] * samples  # the start that takes each window's place next
-    ids, before = np.zeros(0, np.int32), 0  # what a window may still begin in; starts before it
+    upcoming = [0] * samples  # the next start to replace each window's
+    ids, before = np.zeros(0, np.int32), 0  # where windows may still begin; number of starts before
     for part in chain(first, parts):
         ids = np.concatenate([ids, part], dtype=np.int32, casting="unsafe")
         room = max(0, len(ids) - own + 1)

@@ -1,7 +1,7 @@
-"""The devices that share the sequences of a batch, and the processes that share the samples.
+"""Devices that share the sequences of a batch, and processes that share the samples.
 
-Every process runs its share of the sequences on its own devices, with no word to the others until
-the layer is done; then the sums of all devices of all processes are added by JAX's collectives.
+Every process runs its share of the sequences on its own devices, without communication until the
+layer is done; then JAX's collectives add the sums of all devices of all processes.
 """
 
 import atexit
@@ -26,11 +26,11 @@ from prunetool import signals
 from prunetool.errors import ConfigError, WorkError
 
 JOIN_SECONDS = 300
-STOPPED = "run all of them again; they go on after the last whole layer"
+STOPPED = "run all of them again; they resume after the last finished layer"
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """Along which axis of the mesh each axis of an array is split."""
+    """Mesh axis along which each axis of an array is split."""
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
 
 
@@ -40,7 +40,7 @@ def local_mesh() -> Mesh:
 
 
 def own_terms(array: np.ndarray) -> jax.Array:
-    """A host array as the term of this process's first device, the others' being zero."""
+    """A host array as the term of this process's first device; the others are zero."""
     mesh = local_mesh()
     terms = np.zeros((mesh.size, *array.shape), array.dtype)
     terms[0] = array
@@ -53,8 +53,8 @@ class Team:
     """The processes that share the sequences.
 
     Attributes:
-      index: of this process; 0 writes.
-      count: how many there are.
+      index: index of this process; 0 writes.
+      count: number of processes.
     """
 
     index: int = 0
@@ -62,11 +62,11 @@ class Team:
 
     @property
     def suffix(self) -> str:
-        """What tells this process's files from another's; empty for one alone."""
+        """Suffix of this process's files; empty for a single process."""
         return f".{self.index}of{self.count}" if self.count > 1 else ""
 
     def share(self, start: int, stop: int) -> tuple[int, int]:
-        """First and last of this process's part of a range."""
+        """Start and stop of this process's part of a range."""
         cuts = [start + (stop - start) * i // self.count for i in range(self.count + 1)]
         return cuts[self.index], cuts[self.index + 1]
 
@@ -81,12 +81,12 @@ class Team:
         return self.least(value) == -self.least(-value)
 
     def leave(self) -> None:
-        """Wait for the others at the end; without it a process ends at once, and so do they."""
+        """Wait for the others at the end; otherwise a process that ends takes them with it."""
         self.wait("end")
         atexit.unregister(os._exit)
 
     def least(self, value: int) -> int:
-        """The least of the processes' values."""
+        """The smallest of the processes' values."""
         if self.count == 1:
             return value
         with _together():
@@ -131,12 +131,12 @@ def start(
     Args:
       device: ``cpu``, ``gpu``, or ``auto``: what JAX finds.
       coordinator: ``HOST:PORT`` of process 0; ``auto`` finds all three as JAX does, from SLURM,
-        Open MPI or Kubernetes; None for a process alone.
-      processes: how many.
-      index: of this one.
+        Open MPI or Kubernetes; None for a single process.
+      processes: number of processes.
+      index: index of this one.
 
     Raises:
-      ConfigError: if JAX has no GPU, the address is in use, or the processes do not come together.
+      ConfigError: if JAX has no GPU, the address is in use, or the processes do not connect.
     """
     jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
     if device == "cpu":
@@ -145,12 +145,12 @@ def start(
         _join(coordinator, processes, index)
     if device == "gpu" and jax.default_backend() == "cpu":
         raise ConfigError(
-            "--device gpu", "JAX finds none", "install jax[cuda13] for it, or give --device cpu"
+            "--device gpu", "JAX finds no GPU", "install jax[cuda13] for it, or give --device cpu"
         )
     team = Team(jax.process_index(), jax.process_count()) if coordinator is not None else Team()
     if team.count > 1:
-        # At exit JAX would wait for the others, who wait for this one if it failed. What is
-        # registered last runs first.
+        # At exit JAX would wait for the others, who wait for this one if it failed. The last
+        # registered function runs first.
         atexit.register(os._exit, 1)
     if team.index:
         _say_when_aborted()
@@ -159,16 +159,16 @@ def start(
 
 @cache
 def _adder(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    """The sum over the first axis, wherever its terms are; compiled once for each shape."""
+    """The sum over the first axis, across devices; compiled once per shape."""
     return jax.jit(lambda terms: terms.sum(axis=0), out_shardings=sharding)
 
 
 def _join(coordinator: str, processes: int | None, index: int | None) -> None:
-    # Gloo writes to stdout, which is for records alone.
+    # Gloo writes to stdout, which is for records only.
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Its handler of SIGTERM would only take note of it.
+    # JAX's SIGTERM handler only records the signal; the process would go on.
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
     try:
         if coordinator == "auto":
@@ -185,17 +185,17 @@ def _join(coordinator: str, processes: int | None, index: int | None) -> None:
                 )  # fmt: skip
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
-            "--coordinator", f"the processes did not come together ({error})",
+            "--coordinator", f"the processes did not connect ({error})",
             "start all of them with the same HOST:PORT, and each with its own --process-id",
         ) from error  # fmt: skip
 
 
 def _numeric(address: str) -> str:
-    """``HOST:PORT`` with the host's address for its name: what process 0 listens on, and no more.
+    """``HOST:PORT`` with the host's numeric address: process 0 listens on that alone.
 
     Raises:
       ValueError: if it is something else.
-      OSError: if no host of this name is known.
+      OSError: if the host's name is unknown.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
@@ -205,14 +205,14 @@ def _numeric(address: str) -> str:
 
 
 def _need_free(coordinator: str, address: str) -> None:
-    """Refuse an address that cannot be listened on: JAX would crash without a message.
+    """Refuse an address that process 0 cannot listen on: JAX would crash without a message.
 
     Args:
-      coordinator: as it was given.
+      coordinator: the address as given.
       address: the same from `_numeric`.
 
     Raises:
-      ConfigError: if it is in use, or not of this machine.
+      ConfigError: if it is in use, or not an address of this machine.
     """
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
@@ -232,10 +232,10 @@ def _need_free(coordinator: str, address: str) -> None:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Say that a process is gone when a collective fails."""
+    """Report a lost process when a collective fails."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # of a reduction, of a barrier
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # from a reduction, from a barrier
         reason = str(error).splitlines()[0]
         raise WorkError("another process", f"stopped ({reason})", STOPPED) from error
 

@@ -1,30 +1,30 @@
-"""What the user is told when the work cannot be done.
+"""Errors that tell the user why the work cannot be done.
 
-Every message is one line, ``where: what; what to do``. Anything raised that is not a
-`PrunetoolError` is a bug of ours and keeps its traceback.
+Every message is one line, ``where: what; what to do``. Any other exception is a bug and keeps its
+traceback.
 """
 
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SHOWN = 100  # characters of a foreign text that a message, a table or a card shows
+SHOWN = 100  # characters of foreign text that a message, table or card shows
 LONGEST = 3 * 80 - len("Error: ")  # characters of a message: three lines of a terminal
 
 
 def shown(value: object, limit: int = SHOWN) -> str:
-    """Foreign text as it may be shown: one line, nothing that a terminal obeys, and not long.
+    """Make foreign text safe to show: one short line without control characters.
 
     Control characters, line separators, direction marks and halves of surrogate pairs become
-    escapes (``\\x1b``); of a text beyond ``limit`` characters the middle is left out.
+    escapes (``\\x1b``); the middle of a text beyond ``limit`` characters is left out.
     """
     text = value if isinstance(value, str) else str(value)
-    if len(text) > 2 * limit:  # nobody waits for a megabyte to be escaped
+    if len(text) > 2 * limit:  # do not escape a megabyte
         text = f"{text[:limit]}…{text[-limit:]}"
     text = "".join(map(_escaped, text))
     if len(text) <= limit:
         return text
-    tail = limit // 2  # a file's name is at its end
+    tail = limit // 2  # a path ends in the file's name
     return f"{text[: limit - tail - 1]}…{text[-tail:]}"
 
 
@@ -37,8 +37,8 @@ def _escaped(letter: str) -> str:
 class PrunetoolError(Exception):
     """The work failed for a reason that the user can act on.
 
-    Every part is shown escaped, and cut (`shown`) to `LONGEST` characters in all: file names,
-    tensor names and values in it may come from a file of somebody else.
+    Every part is escaped, and cut (`shown`) to `LONGEST` characters in all: file names, tensor
+    names and values in it may come from a foreign file.
 
     Args:
       where: the file, layer, matrix or option at fault.
@@ -59,15 +59,15 @@ class CheckpointError(PrunetoolError):
 
 
 class ConfigError(PrunetoolError):
-    """A config.json or GGUF header asks for something that prunetool does not compute."""
+    """A config.json or GGUF header requires something that prunetool does not compute."""
 
 
 class RecordError(PrunetoolError):
-    """The stream from the step before is cut, malformed or of another format."""
+    """The stream from the previous step is cut, malformed or of another format."""
 
 
 class StepFailed(RecordError):
-    """The step before failed, and has said why itself."""
+    """The previous step failed, and has said why itself."""
 
 
 class CorpusError(PrunetoolError):
@@ -88,7 +88,7 @@ class HubError(PrunetoolError):
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Say where in the model a solve failed, when the mathematics inside cannot know."""
+    """Add to a solve's error where in the model it failed."""
     try:
         yield
     except NumericalError as error:

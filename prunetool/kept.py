@@ -1,7 +1,7 @@
-"""The units and the weights that a layer keeps, as the files of ``score`` say.
+"""The units and weights that a layer keeps, from the files of ``score``.
 
-A unit is a KV group with its query heads, or an MLP channel; a mask says of each weight of a matrix
-whether it stays, and may come with new values of those that do.
+A unit is a KV group with its query heads, or an MLP channel; a mask says whether each weight of a
+matrix stays, and may come with new values for those that do.
 """
 
 from pathlib import Path
@@ -19,10 +19,10 @@ HEADS, CHANNELS = TARGETS = ("heads", "channels")
 
 
 def _array(work: Path, name: str, key: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of a step's file.
+    """Read an array of a step's file.
 
     Raises:
-      RecordError: if it is not there, or is of another dtype or shape.
+      RecordError: if it is missing, or of another dtype or shape.
     """
     array = workdir.TensorFile(work, name)[key]
     if array.dtype != dtype or array.shape != shape:
@@ -50,20 +50,20 @@ def kept_units(work: Path, record: records.LayerRecord, shape: LayerShape) -> di
 
 
 class Extent(NamedTuple):
-    """Which rows and columns of a matrix, as a checkpoint stores it, are of units kept."""
+    """Rows and columns of a stored matrix that belong to kept units."""
 
     rows: np.ndarray  # (out,) bool
     columns: np.ndarray  # (in,) bool
 
     def of(self, W: np.ndarray) -> np.ndarray:
-        """W with only those."""
+        """Select these rows and columns of W."""
         return np.asarray(W[np.ix_(*self)])
 
 
 def extents(
     kept: dict[str, np.ndarray], shape: LayerShape, config: LlamaConfig
 ) -> dict[str, Extent]:
-    """The same for each of the seven matrices, from the units kept (`kept_units`)."""
+    """The extent of each of the seven matrices, from the kept units (`kept_units`)."""
     axes = {
         "hidden": np.ones(config.hidden_size, bool),
         **unit_axes(kept[HEADS], kept[CHANNELS], shape, config.head_dim),
@@ -72,7 +72,7 @@ def extents(
 
 
 class Mask(NamedTuple):
-    """Which weights of a matrix stay, and their new values where the step gave some."""
+    """Which weights of a matrix stay, and their new values if the step made any."""
 
     kept: np.ndarray  # (out, in) bool
     values: np.ndarray | None  # (out, in) float32
@@ -84,13 +84,13 @@ class Mask(NamedTuple):
 
 
 def pack_mask(part: str, mask: Mask) -> dict[str, np.ndarray]:
-    """A mask as a file keeps it, eight weights a byte."""
+    """A mask as stored in a file, eight weights per byte."""
     packed = {f"{part}.kept": np.packbits(mask.kept, axis=1)}
     return packed if mask.values is None else {**packed, f"{part}.values": mask.values}
 
 
 def masks(model: Model, work: Path, record: records.LayerRecord) -> dict[str, Mask]:
-    """The masks of a layer's matrices, by part; none for a matrix that no step masked."""
+    """The masks of a layer's matrices, by part; only of matrices that a step masked."""
     shapes = part_shapes(model.config, model.config.layer_shapes[record.index])
     found = {}
     for part in MATRICES:

@@ -1,7 +1,7 @@
-"""The methods of ``prunetool score``: one row each, and nothing else names them.
+"""The methods of ``prunetool score``: one row each, named nowhere else.
 
-Choices, help, defaults, checks, what a score is kept under and the tests read these tables. To add
-a method, write its function (`units` and `unstructured` have examples) and its row.
+Choices, help, defaults, checks, cache keys of scores and the tests read these tables. To add a
+method, write its function (`units` and `unstructured` have examples) and its row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ class Method(NamedTuple):
 
     Attributes:
       function: ``module:name`` in prunetool, imported when it is used.
-      options: those of ``score`` that the function takes, as keywords by these names.
-      needs_gram: it cannot do without the Gram matrix of the inputs.
+      options: options of ``score`` that the function takes as keywords.
+      needs_gram: it requires the Gram matrix of the inputs.
       raw_loss: its scores are a loss in output units. Layers are then compared by loss per
         parameter; the scores of other methods are already relative to their layer.
-      sums_energy: it gives the output energy of all units together, in passing.
-      cuts: it gives a mask rather than scores to cut.
-      damping: its default, as a fraction of the mean diagonal of the system that it solves.
-      pattern: its default.
+      sums_energy: it also returns the output energy of all units together.
+      cuts: it returns a mask rather than scores.
+      damping: default, as a fraction of the mean diagonal of its system.
+      pattern: default pattern.
     """
 
     function: str
@@ -35,23 +35,23 @@ class Method(NamedTuple):
 
     @property
     def uses_sparsity(self) -> bool:
-        """Whether its scores are for one sparsity only, so that a sweep cannot share them."""
+        """Whether its scores depend on the sparsity, so that a sweep cannot share them."""
         return "sparsity" in self.options
 
     def load(self) -> Callable[..., Any]:
-        """The function."""
+        """Import the function."""
         module, _, name = self.function.partition(":")
         function: Callable[..., Any] = getattr(import_module(f"prunetool.{module}"), name)
         return function
 
     def given(self, how: Mapping[str, Any]) -> dict[str, Any]:
-        """The function's keywords, of all options of ``score``."""
+        """The function's keywords, selected from all options of ``score``."""
         return {name: how[name] for name in self.options}
 
 
 _NEWTON = ("sparsity", "lam", "damping")
 
-# Functions of `units.Evidence` that give a `units.Ranking`.
+# Functions of `units.Evidence` that return a `units.Ranking`.
 UNITS = {
     "newton": Method("pruning.units:newton", (*_NEWTON, "newton_iterations"), sums_energy=True),
     "newton-box": Method("pruning.units:newton_box", _NEWTON, sums_energy=True),
@@ -62,7 +62,7 @@ UNITS = {
     "magnitude": Method("pruning.units:magnitude", raw_loss=True),
     "random": Method("pruning.units:random", ("seed",)),
 }
-# Functions of W and the Gram matrix of its inputs (or None) that give scores, or a mask.
+# Functions of W and the Gram matrix of its inputs (or None) that return scores, or a mask.
 WEIGHTS = {
     "wanda": Method("pruning.unstructured:wanda", needs_gram=True, pattern="per-output"),
     "sparsegpt": Method(
@@ -72,7 +72,7 @@ WEIGHTS = {
     "magnitude": Method("pruning.unstructured:magnitude"),
     "random": Method("pruning.unstructured:random", ("seed",)),
 }  # fmt: skip
-# Of q and k together: functions of `steps.attention.AttentionLayer` that give scores of both.
+# For q and k together: functions of `steps.attention.AttentionLayer` that return scores of both.
 QK = {
     "attention-gd": Method(
         "steps.attention:learned_by_descent", ("lam", "learning_rate", "iterations", "published")

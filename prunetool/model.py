@@ -1,4 +1,4 @@
-"""A checkpoint opened as a model: checked from its headers, read one layer at a time."""
+"""A checkpoint opened as a model: checked by its headers, read one layer at a time."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +30,11 @@ from prunetool.llama.weights import (
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint whose tensors are all where and what config.json makes them.
+    """A checkpoint whose tensors all match config.json.
 
     Attributes:
-      checksums: of every tensor read so far, by name; one read again must still have it.
-      recorded: the file in which an earlier step keeps those that it read; it may still grow.
+      checksums: checksum of every tensor read so far, by name; it must not change.
+      recorded: file with the checksums that an earlier step read; it may still grow.
     """
 
     directory: Path
@@ -44,7 +44,7 @@ class Model:
     recorded: Path | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: headers, config.json and its tokenizer."""
+        """What distinguishes this checkpoint from others: headers, config.json and tokenizer."""
         tokenizer = tokenizer_path(self.directory)
         return {
             "tensors": self.index.fingerprint(),
@@ -56,8 +56,8 @@ class Model:
         """Read a tensor in its stored dtype.
 
         Raises:
-          CheckpointError: see `read_tensor`; or if it has changed since it was read before, by
-            this run or, see `recall`, an earlier one.
+          CheckpointError: see `read_tensor`; or if it has changed since it was last read, by
+            this run or an earlier one (`recall`).
         """
         array = read_tensor(self.index, name)
         found = checksum.of_array(array)
@@ -71,12 +71,12 @@ class Model:
         return array
 
     def remember(self, path: Path) -> None:
-        """Write the checksums of what was read to a file, for `recall`."""
+        """Write the checksums of all tensors read to a file, for `recall`."""
         value = {"shards": self.index.stamps(), "tensors": dict(sorted(self.checksums.items()))}
         write_json(path, checksum.sealed(value))
 
     def recall(self, value: Mapping[str, Any]) -> None:
-        """Take the checksums that `remember` wrote as known; if a shard was touched, check all.
+        """Accept the checksums that `remember` wrote; if a shard was touched, check them all.
 
         Raises:
           CheckpointError: if a tensor has changed.
@@ -88,7 +88,7 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Dtype of the layers' matrices (of the first; they are stored alike), NumPy's name."""
+        """NumPy's name of the layers' dtype (from the first matrix; all are stored alike)."""
         return dtype_of(self.index[tensor_name(0, "q")])
 
     @property
@@ -106,12 +106,12 @@ class Model:
         return self.read(tensor_name(number, part))
 
     def part_if_any(self, number: int, part: str) -> np.ndarray | None:
-        """Read one part; None if this model's layers have none, as of most biases."""
+        """Read one part; None if this model's layers have no such part, like most biases."""
         there = part in part_shapes(self.config, self.config.layer_shapes[number])
         return self.part(number, part) if there else None
 
     def padded_layer(self, number: int) -> Layer:
-        """Read a layer, zero-padded to the model's widest, so that one compilation serves all."""
+        """Read a layer, zero-padded to the widest one, so that one compilation serves all."""
         layer, shape = self.layer(number), self.config.layer_shapes[number]
         widest = self.config.widest
         if shape == widest or shape.group_size != widest.group_size:
@@ -119,7 +119,7 @@ class Model:
         return scatter(layer, shape, widest, np.arange(shape.kv_heads), np.arange(shape.channels))
 
     def padded_layers(self, start: int = 0) -> Iterator[tuple[int, Layer]]:
-        """The layers from ``start`` on, each read while the one before is in use."""
+        """The layers from ``start`` on, each read ahead while the previous one is in use."""
         with ThreadPoolExecutor(1) as thread:
             numbers = range(start, self.layers)
             ahead = [thread.submit(self.padded_layer, n) for n in numbers[:1]]
@@ -134,20 +134,20 @@ class Model:
         return self.read(EMBEDDING)
 
     def final_norm(self) -> np.ndarray:
-        """The weight of the norm behind the last layer, (D,)."""
+        """The weight of the norm after the last layer, (D,)."""
         return self.read(FINAL_NORM)
 
     def head(self) -> np.ndarray:
-        """lm_head, or the embedding where it is tied, (V, D)."""
+        """lm_head, or the embedding if tied, (V, D)."""
         return self.read(EMBEDDING if self.config.tied else HEAD)
 
     def layer_parameters(self, shape: LayerShape) -> int:
-        """Parameters of the seven matrices of a layer of this model with these counts."""
+        """Parameters of the seven matrices of a layer of this shape."""
         shapes = part_shapes(self.config, shape)
         return sum(int(np.prod(shapes[matrix])) for matrix in MATRICES)
 
     def parameters(self) -> int:
-        """All parameters stored."""
+        """Number of all stored parameters."""
         return sum(int(np.prod(self.index[name].shape)) for name in self.index)
 
 
@@ -167,30 +167,30 @@ def read_weights(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def open_model(name: str, revision: str | None = None) -> Model:
-    """Open a directory or Hub id and check every tensor's name, shape and dtype from headers.
+    """Open a directory or Hub id, and check every tensor's name, shape and dtype by the headers.
 
     Raises:
-      CheckpointError: a tensor missing, of another shape, of a dtype not read, or one that the
-        architecture has no place for.
-      ConfigError: another architecture (see `parse_config`).
+      CheckpointError: if a tensor is missing, of another shape or unsupported dtype, or unknown to
+        the architecture.
+      ConfigError: if it is of another architecture (see `parse_config`).
     """
     directory = locate(name, revision)
     config_path = directory / "config.json"
     config = parse_config(read_json(config_path), config_path)
-    fetch_weights(name, directory)  # once it is known that they are of use
+    fetch_weights(name, directory)  # only once it is clear that they are usable
     index = read_index(directory, unstored=[HEAD] if config.tied else [])
     if config.tied and _has_own_head(index):
         config = replace(config, tied=False)
     expected = tensor_shapes(config)
     for tensor, shape in expected.items():
         if tensor not in index:
-            raise CheckpointError(directory, f"no tensor {tensor}", "get the checkpoint again")
+            raise CheckpointError(directory, f"no tensor {tensor}", "download the checkpoint again")
         info = index[tensor]
         if info.shape != shape:
             raise CheckpointError(
                 info.shard,
-                f"{tensor} is {info.shape}, and config.json makes it {shape}",
-                "get config.json and the shards from one place",
+                f"{tensor} is {info.shape}, but config.json requires {shape}",
+                "take config.json and the shards from the same checkpoint",
             )
         dtype_of(info)
     for tensor in index:
@@ -206,8 +206,8 @@ def open_model(name: str, revision: str | None = None) -> Model:
 
 
 def _has_own_head(index: Index) -> bool:
-    """Whether a head is stored that differs from the embedding: then it is used, tied or not.
+    """Whether a stored head differs from the embedding: then it is used, even if tied.
 
-    As transformers does since version 5.
+    As in transformers since version 5.
     """
     return HEAD in index and EMBEDDING in index and not same_values(index[HEAD], index[EMBEDDING])

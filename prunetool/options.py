@@ -16,9 +16,9 @@ import click
 from prunetool import console
 from prunetool.errors import RecordError, shown
 
-# Where files that a process has open go by other names; macOS has no /proc.
+# Other names of a process's open files; macOS has no /proc.
 OPEN_FILES = "/proc" if sys.platform == "linux" else "/dev/fd"
-# As the Hub's libraries read it, and binary units, and bytes.
+# Units as in the Hub's libraries, plus binary units and bytes.
 SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) ?(?:([KMGT])(i?)B|B)?", re.ASCII | re.IGNORECASE)
 Parameter = click.Parameter
 VERBOSITY = (
@@ -30,14 +30,14 @@ VERBOSITY = (
 
 
 class Command(click.Command):
-    """A command that takes -v and -q behind its name too, and shows at once that it is at work."""
+    """A command that also takes -v and -q after its name, and shows at once that it is at work."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += VERBOSITY
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it."""
+        """Run the command."""
         verbose, quiet = ctx.params.pop("verbose"), ctx.params.pop("quiet")
         if verbose or quiet:
             console.setup_logging(-1 if quiet else verbose)
@@ -60,7 +60,7 @@ class Finite(click.FloatRange):
         self.infinity = infinity
 
     def convert(self, value: Any, param: Parameter | None, ctx: click.Context | None) -> float:
-        """The number; refuses others."""
+        """The number, if it is in the range."""
         try:
             number = super().convert(value, param, ctx)
         except click.BadParameter as error:
@@ -75,7 +75,7 @@ class Finite(click.FloatRange):
 def _no_terminal(_: click.Context, __: Parameter, path: str) -> str:
     if path == "-" and sys.stdin.isatty():
         raise click.UsageError(
-            "stdin is a terminal: pipe the step before in, or name a file of its records"
+            "stdin is a terminal: pipe in the previous step, or name a file of its records"
         )
     return path
 
@@ -86,26 +86,26 @@ def _dampings(_: click.Context, __: Parameter, value: str) -> tuple[float, ...] 
     try:
         numbers = tuple(float(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter("give a number, several with commas, or auto") from None
+        raise click.BadParameter("give a number, several separated by commas, or auto") from None
     if not all(0 <= number < float("inf") for number in numbers):
-        raise click.BadParameter("a damping is 0 or more, and finite")
+        raise click.BadParameter("a damping must be finite and at least 0")
     return numbers
 
 
 def _size_bytes(_: click.Context, __: Parameter, value: str) -> int:
     said = SIZE.fullmatch(value)
     if said is None:
-        raise click.BadParameter("give a size as 5GB, 500MB, 2GiB, or bytes")
+        raise click.BadParameter("give a size such as 5GB, 500MB, 2GiB, or bytes")
     number, unit, binary = said.groups("")
     power = " KMGT".index(unit.upper() or " ")
     size = round(float(number) * math.pow(1024 if binary else 1000, power))
     if size < 1:
-        raise click.BadParameter("a size is a byte or more")
+        raise click.BadParameter("a size is at least one byte")
     return size
 
 
 def named(_: click.Context, __: Parameter, path: Path | None) -> Path | None:
-    """A directory to write that has a name, and so room for its lock beside it: not the root."""
+    """An output directory that has a name, and so room for its lock beside it: not the root."""
     if path and path.name == "..":
         path = path.resolve()
     if path and not path.absolute().name:
@@ -134,7 +134,7 @@ TEXT = (
         "Several are joined.",
     ),
     click.option(
-        "--text-field", default="text", show_default=True, help="Field of JSON lines."
+        "--text-field", default="text", show_default=True, help="Field of the JSON lines."
     ),
     click.option(
         "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),
@@ -144,13 +144,13 @@ TEXT = (
     click.option(
         "--bos", type=click.Choice(["auto", "always", "never"]), default="auto",
         show_default=True, help="Begin each window with the BOS token. auto: as the model's "
-        "tokenizer does with a text; to --tokens it adds none.",
+        "tokenizer does for text; none for --tokens.",
     ),
 )  # fmt: skip
 
 
 def text_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what text a model is given, as one argument ``text`` (`corpus.Text`)."""
+    """Add the options for the model's text, passed as one argument ``text`` (`corpus.Text`)."""
 
     @wraps(command)
     def gathered(
@@ -170,33 +170,33 @@ def text_options(command: Callable[..., None]) -> Callable[..., None]:
 
 dtype_opt = click.option(
     "--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
-    show_default=True, help="Of the products; sums are float32. auto: bfloat16 where the "
-    "checkpoint is, else float32.",
+    show_default=True, help="Precision of matrix products; sums are float32. auto: bfloat16 "
+    "if the checkpoint is, else float32.",
 )  # fmt: skip
 overwrite_opt = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 max_shard_size_opt = click.option(
     "--max-shard-size", "max_shard_bytes", metavar="SIZE", callback=_size_bytes, default="5GB",
-    show_default=True, help="Most bytes of a shard, as 5GB, 2GiB or 1000000. No layer is split: "
-    "a larger one is a shard of its own, as is a larger embedding or head.",
+    show_default=True, help="Maximum shard size, such as 5GB, 2GiB or 1000000. No layer is split: "
+    "a larger one gets its own shard, as does a larger embedding or head.",
 )  # fmt: skip
 damping_opt = click.option(
     "--damping", "dampings", default="auto", show_default=True, callback=_dampings,
-    help="Of the refit, as a fraction of the Gram matrix's mean diagonal. auto tries "
-    "1e-4 … 1 on the held-out tokens; several with commas are tried in the same way.",
+    help="Damping of the refit, as a fraction of the Gram matrix's mean diagonal. auto tries "
+    "1e-4 … 1 on the held-out tokens; a comma-separated list is tried the same way.",
 )  # fmt: skip
 
 
 device_opt = click.option(
     "--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True,
-    help="Where JAX computes; auto is a GPU where there is one.",
+    help="Where JAX computes; auto uses a GPU if there is one.",
 )  # fmt: skip
 profile_opt = click.option(
     "--profile", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
-    help="Write JAX's trace here (.json.gz, for Perfetto), and seconds by phase in the records.",
+    help="Write JAX's trace here (.json.gz, for Perfetto), and seconds per phase to the records.",
 )  # fmt: skip
 discard_opt = click.option(
-    "--discard", is_flag=True, help="Delete a layer's stats once it is done, for a disk that is "
-    "short. Another sparsity then needs another calibration.",
+    "--discard", is_flag=True, help="Delete a layer's stats once it is done, to save disk "
+    "space. Another sparsity then needs another calibration.",
 )  # fmt: skip
 
 
@@ -221,10 +221,10 @@ def open_source(path: str) -> Iterator[IO[str]]:
 
 @contextmanager
 def open_sink(path: str) -> Iterator[IO[str]]:
-    """Open where the records go, ``-`` being stdout. A file appears when the stream is whole.
+    """Open the records' destination, ``-`` being stdout. A file appears once the stream is whole.
 
-    If it is a link, its target is written. Devices, pipes and files already open (/dev/stdout) are
-    appended to, never replaced.
+    If it is a link, its target is written. Devices, pipes and open files (/dev/stdout) are appended
+    to, never replaced.
     """
     from prunetool.checkpoint.writer import atomic
 
@@ -239,16 +239,16 @@ def open_sink(path: str) -> Iterator[IO[str]]:
         else:
             with atomic(place) as partial, partial.open("w", encoding="utf-8") as file:
                 yield file
-    except OSError as error:  # only those of opening a file name it
+    except OSError as error:  # only errors on opening name the file
         error.filename = error.filename or ("stdout" if path == "-" else path)
         raise
 
 
 def _place(path: Path) -> Path:
-    """Where a chain of links ends, or comes to an open file: /dev/stdout leads to /proc/self/fd/1.
+    """Follow a chain of links to its end or an open file: /dev/stdout leads to /proc/self/fd/1.
 
     Raises:
-      OSError: if it never ends.
+      OSError: if the chain is endless.
     """
     with suppress(FileNotFoundError):
         path.stat()
@@ -260,11 +260,11 @@ def _place(path: Path) -> Path:
 
 
 def keep_inputs(outputs: Iterable[Path | str | None], inputs: Iterable[Path | str | None]) -> None:
-    """Refuse a command line that would write onto what the command reads.
+    """Refuse a command line that would overwrite the command's inputs.
 
     Args:
       outputs: files to write, ``-`` being stdout.
-      inputs: files to read, ``-`` being stdin; of a directory, the files of the checkpoint in it.
+      inputs: files to read, ``-`` being stdin; for a directory, the checkpoint files in it.
 
     Raises:
       click.UsageError: if an output is one of the inputs.
@@ -284,15 +284,15 @@ def keep_inputs(outputs: Iterable[Path | str | None], inputs: Iterable[Path | st
 
 
 def _regular_file(path: Path | str | None, number: int) -> tuple[int, int] | None:
-    """What tells a file from all others, whatever its name; None for a device, a pipe or nothing.
+    """Identify a regular file independent of its name; None for a device, a pipe or nothing.
 
     Args:
-      path: its name, or ``-`` for a standard stream.
-      number: of that stream.
+      path: its path, or ``-`` for a standard stream.
+      number: number of that stream.
     """
     try:
         found = os.fstat(number) if path == "-" else os.stat(path or "")
-    except (OSError, ValueError):  # ValueError: a null in the name
+    except (OSError, ValueError):  # ValueError: a null byte in the name
         return None
     return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 

@@ -1,30 +1,29 @@
-"""Token ids of a text that is given part by part: those of the whole text, in constant memory.
+"""Token ids of a text given part by part: those of the whole text, in constant memory.
 
-The text is tokenised in pieces that overlap. Where two pieces meet, the ids go over from one to the
-other at a **joint**: from there on, and until white space between two words has followed, both
-pieces have the same tokens, of the same characters, in words that begin alike. Where there is no
-joint, both pieces, and as many more as double the text, are made one piece; in the end that is the
-whole text.
+The text is tokenised in overlapping pieces. Where two pieces meet, the ids switch from one to the
+other at a **joint**: from there on, until after some white space between two words, both pieces
+have the same tokens, of the same characters, in words that begin alike. If there is no joint, both
+pieces, and as many more as double the text, are merged into one; in the end that is the whole text.
 
-Why the ids are those of the whole text, by what a tokenizer consists of:
+Why the ids are those of the whole text, by the parts of a tokenizer:
 
-* A pre-tokenizer goes from left to right: two that begin a word at the same place go on alike.
-  What looks ahead looks along a run of characters of one kind (spaces before a token with lstrip,
-  digits in threes from the right, combining marks), and the white space breaks such a run. So the
-  end of the first piece cannot be at fault for its tokens before the joint, nor the beginning of
-  the second one for its tokens behind it.
-* Merges (BPE) act inside a word. Tokens are what the merges make of a word if each two neighbours
-  are what they make of those two alone. All neighbours are so in one of the pieces, for both
-  have the token behind the joint; so a joint may lie in a word, even in one as long as the text,
-  which SentencePiece's tokenizers make.
-* An added token that a piece's end cuts is whole in the other piece: both reach farther beyond the
-  overlap than the longest is. So they differ there.
-* Unigram takes the path of the largest sum over a word. In a text that is one word, white space is
-  where the paths meet, as pieces begin with it; only of two paths that are as good but for rounding
-  the whole text may take the other one.
+** A pre-tokenizer works from left to right: two that begin a word at the same place continue alike.
+  Look-ahead follows a run of characters of one kind (spaces before a token with lstrip, digits in
+  threes from the right, combining marks), and the white space breaks such a run. So the end of the
+  first piece cannot affect its tokens before the joint, nor the beginning of the second one its
+  tokens after it.
+** Merges (BPE) act inside a word. Tokens are the merges' result for a word if each two neighbours
+  are their result for these two alone. All neighbours are so in one of the pieces, because both
+  have the token after the joint; so a joint may be inside a word, even in one as long as the text,
+  as in SentencePiece's tokenizers.
+** An added token cut by a piece's end is whole in the other piece: both reach farther beyond the
+  overlap than the longest one. So they differ there.
+** Unigram takes the path with the largest sum over a word. In a text that is one word, the paths
+  meet at white space, as pieces begin with it; only between two paths that are equal up to
+  rounding may the whole text take the other one.
 
-Where a piece has grown to `LONG` characters and still no white space is found, the agreement alone
-has to do, over half the overlap.
+If a piece has grown to `LONG` characters without white space, agreement over half the overlap has
+to suffice.
 """
 
 import re
@@ -38,11 +37,11 @@ from tokenizers import Encoding, Tokenizer
 PIECE = 1 << 15  # characters from one piece's start to the next one's
 OVERLAP = 1 << 11  # characters
 AT_ONCE = 8  # pieces that are tokenised in parallel
-LONG = 1 << 20  # characters of a piece for which white space is waited
+LONG = 1 << 20  # characters of a piece up to which white space is required
 BREAK = re.compile(r"\w[ \t\r\n]+\w")
 
 Encode = Callable[[Sequence[str]], Sequence[Encoding]]
-# Its id, the span of its characters in the whole text, and whether it begins a word.
+# Id, span of its characters in the whole text, and whether it begins a word.
 Token = tuple[int, int, int, bool]
 
 
@@ -50,9 +49,9 @@ class Piece(NamedTuple):
     """A piece of the text and its tokens.
 
     Attributes:
-      start: position in the text of its first character.
-      spans: positions in the piece of each token's characters, from and to.
-      words: the number of the word, as the pre-tokenizer makes them, that each token is of.
+      start: position of its first character in the text.
+      spans: start and end of each token's characters in the piece.
+      words: number of each token's word, as split by the pre-tokenizer.
     """
 
     start: int
@@ -62,7 +61,7 @@ class Piece(NamedTuple):
     words: list[int | None]
 
     def tokens(self, low: int, high: int) -> tuple[int, list[Token]]:
-        """The tokens that lie in a part of the whole text, and the index of the first."""
+        """The tokens within a part of the whole text, and the index of the first."""
         first = 0
         while first < len(self.ids) and self.spans[first][0] + self.start < low:
             first += 1
@@ -82,19 +81,19 @@ def token_ids(parts: Iterable[str], tokenizer: Tokenizer, encode: Encode) -> Ite
     """Ids of a text, part by part, (n,), int32, without a BOS.
 
     Args:
-      parts: of the text, of any length.
-      tokenizer: whose added tokens they are.
-      encode: texts to what `Tokenizer.encode` gives for them.
+      parts: parts of the text, of any length.
+      tokenizer: the tokenizer, for its added tokens.
+      encode: maps texts to the results of `Tokenizer.encode`.
     """
     added = tokenizer.get_added_tokens_decoder().values()
     longest = max((len(token.content) for token in added), default=0)
-    overlap = max(OVERLAP, 4 * longest)  # a normaliser may have made it of more characters
+    overlap = max(OVERLAP, 4 * longest)  # a normaliser may have shortened it
     pieces = _tokenised(_overlapping(parts, max(PIECE, overlap), overlap), encode)
-    before, first = next(pieces), 0  # of `before`, the ids from `first` on are to be given
+    before, first = next(pieces), 0  # the ids of `before` from `first` on are due
     for behind in pieces:
         margin = None if len(before.text) < LONG else overlap // 2
         joint = _joint(before, behind, margin)
-        if joint is None:  # at least twice as much at once: growing takes linear time
+        if joint is None:  # at least double: growing takes linear time
             text, wanted = before.text + behind.text[overlap:], 2 * len(before.text)
             while len(text) < wanted and (more := next(pieces, None)) is not None:
                 text += more.text[overlap:]
@@ -106,7 +105,7 @@ def token_ids(parts: Iterable[str], tokenizer: Tokenizer, encode: Encode) -> Ite
 
 
 def _overlapping(parts: Iterable[str], step: int, overlap: int) -> Iterator[tuple[int, str]]:
-    """The text in pieces of ``step + overlap`` characters, each with where it starts."""
+    """The text in pieces of ``step + overlap`` characters, each with its start."""
     start, text = 0, ""
     have: list[str] = []
     size = 0
@@ -124,7 +123,7 @@ def _overlapping(parts: Iterable[str], step: int, overlap: int) -> Iterator[tupl
 
 
 def _tokenised(pieces: Iterator[tuple[int, str]], encode: Encode) -> Iterator[Piece]:
-    """Few at first, in case few are wanted."""
+    """Tokenise pieces in parallel; few at first, in case few are needed."""
     count = 1
     while batch := list(islice(pieces, count)):
         encodings = encode([text for _, text in batch])
@@ -138,13 +137,13 @@ def _encoded(start: int, text: str, encoding: Encoding) -> Piece:
 
 
 def _joint(before: Piece, behind: Piece, margin: int | None) -> tuple[int, int] | None:
-    """The tokens of two pieces, by their indices, with which the second can go on for the first.
+    """The indices, in two pieces, of the tokens where the second can take over from the first.
 
     Args:
       before: the first piece.
       behind: the second piece.
-      margin: how many characters they are to agree behind the joint; None: until white space
-        between two words.
+      margin: how many characters must agree after the joint; None: up to white space between
+        two words.
     """
     low, high = behind.start, before.start + len(before.text)
     i, ours = before.tokens(low, high)
@@ -157,7 +156,7 @@ def _joint(before: Piece, behind: Piece, margin: int | None) -> tuple[int, int] 
 
 
 def _runs(ours: list[Token], theirs: list[Token]) -> Iterator[tuple[int, int, int]]:
-    """Where two lists of tokens agree: the start in each, and how many tokens."""
+    """Runs where two lists of tokens agree: the start in each, and the number of tokens."""
     m = n = 0
     while m < len(ours) and n < len(theirs):
         same = zip(ours[m:], theirs[n:], strict=False)

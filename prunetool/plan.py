@@ -1,4 +1,4 @@
-"""What each step needs of memory, disk and arithmetic, from the shapes alone."""
+"""Memory, disk and arithmetic that each step needs, from the shapes alone."""
 
 import math
 from typing import NamedTuple
@@ -11,15 +11,15 @@ from prunetool.pruning.compensation import CHOICE_OUTPUTS
 from prunetool.stats import array_shapes
 
 FILE_BYTES = 4096  # of names, shapes and checksums in a file of a layer
-# Resident memory of the program before it reads anything: with JAX at work, and without.
+# Resident memory of the program before it reads anything: with JAX in use, and without.
 WITH_JAX, WITHOUT = 400_000_000, 150_000_000
 
 
 class Need(NamedTuple):
-    """What a step needs."""
+    """The needs of a step."""
 
     memory: int  # peak resident bytes
-    disk: int  # bytes that it adds
+    disk: int  # bytes added
     products: float = 0.0  # floating-point operations in the dtype of the forward
     solves: float = 0.0  # in float64
 
@@ -32,7 +32,7 @@ def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtyp
     values = sum(math.prod(shape) for file in files for shape in file)
     kept_inputs = attention[0] * attention[1] * model.config.hidden_size * 4
     per_layer = FILE_BYTES + kept_inputs
-    # Of the tokens to fit and of those held out.
+    # For the tokens to fit and those held out.
     return 2 * (values * np.dtype(stats_dtype).itemsize + model.layers * per_layer)
 
 
@@ -42,7 +42,7 @@ def hidden_bytes(model: Model, samples: int, length: int) -> int:
 
 
 def units_bytes(model: Model) -> int:
-    """Bytes of the scores of units, and of those kept."""
+    """Bytes of the units' scores and of the files of kept units."""
     units = (shape.kv_heads + shape.channels for shape in model.config.layer_shapes)
     return sum(17 * count + FILE_BYTES for count in units)
 
@@ -57,7 +57,7 @@ def masks_bytes(model: Model, parts: tuple[str, ...]) -> int:
 
 
 def refit_bytes(model: Model, layers: int, kept: float = 1.0) -> int:
-    """Bytes of the refitted weights, of so many layers, at most."""
+    """Upper bound on the bytes of the refitted weights of some layers."""
     sizes = (
         sum(input_sizes(model.config, shape).values())
         for shape in model.config.layer_shapes[:layers]
@@ -74,12 +74,12 @@ def layer_bytes(model: Model) -> int:
 def calibrate(
     model: Model, samples: int, length: int, batch: int, stats: str, stats_dtype: str
 ) -> Need:
-    """Of one process with one device, ``batch`` sequences at a time."""
+    """Needs of calibrate: one process with one device, ``batch`` sequences at a time."""
     D, T = model.config.hidden_size, batch * length
     widest = model.config.widest
     squares = sum(size**2 for size in input_sizes(model.config, widest).values())
     squares = squares * (2 if stats == "token" else 1) + (2 * D**2 if stats == "all" else 0)
-    # Three copies of the weights (read, in use, on the device), sums in float64 and packed; of a
+    # Three copies of the weights (read, in use, on the device), sums in float64 and packed; per
     # token, gate and up in tiles and joined, and their product, in float32 and rounded.
     memory = WITH_JAX + 3 * layer_bytes(model) + squares * 4
     memory += squares // 2 * np.dtype(stats_dtype).itemsize + T * (22 * widest.channels + 24 * D)
@@ -91,12 +91,12 @@ def calibrate(
         products += tokens * sum(size * (size + 1) for size in features)
         products += tokens * 2 * D * (D + 1) if stats == "all" else 0
     disk = hidden_bytes(model, samples, length) + stats_bytes(model, stats, (0, 0), stats_dtype)
-    # Measured, 7B and 135M: the allocator holds up to a tenth more.
+    # Measured at 7B and 135M: the allocator takes up to a tenth more.
     return Need(int(1.1 * memory), disk, products)
 
 
 def score(model: Model, stats_dtype: str) -> Need:
-    """Of newton, the default method."""
+    """Needs of score with newton, the default method."""
     D = model.config.hidden_size
     size = max(input_sizes(model.config, model.config.widest).values())
     packed = size * (size + 1) // 2
@@ -110,7 +110,7 @@ def score(model: Model, stats_dtype: str) -> Need:
 
 
 def compensate(model: Model, sparsity: float, dampings: int) -> Need:
-    """With that many dampings tried on held-out tokens."""
+    """Needs of compensate with this many dampings tried on held-out tokens."""
     D = model.config.hidden_size
     kept = 1 - sparsity
     size = max(input_sizes(model.config, model.config.widest).values())
@@ -128,7 +128,7 @@ def compensate(model: Model, sparsity: float, dampings: int) -> Need:
 
 
 def export(model: Model, sparsity: float) -> Need:
-    """Of a really smaller checkpoint."""
+    """Needs of export with really smaller matrices."""
     in_layers = sum(model.layer_parameters(shape) for shape in model.config.layer_shapes)
     parameters = model.parameters() - sparsity * in_layers
     ends = model.config.vocab_size * model.config.hidden_size * (1 if model.config.tied else 2)

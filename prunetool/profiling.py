@@ -12,11 +12,11 @@ import jax
 
 
 class Profile:
-    """Seconds by phase of one layer after another.
+    """Seconds by phase, layer by layer.
 
     Args:
-      path: where to write the trace (gzipped JSON that Perfetto and Chrome read); None keeps the
-        seconds alone.
+      path: where to write the trace (gzipped JSON for Perfetto and Chrome); None records only the
+        seconds.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -25,18 +25,18 @@ class Profile:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside as a phase's, and mark it in the trace."""
+        """Count the time inside towards a phase, and mark it in the trace."""
         started = time.perf_counter()
         with jax.profiler.TraceAnnotation(name) if self.path else nullcontext():
             yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def take(self, step: str, before: Mapping[str, Any]) -> dict[str, Any]:
-        """What a record says of the layer just done; nothing unless a profile was asked for.
+        """Values for the record of the layer just done; none unless profiling was requested.
 
         Args:
           step: the command.
-          before: the record's values, with the seconds of earlier steps.
+          before: the record's values, including earlier steps' seconds.
         """
         spent, self._seconds = self._seconds, {}
         if not self.path:
@@ -46,7 +46,7 @@ class Profile:
 
     @contextmanager
     def trace(self) -> Iterator[None]:
-        """Write the trace of what runs inside, if one was asked for."""
+        """Write the trace of what runs inside, if requested."""
         if not self.path:
             yield
             return

@@ -1,18 +1,18 @@
-"""The stream between steps: JSON lines of a header, one record a layer, and an end.
+"""The stream between steps: JSON lines with a header, one record per layer, and an end.
 
     {"record":"header","format":1,"model":…,"fingerprint":…,"work":…,"layers":30,"history":[…]}
     {"record":"layer","index":0,"files":{"stats":"stats/layer-00000.safetensors"},"values":{…}}
     {"record":"end"}
 
-Arrays never travel: ``files`` names safetensors files below ``work``. ``history`` has one entry a
-step. A stream without its end record is an error in every reader, so that a step that failed
-stops the pipe, with or without the shell's ``pipefail``. A step that fails ends what it writes
-to a pipe, be it empty, with
+Arrays never travel: ``files`` names safetensors files below ``work``. ``history`` has one entry per
+step. A stream without its end record is an error in every reader, so that a failed step stops the
+pipe, with or without the shell's ``pipefail``. A failing step ends its output to a pipe, even if
+empty, with
 
     {"record":"failed"}
 
-and those behind it fail without a word of their own; a step that was killed cannot, and the next
-one says that its stream is cut off.
+and the later steps fail silently; a killed step cannot, and the next one reports a stream that is
+cut off.
 """
 
 import json
@@ -26,9 +26,9 @@ from prunetool import console
 from prunetool.errors import RecordError, StepFailed, shown
 
 FORMAT = 1
-AGAIN = "run the step before again; its own message says what happened"
+AGAIN = "run the previous step again; its own message says what happened"
 
-# The only files that a record may name: what the steps call them. A stream is input from outside.
+# The only files that a record may name: those of the steps. A stream is untrusted input.
 MATRIX = "(q|k|v|o|gate|up|down)"
 HASH = 12 * "[0-9a-f]"
 FILES = {
@@ -40,15 +40,15 @@ FILES = {
 
 @dataclass(frozen=True)
 class Header:
-    """What holds for all layers.
+    """The part of a stream common to all layers.
 
     Attributes:
       model: directory of the dense checkpoint.
       source: what the user called it (a path or a Hub id).
-      fingerprint: of the checkpoint (`Model.identity`); a step refuses a checkpoint that changed.
-      work: directory that the records' files lie below.
+      fingerprint: the checkpoint's `Model.identity`; a step refuses a changed checkpoint.
+      work: directory with the records' files.
       layers: number of decoder layers, and of layer records.
-      history: one entry a step: command, version, options.
+      history: one entry per step: command, version, options.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Header:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """Options of the calibration that the stream begins with."""
+        """Options of the stream's calibration."""
         options: dict[str, Any] = self.history[0]["options"]
         return options
 
@@ -78,12 +78,12 @@ class LayerRecord:
     values: dict[str, Any] = field(default_factory=dict)
 
     def adding(self, files: dict[str, str], values: dict[str, Any]) -> "LayerRecord":
-        """The record with more files and values; a later step's win."""
+        """The record with more files and values; new ones replace old ones."""
         return LayerRecord(self.index, {**self.files, **files}, {**self.values, **values})
 
 
 def write(sink: IO[str], header: Header, layers: Iterable[LayerRecord], copy: IO[str]) -> None:
-    """Write header, layers and end, each the moment it is there, and a copy of all that."""
+    """Write header, layers and end as soon as each is ready, and a copy of them all."""
 
     def both(kind: str, fields: dict[str, Any]) -> None:
         copy.write(_line(kind, fields))
@@ -100,7 +100,7 @@ def _line(kind: str, fields: dict[str, Any]) -> str:
 
 
 def tell_failed(sink: IO[str]) -> None:
-    """End a stream, if it goes to a pipe, with the record that says that this step failed."""
+    """End a stream to a pipe with the record that says that this step failed."""
     with suppress(OSError):  # nobody reads any more
         if console.is_pipe(sink):
             console.write(sink, _line("failed", {}))
@@ -110,9 +110,9 @@ def read(source: IO[str]) -> tuple[Header, Iterator[LayerRecord]]:
     """Read a stream: the header at once, the layers as they come.
 
     Raises:
-      RecordError: where a line is malformed, out of order, of another format, or where the stream
-        ends early (the layers' iterator raises it).
-      StepFailed: where it is a pipe, and the step that writes it says that it failed.
+      RecordError: if a line is malformed, out of order or of another format, or the stream ends
+        early (raised by the layers' iterator).
+      StepFailed: if it is a pipe, and the step that writes it reports failure.
     """
     lines = _lines(source)
     first = next(lines, None)
@@ -121,10 +121,10 @@ def read(source: IO[str]) -> tuple[Header, Iterator[LayerRecord]]:
     number, value = first
     where = f"{_name(source)}: line {number}"
     if value.get("record") != "header":
-        raise RecordError(where, "no header record", "pipe the records of a prunetool step in")
+        raise RecordError(where, "no header record", "pipe in the records of a prunetool step")
     if value.get("format") != FORMAT:
         raise RecordError(
-            where, f"format {shown(value.get('format'))}, and this prunetool reads {FORMAT}",
+            where, f"format {shown(value.get('format'))}, but this prunetool reads {FORMAT}",
             "run all steps with one version",
         )  # fmt: skip
     types: dict[str, type] = {
@@ -151,16 +151,18 @@ def _layers(
             if seen != count:
                 raise RecordError(where, f"ends after {seen} of {count} layers", AGAIN)
             if next(lines, None) is not None:
-                raise RecordError(where, "more follows the end record", "pipe one stream in")
+                raise RecordError(where, "records follow the end record", "pipe in one stream")
             return
         if value.get("record") != "layer":
             raise RecordError(where, f"record {shown(repr(value.get('record')))} is unknown", AGAIN)
         fields = _typed(where, value, {"index": int, "files": dict, "values": dict})
         if fields["index"] != seen or seen >= count:
-            raise RecordError(where, f"layer {fields['index']} where {seen} was due", AGAIN)
+            raise RecordError(
+                where, f"layer {fields['index']} after {seen} of {count} layers", AGAIN
+            )
         for kind, path in fields["files"].items():
             if not _is_named_so(kind, path, seen):
-                what = f"file {shown(repr(path))} of {shown(kind)} is none that a step makes"
+                what = f"file {shown(repr(path))} of {shown(kind)} is not one that a step makes"
                 raise RecordError(where, what, AGAIN)
         for key, shape in VALUES.items():
             if key in fields["values"]:
@@ -169,7 +171,7 @@ def _layers(
             step, _, part = kind.partition(".")
             said = fields["values"].get(BEHIND.get(step, ""), {})
             if step in BEHIND and (not said or (step == "mask" and part not in said)):
-                raise RecordError(where, f"has a file of {kind} and says nothing of it", AGAIN)
+                raise RecordError(where, f"has a file of {kind} but no values for it", AGAIN)
         seen += 1
         yield LayerRecord(**fields)
     raise RecordError(_name(source), f"cut off after {seen} of {count} layers", AGAIN)
@@ -206,8 +208,8 @@ def _anything(_: object) -> bool:
     return True
 
 
-# Shapes of values: a function that says yes, a list of one shape, a dict of keys that must be
-# there, or of one pattern of keys (``...``) and the shape behind each.
+# Shapes of values: a predicate, a list of one shape, a dict of required keys with their shapes, or
+# a dict of one pattern of keys (``...``) and their shape.
 Shape = Callable[[object], bool] | Mapping[Any, Any] | list[Any]
 BOTH = {"o_proj": _number, "down_proj": _number}
 REFIT = dict.fromkeys(
@@ -231,10 +233,10 @@ def _check(where: str, key: str, value: object, shape: Shape) -> None:
     """Refuse a value of another shape.
 
     Raises:
-      RecordError: naming the key.
+      RecordError: if it differs; names the key.
     """
     if not _has_shape(value, shape):
-        raise RecordError(where, f"{key} is {shown(repr(value))}, not of its form", AGAIN)
+        raise RecordError(where, f"{key} is {shown(repr(value))}, which is malformed", AGAIN)
 
 
 def _has_shape(value: object, shape: Shape) -> bool:

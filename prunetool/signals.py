@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as an exception, so that what was begun is cleaned up."""
+"""SIGINT, SIGTERM and SIGHUP as an exception, so that unfinished work is cleaned up."""
 
 import os
 import signal
@@ -11,19 +11,19 @@ from types import FrameType
 from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# timeout(1) and others signal a process and then its group: two signals, and one wish.
+# timeout(1) and others signal a process and then its group: two signals, one request.
 SAME_SECONDS = 0.5
-GO_ON = "Interrupted; run the same command again to go on"
+GO_ON = "Interrupted; run the same command again to resume"
 
-_last_words: list[str] = []  # while there are any, a signal ends the process at once
+_last_words: list[str] = []  # if not empty, a signal ends the process at once
 
 
 class Interrupted(BaseException):
-    """A signal asks the process to end. Not an `Exception`: the work does not handle it.
+    """A signal asks the process to end. Not an `Exception`, so the work does not catch it.
 
     Attributes:
-      number: of the signal.
-      during: what was going on, as the caller of `raised` sees it.
+      number: the signal's number.
+      during: what was going on, from the caller of `raised`.
     """
 
     def __init__(self, number: int, during: Any) -> None:
@@ -35,8 +35,8 @@ class Interrupted(BaseException):
 def raised(during: Callable[[], Any]) -> Iterator[None]:
     """Raise `Interrupted` in the main thread at the first signal; end at once at a second.
 
-    A signal that is ignored, as nohup does, stays so. After a signal this lasts until the process
-    ends; else the system's own handling follows, since nothing is left to clean up.
+    An ignored signal, as under nohup, stays ignored. After a signal this lasts until the process
+    ends; otherwise default handling returns, since nothing is left to clean up.
 
     Args:
       during: called when the signal arrives.
@@ -49,8 +49,8 @@ def raised(during: Callable[[], Any]) -> Iterator[None]:
             raise first[0]
 
     def not_raised(lost: Any) -> None:
-        # Python drops what is raised in a destructor or a weak reference's callback: once more,
-        # when it is over.
+        # Python drops what is raised in a destructor or a weak reference's callback: raise it again
+        # afterwards.
         if lost.exc_value not in first:
             sys.__unraisablehook__(lost)
             return
@@ -78,10 +78,10 @@ def raised(during: Callable[[], Any]) -> Iterator[None]:
 
 @contextmanager
 def at_once(line: str) -> Iterator[None]:
-    """End the process at the first signal, during a long call of C before anything is begun.
+    """End the process at the first signal, during a long C call before any work begins.
 
     Args:
-      line: what is said then.
+      line: message to print then.
     """
     _last_words.append(line)
     try:
@@ -91,12 +91,12 @@ def at_once(line: str) -> Iterator[None]:
 
 
 def _watch(signals: int) -> None:
-    """End the process at the second signal, even while the main thread is in a long call of C."""
+    """End the process at the second signal, even during a long C call in the main thread."""
     seen = 0.0
     while number := os.read(signals, 1):
         now = time.monotonic()
         if _last_words:
-            clear = "\r\x1b[K" if os.isatty(2) else ""  # of a bar
+            clear = "\r\x1b[K" if os.isatty(2) else ""  # clears a bar
             os.write(2, f"{clear}{_last_words[0]}\n".encode())
             os._exit(128 + number[0])
         if seen and now - seen > SAME_SECONDS:

@@ -1,6 +1,6 @@
-"""What calibrate sums at which input of a layer, and the files that hold it.
+"""What calibrate sums at which input of a layer, and the files that store it.
 
-A file holds ``tokens``, (1,), and of each site the arrays of `array_shapes`, named ``SITE.SUM``
+A file has ``tokens``, (1,), and for each site the arrays of `array_shapes`, named ``SITE.SUM``
 (``o.gram``) after the fields of `gram.Sums`; Gram matrices as packed triangles (`gram.pack_tiles`).
 """
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class Site(NamedTuple):
-    """An input of a layer that is summed; the name is that of its field of `forward.Inputs`.
+    """An input of a layer that is summed, named after its field of `forward.Inputs`.
 
     Attributes:
-      matrices: those that are given this input.
-      joins: field of `forward.Inputs`: the residual stream that their output joins.
-      of_units: its features are made by units, which scores and refits need. Others are summed for
-        ``--stats all`` alone.
+      matrices: the matrices that take this input.
+      joins: field of `forward.Inputs` with the residual stream that their output joins.
+      of_units: its features are produced by units, so scores and refits need it. Others are summed
+        only for ``--stats all``.
       blocks: keep the token-weighted diagonal blocks of KV groups.
       diagonal: keep the token-weighted diagonal.
     """
@@ -41,7 +41,7 @@ class Site(NamedTuple):
 
     @property
     def axis(self) -> str:
-        """What its features are, of `axis_sizes`."""
+        """The axis of `axis_sizes` that its features are on."""
         return PARTS[self.matrices[0]].axes[1]
 
 
@@ -84,14 +84,14 @@ def given(inputs: "Inputs", name: str) -> "tuple[jax.Array, jax.Array]":
 def arrays(
     sums: "dict[str, Sums]", tokens: int, config: LlamaConfig, shape: LayerShape, dtype: str
 ) -> dict[str, np.ndarray]:
-    """The sums of a layer as a file holds them, without padding.
+    """The sums of a layer in the form of a file, without padding.
 
     Args:
-      sums: by site, on the host.
-      tokens: how many they are over.
-      config: of the model.
-      shape: counts of the layer.
-      dtype: of the arrays.
+      sums: sums by site, on the host.
+      tokens: number of tokens in the sums.
+      config: the model's config.
+      shape: the layer's shape.
+      dtype: dtype of the arrays.
     """
     from prunetool.pruning import gram
 
@@ -116,9 +116,9 @@ def array_shapes(
     """Shape of every array of a layer's file, by name.
 
     Args:
-      config: of the model.
-      shape: counts of the layer.
-      kept: ``--stats``; None for all that there could be.
+      config: the model's config.
+      shape: the layer's shape.
+      kept: ``--stats``; None for all possible arrays.
     """
     sizes, groups = axis_sizes(config, shape), shape.kv_heads
     found: dict[str, tuple[int, ...]] = {"tokens": (1,)}
@@ -138,19 +138,19 @@ def array_shapes(
 
 
 class Stats:
-    """A layer's sums over the calibration tokens, read as they are asked for.
+    """A layer's sums over the calibration tokens, read on demand.
 
     Args:
       work: the work directory.
       record: the layer's record.
-      config: of the model.
+      config: the model's config.
 
     Attributes:
-      parts: the kinds of the files: the tokens to fit (``stats``), and those held out
-        (``held_out``) where there are any. All that is asked for is summed over ``parts``.
+      parts: kinds of the files: the tokens to fit (``stats``), and any held out (``held_out``).
+        All requested arrays are summed over ``parts``.
 
     Raises:
-      RecordError: where the stream does not come from calibrate.
+      RecordError: if the stream does not come from calibrate.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Stats:
     ) -> None:
         if "stats" not in record.files:
             raise RecordError(
-                f"layer {record.index}", "has no stats", "put prunetool calibrate before this step"
+                f"layer {record.index}", "has no stats", "run prunetool calibrate before this step"
             )
         self.parts = tuple(part for part in parts if part in record.files)
         self._files = [workdir.TensorFile(work, record.files[part]) for part in self.parts]
@@ -173,7 +173,7 @@ class Stats:
         return name in self._files[0]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The sum of this name (``o.total``, ``down.gram``: packed), float64."""
+        """The named sum (``o.total``, ``down.gram``: packed), float64."""
         first, *others = (file[name] for file in self._files)
         due = self._shapes[name]
         for array in (first, *others):
@@ -189,5 +189,5 @@ class Stats:
 
     @property
     def tokens(self) -> int:
-        """How many tokens."""
+        """Number of tokens."""
         return int(self["tokens"][0])

@@ -1,8 +1,8 @@
-"""Sequences driven through a model, one layer at a time, with the residual stream in files.
+"""Run sequences through a model, one layer at a time, with the residual stream in files.
 
-The stream between two layers is on disk, sequence by sequence, so memory is set by one layer and
-one batch however many sequences there are (the system's page cache makes it as fast as memory
-where memory is free), and a killed run finds it there.
+The stream between two layers is on disk, sequence by sequence, so memory depends on one layer and
+one batch, not on the number of sequences (the page cache makes it as fast as memory if memory is
+free), and a killed run can resume from it.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from prunetool.llama import forward
 from prunetool.llama.weights import Layer, map_layer
 from prunetool.model import Model
 
-SUM_BYTES = 16  # of the checksum behind a stream's bytes: XXH3-128
+SUM_BYTES = 16  # of the checksum after a stream's bytes: XXH3-128
 BATCH_TOKENS = 2048  # a batch is as many whole sequences as fit, and at least one
 
 
@@ -44,7 +44,7 @@ class HiddenStates:
         self.length = length
 
     def at(self, path: Path) -> "HiddenStates":
-        """Another file of the same sizes."""
+        """Another file with the same sizes."""
         return HiddenStates(path, self.hidden_size, self.samples, self.length)
 
     @property
@@ -53,7 +53,7 @@ class HiddenStates:
         return self.samples * self._sample_bytes + SUM_BYTES
 
     def is_whole(self) -> bool:
-        """Whether the file is there, of this size and as it was written."""
+        """Whether the file exists, with this size and as written."""
         if self.path.is_symlink() or not self.path.is_file():
             return False
         left = self.path.stat().st_size - SUM_BYTES
@@ -86,7 +86,7 @@ class HiddenStates:
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[range, np.ndarray], None]]:
-        """Give a function that writes the next batch; the file appears when all is written."""
+        """Yield a function that writes the next batch; the file appears once complete."""
         total = xxhash.xxh3_128()
 
         def write(batch: range, h: np.ndarray) -> None:
@@ -102,7 +102,7 @@ class HiddenStates:
 
 
 def path_before(work: Path, layer: int, suffix: str = "") -> Path:
-    """Where a run keeps the residual stream before a layer."""
+    """Path of the residual stream before a layer."""
     return work / f"hidden-{layer:05d}{suffix}"
 
 
@@ -114,7 +114,7 @@ def paths(work: Path, suffix: str = "") -> list[Path]:
 
 
 def layers_done(first: HiddenStates, layers: int, suffix: str = "") -> int:
-    """How many layers a killed run is behind: the last whole stream beside the first one."""
+    """Number of layers that a killed run completed, by its last intact stream file."""
     for path in reversed(paths(first.path.parent, suffix)):
         done = int(path.name[len("hidden-") :][:5])
         if done <= layers and first.at(path).is_whole():
@@ -123,14 +123,14 @@ def layers_done(first: HiddenStates, layers: int, suffix: str = "") -> int:
 
 
 def keep_only(path: Path, suffix: str = "") -> None:
-    """Delete every other stream file of this process beside ``path``, the one to resume from."""
+    """Delete every stream file of this process but ``path``, the one to resume from."""
     for other in paths(path.parent, suffix):
         if other != path:
             other.unlink()
 
 
 def batch_size(length: int) -> int:
-    """How many sequences make about `BATCH_TOKENS` tokens."""
+    """Number of sequences that make about `BATCH_TOKENS` tokens."""
     return max(1, BATCH_TOKENS // length)
 
 
@@ -160,7 +160,7 @@ def to_device(layer: Layer, dtype: str) -> Layer:
 
 
 def return_free_memory() -> None:
-    """Have glibc return what is free; it kept 0.9 GB of four layers' sums of a 7B model."""
+    """Have glibc return free memory; it kept 0.9 GB after four layers' sums of a 7B model."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -169,9 +169,9 @@ def check_finite(h: np.ndarray, layer: int) -> None:
     """Refuse a residual stream that overflowed.
 
     Raises:
-      NumericalError: naming the layer.
+      NumericalError: if it has NaN or infinity; names the layer.
     """
     if not np.isfinite(h.sum()):
         raise NumericalError(
-            f"layer {layer}", "gives NaN or infinity", "try --dtype float32, or check the model"
+            f"layer {layer}", "outputs NaN or infinity", "try --dtype float32, or check the model"
         )

@@ -1,9 +1,9 @@
-"""Text files -> text, part by part: decompressed, decoded, JSON lines taken apart.
+"""Text files -> text, part by part: decompressed, decoded, fields of JSON lines extracted.
 
-A file is read once, in order and only as far as its text is used, so that it may be a pipe; what is
-wrong behind that is not seen. What is held does not grow with the file: the characters that say
-what it is (`HEAD`, or its first line if that begins with a brace), of JSON lines a line, and the
-window of a decompressor.
+A file is read once, in order and only as far as its text is used, so that it may be a pipe; errors
+after that are not seen. Memory does not grow with the file: it is used for the beginning that
+identifies the format (`HEAD`, or the first line if that begins with a brace), one line of JSON
+lines, and a decompressor's window.
 """
 
 import bz2
@@ -25,24 +25,24 @@ JSON_NAME = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|gzip|zst|zstd|bz2|xz))?$", 
 ARRAY_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 AS_OBJECTS = 'give JSON lines: {"text": "…"} in each line'
 TO_LINES = "make lines of it: jq -c {} FILE > FILE.jsonl"
-HEAD = 1 << 18  # characters that say what a file is
+HEAD = 1 << 18  # characters by which a file's format is identified
 READ_BYTES = 1 << 18
-BEGINNING = 512  # bytes that a format is known by: tar names itself at byte 257
-# What a decompressor is given at a time. All that zlib and Zstandard make of it is held: 512 KiB
-# and, of blocks of one repeated byte, 16 MiB at the very most.
+BEGINNING = 512  # bytes by which a format is recognised: tar's name is at byte 257
+# Input for a decompressor at a time. All output of zlib and Zstandard for it is in memory: 512 KiB,
+# and for blocks of one repeated byte 16 MiB at most.
 SLICE_BYTES = 1 << 9
 BLANK = " \t\r\n"  # JSON's
 
 
 def read_text(paths: Sequence[Path], field: str) -> Iterator[str]:
-    """The text of files joined as they are, in parts; of JSON lines the given field of every line.
+    """The text of files joined as they are, in parts; for JSON lines, a field of every line.
 
     A file is JSON lines if its first line is a JSON object or its name says JSON. It may be
     compressed by gzip, Zstandard, bzip2 or xz, whatever its name. A byte-order mark is not text.
 
     Raises:
-      CorpusError: a file that cannot be read, is not UTF-8 text, is one JSON array of objects, or
-        lacks the field in a line; no text at all.
+      CorpusError: if a file cannot be read, is not UTF-8 text, is one JSON array of objects, or
+        lacks the field in a line; or if there is no text at all.
     """
     blank: list[str] | None = []  # white space, until something else follows
     for path in paths:
@@ -74,7 +74,7 @@ def _text_of(path: Path, field: str) -> Iterator[str]:
 
 
 def _more(text: str, parts: Iterator[str], size: int) -> tuple[str, bool]:
-    """``text`` lengthened to ``size`` characters at least, and whether nothing is left."""
+    """Extend ``text`` to at least ``size`` characters; also returns whether nothing is left."""
     found, have = [text], len(text)
     while have < size:
         part = next(parts, None)
@@ -86,7 +86,7 @@ def _more(text: str, parts: Iterator[str], size: int) -> tuple[str, bool]:
 
 
 class _Bytes:
-    """The bytes of a file or pipe in order, of which what was read last can be put back.
+    """The bytes of a file or pipe in order; the last bytes read can be put back.
 
     Raises:
       CorpusError: if it cannot be read.
@@ -109,7 +109,7 @@ class _Bytes:
         return CorpusError(self.path, f"cannot be read ({error.strerror})", "check --text")
 
     def read(self, size: int) -> bytes:
-        """The next ``size`` bytes, fewer only at the end."""
+        """The next ``size`` bytes; fewer only at the end."""
         data, self.ahead = self.ahead[:size], self.ahead[size:]
         if len(data) < size:
             try:
@@ -120,19 +120,19 @@ class _Bytes:
         return data
 
     def put_back(self, data: bytes) -> None:
-        """Let these bytes, the last that were read, be read again."""
+        """Put back these bytes, the last ones read, to be read again."""
         self.ahead = data + self.ahead
         self.position -= len(data)
 
     def begins(self, beginning: re.Pattern[bytes]) -> bool:
-        """Whether the bytes to come match a pattern of a few."""
+        """Whether the next bytes match a short pattern."""
         data = self.read(BEGINNING)
         self.put_back(data)
         return beginning.match(data) is not None
 
 
 def _decoded(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
-    """UTF-8 as it lies there: no newline is translated."""
+    """Decode UTF-8 as it is: no newline is translated."""
     beginning = b""
     for chunk in chunks:
         beginning += chunk
@@ -145,11 +145,11 @@ def _decoded(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
     first = beginning.removeprefix(codecs.BOM_UTF8)
     position = len(beginning) - len(first)
     for data in chain([first], chunks, [None]):
-        waiting = decoder.getstate()[0]  # the bytes of a character that was cut
+        waiting = decoder.getstate()[0]  # the bytes of an incomplete character
         try:
             text = decoder.decode(data or b"", final=data is None)
         except UnicodeDecodeError as error:
-            if path.suffix.lower() == ".br":  # nothing in Brotli's data says what they are
+            if path.suffix.lower() == ".br":  # Brotli data has no magic number
                 raise CorpusError(
                     path, "is compressed by Brotli",
                     "decompress it first: brotli -dc FILE > FILE.txt",
@@ -168,7 +168,7 @@ def _decoded(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
             yield text
 
 
-# How it begins, its name, what may pad it, and what decompresses one of the streams in it.
+# Magic bytes, name, padding, and decompressor of one stream.
 COMPRESSED: list[tuple[re.Pattern[bytes], str, bytes, Callable[[], Any]]] = [
     (re.compile(rb"\x1f\x8b\x08"), "gzip", b"\0", lambda: zlib.decompressobj(wbits=31)),
     (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "Zstandard", b"",
@@ -186,7 +186,9 @@ def _decompressed(path: Path, source: _Bytes) -> Iterator[bytes]:
             except (
                 OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
             ) as error:  # fmt: skip
-                raise CorpusError(path, f"is damaged {name} ({error})", "get it again") from error
+                raise CorpusError(
+                    path, f"is damaged {name} ({error})", "download it again"
+                ) from error
             return
     while data := source.read(READ_BYTES):
         yield data
@@ -195,7 +197,7 @@ def _decompressed(path: Path, source: _Bytes) -> Iterator[bytes]:
 def _streams(
     source: _Bytes, beginning: re.Pattern[bytes], padding: bytes, new: Callable[[], Any]
 ) -> Iterator[bytes]:
-    """Decompress streams that lie one after the other, all of them whole and nothing else there."""
+    """Decompress concatenated streams, which must be complete and followed by nothing else."""
     while True:
         if not source.begins(beginning):
             raise ValueError(f"other data follows at byte {source.position:,}")
@@ -214,8 +216,8 @@ def _streams(
 
 
 def _output(stream: Any, data: bytes) -> Iterator[bytes]:
-    """What a decompressor makes of ``data``, `READ_BYTES` at a time."""
-    if hasattr(stream, "needs_input"):  # bzip2 and xz, which can make gigabytes of a slice
+    """A decompressor's output for ``data``, `READ_BYTES` at a time."""
+    if hasattr(stream, "needs_input"):  # bzip2 and xz can make gigabytes from a slice
         yield stream.decompress(data, READ_BYTES)
         while not (stream.eof or stream.needs_input):
             yield stream.decompress(b"", READ_BYTES)
@@ -232,10 +234,10 @@ def _foreign(beginning: bytes, what: str, todo: str) -> tuple[re.Pattern[bytes],
 AS_LINES = (
     "write its text column as JSON lines first (pandas: to_json, orient='records', lines=True)"
 )
-AS_TOKENS = "if it holds token ids, give it by --tokens"
+AS_TOKENS = "if it holds token ids, give it with --tokens"
 NOT_TEXT = rb"(?![ -~\s])"
 UNPACK = "unpack it, and give the text files inside"
-# What people have beside text: how it begins, what it is, what to do.
+# Formats other than text: magic bytes, what it is, what to do.
 FOREIGN = [
     _foreign(rb"\xff\xfe\0\0|\0\0\xfe\xff",
              "is not UTF-8 but UTF-32", "convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),
@@ -278,7 +280,7 @@ def _is_object(line: str) -> bool:
 
 
 def _lines(parts: Iterator[str]) -> Iterator[str]:
-    """Lines; only a newline character ends one, as JSON strings may hold other separators."""
+    """Split into lines at newlines only: JSON strings may contain other separators."""
     line: list[str] = []
     for part in parts:
         for number, piece in enumerate(part.split("\n")):
@@ -292,7 +294,7 @@ def _lines(parts: Iterator[str]) -> Iterator[str]:
 def _json_lines(
     path: Path, head: str, whole: bool, parts: Iterator[str], field: str
 ) -> Iterator[str]:
-    """The field of every line, with an empty line between them."""
+    """The field of every line, separated by empty lines."""
     between = ""
     for number, line in enumerate(_lines(chain([head], parts)), 1):
         if not line.strip(" \t\r"):
@@ -304,7 +306,7 @@ def _json_lines(
             if not between:
                 _refuse_document(path, head, whole)
             raise CorpusError(
-                where, f"is not JSON ({error})", "give JSON lines: one object a line"
+                where, f"is not JSON ({error})", "give JSON lines: one object per line"
             ) from error
         if not isinstance(fields, dict):
             if not between:
@@ -314,13 +316,13 @@ def _json_lines(
             names = shown(", ".join(map(str, fields)), 80) or "none"
             raise CorpusError(
                 where, f"has no text field {shown(field, 40)!r} (its fields: {names})",
-                "name it by --text-field",
+                "name it with --text-field",
             )  # fmt: skip
         value = fields[field]
         if not isinstance(value, str):
             raise CorpusError(
                 where, f"has no text in field {shown(field, 40)!r}: {shown(json.dumps(value), 40)}",
-                "name another by --text-field, or leave the line out",
+                "name another with --text-field, or delete the line",
             )  # fmt: skip
         if half := re.search("[\ud800-\udfff]", value):
             raise CorpusError(
@@ -332,10 +334,9 @@ def _json_lines(
 
 
 def _refuse_document(path: Path, head: str, whole: bool) -> None:
-    """Raise CorpusError if a file is one JSON document, or several over many lines each.
+    """Raise CorpusError if a file is one JSON document, or several that span many lines.
 
-    Of a file that is longer than ``head`` this decides: a document if nothing in it speaks against
-    that before it is cut off.
+    A file longer than ``head`` counts as a document if nothing before the cut contradicts it.
     """
     text = head.strip(BLANK)
     value: Any
@@ -355,12 +356,12 @@ def _refuse_document(path: Path, head: str, whole: bool) -> None:
         raise CorpusError(path, "is one JSON array, not JSON lines", todo)
     if isinstance(value, dict) and "\n" in text[:end]:
         raise CorpusError(
-            path, "is JSON over several lines, not one object a line", TO_LINES.format(".")
+            path, "is JSON over several lines, not one object per line", TO_LINES.format(".")
         )
 
 
 def _is_cut(error: json.JSONDecodeError) -> bool:
-    """Whether a document may be at fault only for ending where it does."""
+    """Whether a document's only fault may be that it is cut off."""
     return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - len(
         "\\ud83d"
     )

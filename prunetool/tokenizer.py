@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint: text -> token ids, and the token that a text begins with.
+"""The tokenizer of a checkpoint: text -> token ids, and the token that begins a text.
 
-Its file comes from outside: the rules are weighed before they run, and whatever the library fails
-by is one line.
+Its file is untrusted: its rules are checked before they run, and any failure of the library becomes
+a one-line error.
 """
 
 import base64
@@ -23,29 +23,30 @@ from prunetool.errors import CorpusError
 TOKENIZER_BYTES = 128 << 20  # the largest in use have about 35 MB
 MOST_GROWTH = 100  # T5's and ALBERT's rules, counted as `_growth` does, come to 72
 
-# The most characters that Unicode's own rules make of one: properties of Unicode 15.
+# The most characters that Unicode's own rules make from one, as of Unicode 15.
 FORMS = {"NFC": 3.0, "NFD": 4.0, "NFKC": 18.0, "NFKD": 18.0, "Lowercase": 2.0}
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's tokenizer.json or tokenizer.model, as it is at inference.
+    """Load a checkpoint's tokenizer.json or tokenizer.model, configured for inference.
 
-    What a training run left in tokenizer.json is switched off: truncation, padding, and BPE's
-    dropout, which is random. Rules may multiply a text's length by `MOST_GROWTH` at most.
+    Leftovers of training in tokenizer.json are switched off: truncation, padding, and BPE's random
+    dropout. Rules may multiply a text's length by `MOST_GROWTH` at most.
 
     Raises:
-      CorpusError: if there is neither, it is damaged, or it would take up all memory.
-      ConfigError: a tokenizer.model that is damaged or not read, see `read_sentencepiece`.
+      CorpusError: if both are missing, it is damaged, or it would take up all memory.
+      ConfigError: if a tokenizer.model is damaged or unsupported, see `read_sentencepiece`.
     """
     path = tokenizer_path(directory)
     if not path.exists():
-        raise CorpusError(path, "no such file", "give token ids by --tokens instead of --text")
-    if not path.is_file():  # a named pipe would be waited for
-        raise CorpusError(path, "is not a regular file", "get it again")
+        raise CorpusError(path, "no such file", "give token ids with --tokens instead of --text")
+    if not path.is_file():  # reading a named pipe would block
+        raise CorpusError(path, "is not a regular file", "download it again")
     if path.stat().st_size > TOKENIZER_BYTES:
         raise CorpusError(
-            path, f"is {path.stat().st_size >> 20:,} MiB, and {TOKENIZER_BYTES >> 20} are read",
-            "get it again",
+            path,
+            f"is {path.stat().st_size >> 20:,} MiB, but at most {TOKENIZER_BYTES >> 20} are read",
+            "download it again",
         )  # fmt: skip
     try:
         document = json.loads(
@@ -58,11 +59,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     except OSError as error:
         raise CorpusError(path, f"cannot be read ({error.strerror})", "check it") from error
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
-        raise CorpusError(path, f"is not a tokenizer ({error})", "get it again") from error
+        raise CorpusError(path, f"is not a tokenizer ({error})", "download it again") from error
     if growth > MOST_GROWTH:
         raise CorpusError(
-            path, f"has rules that make {growth:,.4g} characters of one; {MOST_GROWTH} are allowed",
-            "get it again, or give token ids by --tokens",
+            path,
+            f"has rules that turn one character into {growth:,.4g}; at most {MOST_GROWTH} are "
+            "allowed",
+            "download it again, or give token ids with --tokens",
         )  # fmt: skip
     document |= {"truncation": None, "padding": None}
     with _library(path, "is not a tokenizer"):
@@ -71,7 +74,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _sentencepiece(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.model, with BOS as LlamaTokenizer adds it: by default."""
+    """The tokenizer of a tokenizer.model, which adds BOS by default, as LlamaTokenizer does."""
     model = read_sentencepiece(path)
     config_path = path.with_name("tokenizer_config.json")
     config = read_json(config_path) if config_path.exists() else {}
@@ -86,12 +89,12 @@ def _sentencepiece(path: Path) -> Tokenizer:
 
 
 def tokenize(parts: Iterable[str], directory: Path) -> Iterator[np.ndarray]:
-    """Token ids of a text by the checkpoint's tokenizer, part by part, int32, without a BOS.
+    """Token ids of a text from the checkpoint's tokenizer, part by part, int32, without a BOS.
 
-    They are those of the whole text (see `pieces`); no more of it is read than they need.
+    They equal those of the whole text (see `pieces`); no more of it is read than needed.
 
     Raises:
-      CorpusError: see `load_tokenizer`; or the tokenizer fails on this text.
+      CorpusError: see `load_tokenizer`; or if the tokenizer fails on this text.
     """
     path, tokenizer = tokenizer_path(directory), load_tokenizer(directory)
 
@@ -105,9 +108,9 @@ def tokenize(parts: Iterable[str], directory: Path) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _library(path: Path, what: str) -> Iterator[None]:
-    """Raise CorpusError for whatever the tokenizers library fails by, a Rust panic too.
+    """Raise CorpusError for any failure of the tokenizers library, including a Rust panic.
 
-    A panic is a BaseException, and prints a backtrace to the file descriptor of stderr.
+    A panic is a BaseException, and prints a backtrace to stderr's file descriptor.
     """
     try:
         with _no_stderr():
@@ -115,14 +118,14 @@ def _library(path: Path, what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CorpusError(path, f"{what} ({error})", "get it again") from error
+        raise CorpusError(path, f"{what} ({error})", "download it again") from error
 
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
     try:
         kept = os.dup(2)
-    except OSError:  # the program was started without one
+    except OSError:  # the program was started without stderr
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -136,7 +139,7 @@ def _no_stderr() -> Iterator[None]:
 
 
 def _rules(parts: list[Any]) -> list[dict[str, Any]]:
-    """The rules in parts of a tokenizer.json, in the order of their use, without their nesting."""
+    """The rules in parts of a tokenizer.json, flattened, in order of use."""
     rules: list[dict[str, Any]] = []
     todo: list[Any] = [parts]
     while todo:
@@ -150,17 +153,17 @@ def _rules(parts: list[Any]) -> list[dict[str, Any]]:
 
 
 def _growth(rules: list[dict[str, Any]]) -> float:
-    """How many characters these rules can make of one, at most.
+    """The most characters that these rules can make from one.
 
-    From the last rule to the first, a character's weight is what it ends up as. Replacing p by c
-    needs Σ weight(pᵢ) ≥ weight(c), which holds if each pᵢ gets at least weight(c) / |p|. A
-    pattern may match nothing, and then c comes beside every character. Unicode's forms that
-    follow one another count once, as they leave alone what is already normal.
+    From the last rule to the first, a character's weight is the length it ends up with. Replacing p
+    by c needs Σ weight(pᵢ) ≥ weight(c), which holds if each pᵢ gets at least weight(c) / |p|. A
+    pattern may match the empty string, and then c is added to every character. Consecutive Unicode
+    normal forms count once, as they leave normalised text unchanged.
 
     Raises:
-      ValueError: a table of replacements that contradicts itself.
+      ValueError: if a table of replacements contradicts itself.
     """
-    weights: dict[str, float] = {}  # above `beside`; characters that are not there have `rest`
+    weights: dict[str, float] = {}  # above `beside`; absent characters have `rest`
     beside, rest, peak, form = 0.0, 1.0, 1.0, 1.0
 
     def weight(text: str) -> float:
@@ -189,15 +192,15 @@ def _growth(rules: list[dict[str, Any]]) -> float:
         if times > 1:
             weights, beside, rest, peak = {}, 0.0, peak * times, peak * times
         beside, peak = beside + more, peak + more
-        if peak > 1e12:  # enough to refuse; beyond, differences would drown in rounding
+        if peak > 1e12:  # enough to refuse; beyond, rounding would hide differences
             break
     return peak
 
 
 def _longest_replacement(table: str) -> float:
-    """Characters of the longest replacement in SentencePiece's table (base64).
+    """Length of the longest replacement in SentencePiece's table (base64).
 
-    The table: bytes of its trie (uint32, little-endian), the trie, replacements that end in NUL.
+    The table: size of its trie in bytes (uint32, little-endian), trie, NUL-terminated replacements.
     """
     data = base64.b64decode(table)
     trie_bytes = int.from_bytes(data[:4], "little")
@@ -209,19 +212,19 @@ def _longest_replacement(table: str) -> float:
 def bos_id(
     directory: Path, vocab_size: int, how: str, tokens_path: Path | None = None
 ) -> int | None:
-    """The token that windows are to begin with, or None.
+    """The token that begins every window, or None.
 
     Args:
-      directory: the checkpoint's.
-      vocab_size: of the checkpoint.
-      how: ``never``; ``auto``: as the template in tokenizer.json does, which alone counts to
-        transformers (it ignores add_bos_token where there is a tokenizer.json), of a
-        tokenizer.model if add_bos_token does not deny it; ``always``: also if that adds none, by
+      directory: the checkpoint's directory.
+      vocab_size: the checkpoint's vocabulary size.
+      how: ``never``; ``auto``: by the template in tokenizer.json, the only thing that counts in
+        transformers (it ignores add_bos_token if there is a tokenizer.json), or for a
+        tokenizer.model unless add_bos_token forbids it; ``always``: even if that adds none, from
         bos_token of tokenizer_config.json or bos_token_id of config.json.
-      tokens_path: a token file given instead of text, to which ``auto`` adds nothing.
+      tokens_path: a token file instead of text, to which ``auto`` adds nothing.
 
     Raises:
-      CorpusError: if there is no BOS to be found, or it is outside the vocabulary.
+      CorpusError: if no BOS can be found, or it is outside the vocabulary.
     """
     if how == "never" or (how == "auto" and tokens_path):
         return None
@@ -231,7 +234,7 @@ def bos_id(
         start = _template_start(tokenizer) if tokenizer else []
     if how == "auto" and len(start) > 1:
         raise CorpusError(
-            path, f"puts {len(start)} tokens before a text", "choose by --bos always or never"
+            path, f"puts {len(start)} tokens before a text", "give --bos always or --bos never"
         )
     found = start[0] if len(start) == 1 else None
     if how == "always" and found is None:
@@ -242,7 +245,7 @@ def bos_id(
             )
     if found is not None and not 0 <= found < vocab_size:
         raise CorpusError(
-            directory, f"has token {found} as its BOS, of a vocabulary of {vocab_size}",
+            directory, f"has BOS token {found}, outside the vocabulary of {vocab_size}",
             "give --bos never, or the model's own tokenizer",
         )  # fmt: skip
     return found
@@ -256,7 +259,7 @@ def _template_start(tokenizer: Tokenizer) -> list[int]:
 
 
 def _bos_token(config: dict[str, Any]) -> str | None:
-    """The BOS that a tokenizer_config.json names."""
+    """The BOS named in a tokenizer_config.json."""
     token = config.get("bos_token")
     if isinstance(token, dict):
         token = token.get("content")

@@ -1,23 +1,23 @@
-"""The work directory: what a run is of, and the files that let a killed one go on.
+"""The work directory: what a run is about, and the files from which a killed one resumes.
 
     work/
-      run.json              what the run is of: checkpoint, tokens, options, version
+      run.json              the run's identity: checkpoint, tokens, options, version
       weights.json          checksums of the checkpoint's tensors, as calibrate read them
-      stats/                sums over calibration tokens, two files a layer (fit, held-out)
-      hidden-00012          residual stream before layer 12, while calibrate is under way
-      calibrated            all layers are there (or were: discarded)
-      discarded             a later step deleted stats it was done with
-      scores-51d0…/         scores, which several sparsities share
-      score-3f9a…/          units kept, one file a layer
-      compensate-77c1…/     refitted weights, one file a layer
-      */records.jsonl       the records of the step whose directory it is, once they are whole
+      stats/                sums over calibration tokens, two files per layer (fit, held-out)
+      hidden-00012          residual stream before layer 12, while calibrate runs
+      calibrated            all layers are done (and may have been discarded)
+      discarded             a later step deleted stats after using them
+      scores-51d0…/         scores, shared by several sparsities
+      score-3f9a…/          units kept, one file per layer
+      compensate-77c1…/     refitted weights, one file per layer
+      */records.jsonl       the records of the directory's step, once complete
 
-A step's directory carries a hash of all options so far, so several sparsities share one
-calibration, and a file that exists is whole (files are renamed into place): a step run again
-makes only what is missing, or damaged. Every array has its checksum in its file's header.
+A step's directory name has a hash of all options so far, so several sparsities share one
+calibration, and a file that exists is complete (files are renamed into place): a rerun step makes
+only what is missing or damaged. Every array has its checksum in its file's header.
 
-A stream names its work directory, and is input from outside: only files that the steps name are
-read or deleted, below a directory whose run.json is of that stream, and never through links.
+A stream names its work directory, and is untrusted input: only files named by the steps are read or
+deleted, below a directory whose run.json matches that stream, and never through links.
 """
 
 import hashlib
@@ -44,12 +44,12 @@ RUN_NAME = "run.json"
 STATS = "stats"  # the directory of calibrate
 WEIGHTS_NAME = "weights.json"
 DISCARDED_NAME = "discarded"
-SILENT_SECONDS = 60.0  # of waiting for a lock before a word is said
-BROKEN_SECONDS = 2.0  # a lock file is being written for less than that
+SILENT_SECONDS = 60.0  # of waiting for a lock before it is reported
+BROKEN_SECONDS = 2.0  # writing a lock file takes less than this
 CALIBRATED = ("stats/*.safetensors", "hidden-*")  # its files, for `size_bytes`
 EVERYTHING = ("*", "*/*")
-STATS_KINDS = (STATS, "held_out", "attention")  # of the files that calibrate makes of a layer
-# Names of all that the steps make in a work directory; nothing else there is ever removed.
+STATS_KINDS = (STATS, "held_out", "attention")  # of the files that calibrate makes for a layer
+# Names of everything that the steps make in a work directory; nothing else is ever removed.
 DIRECTORIES = re.compile(r"stats|(scores|score|compensate)-[0-9a-f]{12}")
 FILES = re.compile(r"(hidden-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded")
 RECORDS_NAME = "records.jsonl"
@@ -61,23 +61,24 @@ AGAIN = (
 
 @contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from writing what this one writes, as ``path``.lock says.
+    """Keep other processes from writing what this one writes, by ``path``.lock.
 
-    The lock holds the process's id. That of a process that is gone is taken over with a message.
+    The lock contains the process's id. A dead process's lock is taken over with a message.
 
     Args:
-      path: the directory, or file name, that is written.
-      wait: for a living process that has it.
+      path: the directory or file to write.
+      wait: wait for a living process that holds the lock.
 
     Raises:
-      WorkError: if a living process has it and this one does not wait.
+      WorkError: if a living process holds it and this one does not wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = SoftFileLock(path.with_name(f"{path.name}.lock"))
     _remove_broken(held)
     holder = held.pid
     advice = (
-        f"wait for it, or stop it (if it is of another machine and gone, delete {held.lock_file})"
+        "wait for it, or stop it (if it ran on another machine and is gone, delete "
+        f"{held.lock_file})"
     )
     try:
         held.acquire(timeout=0)
@@ -92,9 +93,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         ) from error  # fmt: skip
     else:
         if holder is not None:
-            console.log.warning(
-                "%s: process %d, which wrote it, is gone; this one goes on", path, holder
-            )
+            console.log.warning("%s: process %d, which wrote it, is gone; continuing", path, holder)
     try:
         files.sweep(path)
         yield
@@ -103,7 +102,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _remove_broken(held: SoftFileLock) -> None:
-    """Remove a lock file that goes on naming no process: the machine died as it was made."""
+    """Remove a lock file that still names no process: the machine crashed while making it."""
     path = Path(held.lock_file)
     with suppress(FileNotFoundError):
         before = path.lstat()
@@ -112,7 +111,7 @@ def _remove_broken(held: SoftFileLock) -> None:
         time.sleep(BROKEN_SECONDS)
         if path.lstat() == before:
             path.unlink()
-            console.log.warning("%s: names no process, after a crash; taken over", path)
+            console.log.warning("%s: names no process, so it is from a crash; taken over", path)
 
 
 def _wait(held: SoftFileLock, path: Path, advice: str) -> None:
@@ -131,30 +130,30 @@ def _named(pid: int | None) -> str:
 def identity(
     command: str, checkpoint: Mapping[str, Any], tokens: str, version: str, how: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that decides a run's result; a run goes on only with a run of the same.
+    """Everything that determines a run's result; only an equal run is resumed.
 
     Args:
       command: the step.
       checkpoint: `Model.identity`; the bytes of all tensors are checked as they are read
         (`WEIGHTS_NAME`).
       tokens: digest of the token ids, and so of the text, the windows and their BOS.
-      version: of prunetool.
-      how: the options that matter. Batch sizes, devices and processes do not: they change the
+      version: version of prunetool.
+      how: the options that matter. Batch sizes, devices and processes do not: they change only the
         last digits, as documented.
     """
     return {"command": command, **checkpoint, "tokens": tokens, **how, "version": version}
 
 
 def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Make ``work`` the directory of this run, or go on with the same run in it.
+    """Claim ``work`` for this run, or resume the same run in it.
 
     Args:
       work: the directory.
       run: its `identity`.
-      overwrite: drop the files of another run of the same command.
+      overwrite: delete the files of another run of the same command.
 
     Raises:
-      WorkError: if it holds another run; names what differs.
+      WorkError: if it has another run; says what differs.
     """
     run_path = work / RUN_NAME
     if run_path.exists():
@@ -173,9 +172,9 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
             if not overwrite:
                 raise WorkError(
                     work, f"holds another run: {_in_words(changes)}",
-                    "give --overwrite to drop it, or another --work",
+                    "give --overwrite to delete it, or another --work",
                 )  # fmt: skip
-            drop(work)  # run.json last, by being replaced: it says whose this is
+            drop(work)  # run.json is replaced last: it says whose this is
     else:
         old = {}
         if work.exists() and not (work.is_dir() and files.is_empty(work)):
@@ -197,7 +196,7 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
 
 
 class Change(NamedTuple):
-    """A value that two runs differ in; its key is as ``config.rope.theta``."""
+    """A value in which two runs differ; its key is like ``config.rope.theta``."""
 
     key: str
     was: Any
@@ -205,7 +204,7 @@ class Change(NamedTuple):
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """All that two runs differ in."""
+    """All values in which two runs differ."""
     found = []
     for key in {**old, **new}:
         was, now = old.get(key), new.get(key)
@@ -216,7 +215,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     return found
 
 
-# Keys of a run whose values are checksums, in words; and those that are not their option's name.
+# Descriptions of keys with checksums as values; and of keys that differ from their option's name.
 CHECKSUMS = {
     "tensors": "the tensors of the checkpoint", "tokenizer": "the tokenizer of the checkpoint",
     "tokens": "the token ids of the text",
@@ -225,23 +224,23 @@ NAMES = {"version": "prunetool", "attention": "--attention-samples with --attent
 
 
 def _in_words(changes: Sequence[Change]) -> str:
-    """What differs, as a user knows it."""
+    """What differs, in the user's terms."""
     words = []
     for key, was, now in changes:
         if key in CHECKSUMS:
             continue
         name = NAMES.get(key, key if "." in key else f"--{key.replace('_', '-')}")
         words.append(f"{name} was {shown(json.dumps(was), 20)} and is {shown(json.dumps(now), 20)}")
-    # Other options make other token ids of the same text.
+    # Other options make other token ids from the same text.
     words = words or [f"{CHECKSUMS[key]} are not the same" for key, *_ in changes]
     return shown(", ".join(words), 140)
 
 
 def drop(work: Path) -> None:
-    """Remove what the steps made below ``work``, and nothing else there; run.json stays.
+    """Remove only what the steps made below ``work``; run.json stays.
 
     Raises:
-      WorkError: if a directory of theirs is a link, or a step is at work there.
+      WorkError: if one of their directories is a link, or a step is running there.
     """
     for held in work.glob("*.lock"):
         if DIRECTORIES.fullmatch(held.stem):
@@ -256,12 +255,12 @@ def drop(work: Path) -> None:
         for path in entry.iterdir():
             if STEP_FILES.fullmatch(path.name.removesuffix(".lock")):
                 path.unlink()
-        with suppress(OSError):  # something of the user's
+        with suppress(OSError):  # it has files of the user
             entry.rmdir()
 
 
 def _is_ours(entry: Path) -> bool:
-    """Whether something in a work directory has a name that a step gives, run.json apart."""
+    """Whether an entry of a work directory has a step's file name (other than run.json)."""
     if entry.is_dir():
         return bool(DIRECTORIES.fullmatch(entry.name))
     return bool(FILES.fullmatch(entry.name)) or (
@@ -270,18 +269,18 @@ def _is_ours(entry: Path) -> bool:
 
 
 def clear(work: Path) -> None:
-    """Remove all that the steps made in ``work``, and ``work`` itself if nothing else is there."""
+    """Remove everything that the steps made in ``work``, and ``work`` itself if then empty."""
     drop(work)
     (work / RUN_NAME).unlink()
-    with suppress(OSError):  # the user's own files, or a place that cannot be removed
+    with suppress(OSError):  # has the user's files, or cannot be removed
         work.rmdir()
 
 
 def run_of(header: Header) -> dict[str, Any]:
-    """The run that a stream speaks of, from its work directory.
+    """The run of a stream, from its work directory.
 
     Raises:
-      WorkError: if that is not the work directory of the calibration that the stream begins with.
+      WorkError: if it is not the work directory of the stream's calibration.
     """
     work, first = Path(header.work), header.history[0]
     where = work / RUN_NAME
@@ -301,7 +300,7 @@ def _refuse_link(path: Path) -> None:
 
 
 def below(work: Path, name: str) -> Path:
-    """The path of a file that the steps name, ``directory/file`` or ``file``, below ``work``.
+    """The path below ``work`` of a file named by the steps, ``directory/file`` or ``file``.
 
     Raises:
       WorkError: if it or its directory is a link.
@@ -313,18 +312,18 @@ def below(work: Path, name: str) -> Path:
 
 
 def size_bytes(work: Path, *patterns: str) -> int:
-    """Bytes of the files there whose names below ``work`` match one of the patterns."""
+    """Bytes of the files below ``work`` that match one of the patterns."""
     found = [path for pattern in patterns for path in work.glob(pattern) if path.is_file()]
     return sum(path.stat().st_size for path in found)
 
 
 def digest(value: Any) -> str:
-    """Twelve hexadecimal digits that stand for a JSON value."""
+    """Twelve hexadecimal digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def step_directory(header: Header) -> str:
-    """Name, below ``work``, of the directory of the last step in the header's history."""
+    """Name, below ``work``, of the directory for the last step in the header's history."""
     return f"{header.history[-1]['command']}-{digest(header.history)}"
 
 
@@ -335,7 +334,7 @@ def layer_file(directory: str, layer: int, kind: str = "") -> str:
 
 @contextmanager
 def records_copy(work: Path, directory: str) -> Iterator[IO[str]]:
-    """Give a place for a copy of a step's records; once they are whole, write it to a file."""
+    """Yield a stream for a copy of a step's records; once complete, it is written to a file."""
     copy = io.StringIO()
     yield copy
     path = below(work, f"{directory}/{RECORDS_NAME}")
@@ -347,7 +346,7 @@ def of(place: Path) -> Path:
     """The work directory of a checkpoint that export wrote, or ``place`` if it is one.
 
     Raises:
-      WorkError: if it is neither, or the checkpoint's is gone.
+      WorkError: if it is neither, or the checkpoint's work directory is gone.
     """
     work = Path(files.work_of(place) or place).absolute()
     with suppress(CheckpointError):
@@ -359,22 +358,22 @@ def of(place: Path) -> Path:
             "a report or another sparsity needs another calibration",
         )  # fmt: skip
     raise WorkError(
-        place, "is neither a work directory nor a checkpoint of export", "name one of these"
+        place, "is neither a work directory nor a checkpoint that export wrote", "name one of these"
     )
 
 
 def last_records(work: Path) -> Path:
-    """The records that a step behind calibrate wrote last in a work directory.
+    """The records last written by a step after calibrate in a work directory.
 
     Raises:
-      WorkError: if none has ended there.
+      WorkError: if no such step has finished there.
     """
     made = [
         path for path in work.glob(f"*/{RECORDS_NAME}")
         if DIRECTORIES.fullmatch(path.parent.name) and path.parent.name != STATS
     ]  # fmt: skip
     if not made:
-        raise WorkError(work, "holds no records of score or compensate", "run score to its end")
+        raise WorkError(work, "has no records of score or compensate", "run score to its end")
     return max(made, key=lambda path: path.stat().st_mtime_ns)
 
 
@@ -402,23 +401,23 @@ def write(work: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def discard_stats(work: Path, record: LayerRecord) -> None:
-    """Delete what calibrate kept of a layer, once its last reader is done with it."""
+    """Delete a layer's stats once their last reader is done."""
     below(work, DISCARDED_NAME).touch()
     for kind in STATS_KINDS:
         if kind in record.files:
             below(work, layer_file(STATS, record.index, f".{kind}")).unlink(missing_ok=True)
 
 
-SUMS = "checksums"  # in the header of a file below a work directory: by array, as JSON
+SUMS = "checksums"  # key in the header of a work directory's files: by array, as JSON
 
 
 class TensorFile:
-    """A file below ``work``, whose arrays are read one at a time, each checked as it is read.
+    """A file below ``work`` whose arrays are read one at a time, each checked when read.
 
     The file is read, not mapped: mapped pages would count in the peak memory.
 
     Raises:
-      RecordError: if it is gone, damaged, or lacks an array that is asked for.
+      RecordError: if it is gone, damaged, or lacks a requested array.
     """
 
     def __init__(self, work: Path, name: str) -> None:
@@ -444,7 +443,7 @@ class TensorFile:
         return iter(sorted(self._sums))
 
     def check(self) -> None:
-        """Read everything, to see whether it is whole."""
+        """Read everything, to check that it is intact."""
         for name in self:
             self[name]
 
@@ -463,7 +462,7 @@ class TensorFile:
 
 
 def _sums_of(metadata: Any) -> dict[str, str]:
-    """Checksums by array from a header's metadata; nothing if they cannot be read."""
+    """Checksums by array from a header's metadata; empty if they cannot be read."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         sums = json.loads(metadata[SUMS])
         if isinstance(sums, dict):
@@ -475,7 +474,7 @@ def load(work: Path, name: str) -> dict[str, np.ndarray]:
     """Read all arrays of a file below ``work``.
 
     Raises:
-      RecordError: as `TensorFile`.
+      RecordError: as in `TensorFile`.
     """
     file = TensorFile(work, name)
     return {key: file[key] for key in file}

@@ -53,14 +53,14 @@ def test_every_command_has_help_and_an_example(command):
     [
         (["calibrate", "m"], "give either --text or --tokens"),
         (["calibrate", "m", "--text", "a", "--tokens", "b"], "give either --text or --tokens"),
-        (["calibrate", "m", "--text", "a", "--samples", "2", "--held-out", "2"], "leave none"),
+        (["calibrate", "m", "--text", "a", "--samples", "2", "--held-out", "2"], "leaves none"),
         (["evaluate", "m"], "give either --text or --tokens"),
         (["score"], "Missing option '--sparsity'"),
         (["score", "--sparsity", "1"], "not in the range"),
         (["score", "--sparsity", "20"], "not in the range 0<=x<1. Did you mean 0.2?"),
         (["score", "--sparsity", "12.5%"], "not a valid float range. Did you mean 0.125?"),
-        (["score", "--sparsity", ".2", "--target", "layers"], "name some of heads, channels"),
-        (["score", "--sparsity", ".2", "--target", "heads,q"], "name some of heads, channels"),
+        (["score", "--sparsity", ".2", "--target", "layers"], "give some of heads, channels"),
+        (["score", "--sparsity", ".2", "--target", "heads,q"], "give some of heads, channels"),
         (["score", "--sparsity", ".2", "--target", "qk"], "newton does not score q,k; give wanda"),
         (
             ["score", "--sparsity", ".2", "--target", "q", "--method", "attention-gd"],
@@ -117,12 +117,12 @@ def test_every_command_has_help_and_an_example(command):
                 "--attention-length",
                 "128",
             ],
-            "--attention-length 128 is beyond --sequence-length 64",
+            "--attention-length 128 exceeds --sequence-length 64",
         ),
         (["calibrate", "m", "--text", "a", "--attention-length", "1"], "not in the range"),
         (["score", "--sparsity", ".2", "--newton-iterations", "3", "--lambda", "inf"], "finite"),
         (["compensate", "--damping", "much"], "give a number"),
-        (["compensate", "--damping", "-1"], "a damping is 0 or more"),
+        (["compensate", "--damping", "-1"], "a damping must be finite"),
         *(
             (["score", "--sparsity", ".2", option, value], f"{value} is not a finite number")
             for option, values in {
@@ -137,7 +137,7 @@ def test_every_command_has_help_and_an_example(command):
         (["score", "--sparsity", ".2", "--seed", "-1"], "-1 is not in the range x>=0"),
         (["score", "--sparsity", ".2", "--lambda", "-inf"], "-inf is not in the range x>0"),
         *(
-            (["compensate", "--damping", value], "a damping is 0 or more, and finite")
+            (["compensate", "--damping", value], "a damping must be finite and at least 0")
             for value in ("nan", "inf", "0.1,nan")
         ),
         (["prune"], "No such command 'prune'"),
@@ -355,7 +355,7 @@ class TestClosedStreams:
     def test_stdin_reads_as_empty(self):
         done = closed("<&-", "score", "--sparsity", ".2")
         assert error_of(done).startswith(
-            "Error: /dev/null: the stream is empty; run the step before again"
+            "Error: /dev/null: the stream is empty; run the previous step again"
         )
 
     @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -445,7 +445,7 @@ def test_what_an_export_copies_along_is_downloaded_with_a_model(checkpoint, proc
 def test_an_empty_stream_exits_1_with_one_line(process):
     for words in (["score", "--sparsity", ".2"], ["compensate"], ["export", "out"]):
         done = process(*words, stdin="", ok=False)
-        assert "<stdin>: the stream is empty; run the step before again" in error_of(done)
+        assert "<stdin>: the stream is empty; run the previous step again" in error_of(done)
 
 
 def test_a_traceback_is_shown_on_request(process):

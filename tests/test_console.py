@@ -286,7 +286,7 @@ class TestPipe:
         terminal(["sh", "-c", pipe(*steps)], cwd=tmp_path)
         said = terminal.said()
         assert steps_of(said)[:1] == ["calibrate"], said
-        warning = re.compile("layer .*: no damping served the held-out tokens; ")
+        warning = re.compile("layer .*: no damping lowered the held-out error; ")
         lines = [line for line in shown(said) if line and not warning.match(line)]
         *lines, load, measure, report, upload, clean = lines
         assert "from_pretrained" in load

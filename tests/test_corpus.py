@@ -50,12 +50,12 @@ def test_shuffled_windows_follow_the_seed():
 
 def test_whole_sequences_are_taken_as_they_are():
     assert cut([[1, 2], [3, 4]], 1, 2).tolist() == [[1, 2]]
-    with pytest.raises(CorpusError, match="has sequences of 2; give --sequence-length 2"):
+    with pytest.raises(CorpusError, match="has sequences of 2 tokens; give --sequence-length 2"):
         cut([[1, 2], [3, 4]], 1, 3)
 
 
 def test_ids_beyond_the_vocabulary():
-    with pytest.raises(CorpusError, match="token ids up to 100 for a vocabulary of 100"):
+    with pytest.raises(CorpusError, match="token ids up to 100, outside the vocabulary of 100"):
         cut([1, 100], 1, 2)
 
 
@@ -215,7 +215,7 @@ def test_a_pipe_is_read_once(tmp_path):
         ),
         ("{}", r"has no text field 'text' \(its fields: none\)"),
         ('{"text": null}', "has no text in field 'text': null"),
-        ('{"text": "x"},', r"is not JSON \(Extra data.*; give JSON lines: one object a line"),
+        ('{"text": "x"},', r"is not JSON \(Extra data.*; give JSON lines: one object per line"),
         ('["x"]', r'is JSON but not an object \(\["x"\]\)'),
         ("[" * 100_000, "is not JSON"),
         (r'{"text": "x \ud83d"}', r"has half of a surrogate pair \(\\ud83d\)"),
@@ -368,8 +368,11 @@ def test_a_shape_beyond_the_file_takes_no_memory(tmp_path):
         (np.zeros(0, int), r"is int64 of shape \(0,\)"),
         (np.zeros((5, 0), int), r"is int64 of shape \(5, 0\)"),
         (np.ones(3, bool), "is bool of shape"),
-        (np.array([2**64 - 1, 1], np.uint64), f"token ids up to {2**64 - 1} for a vocabulary"),
-        (np.array([100, -3, 2]), "has the token id -3 for a vocabulary of 100"),
+        (
+            np.array([2**64 - 1, 1], np.uint64),
+            f"token ids up to {2**64 - 1}, outside the vocabulary",
+        ),
+        (np.array([100, -3, 2]), "has the token id -3, outside the vocabulary of 100"),
     ],
 )
 def test_ids_that_are_none_are_refused_by_what_they_are(tmp_path, ids, says):
@@ -383,7 +386,7 @@ def test_token_files_of_other_kinds(tmp_path):
     save_file({"a": np.arange(3), "b": np.arange(3)}, tmp_path / "two.SAFETENSORS")
     for path, says in (
         (tmp_path / "a.npz", "neither .npy nor .safetensors"),
-        (tmp_path / "two.SAFETENSORS", "2 tensors, and one is wanted"),
+        (tmp_path / "two.SAFETENSORS", "2 tensors instead of one"),
         (tmp_path, "is not a regular file"),
     ):
         with pytest.raises(CorpusError, match=says):

@@ -186,7 +186,7 @@ def test_an_address_that_cannot_be_listened_on_is_one_line(checkpoint, text, pro
 def test_a_signal_ends_a_process_that_waits_for_the_others(waiting, tmp_path, number, code):
     waiting.running[0].send_signal(number)
     (found, _, said), _ = waiting.finish()
-    assert (found, said) == (code, "Interrupted; run the same command again to go on\n")
+    assert (found, said) == (code, "Interrupted; run the same command again to resume\n")
     assert not (tmp_path / "two").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_lost_process_stops_the_others_and_the_run_goes_on(checkpoint, text, t
     assert ended[lost][0] == -signal.SIGKILL
     code, _, said = ended[1 - lost]
     assert code == 1
-    assert "run all of them again; they go on after the last whole layer" in said
+    assert "run all of them again; they resume after the last finished layer" in said
     assert list((tmp_path / "two").glob("hidden-*"))
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "two").glob("stats/layer-0000[01].*")}
     again = Processes(words, tmp_path).finish()
@@ -224,7 +224,7 @@ def test_shares_are_whole_and_even():
 
 def test_a_gpu_that_is_not_there_is_one_line(checkpoint, text, process):
     done = process("calibrate", checkpoint(), "--text", text, "--device", "gpu", ok=False)
-    assert "--device gpu: JAX finds none; install jax[cuda13] for it" in error_of(done)
+    assert "--device gpu: JAX finds no GPU; install jax[cuda13] for it" in error_of(done)
 
 
 def test_a_process_that_fails_ends_the_others_at_once(checkpoint, text, process, tmp_path):
@@ -242,7 +242,7 @@ def test_processes_that_run_different_things_say_so(checkpoint, text, tmp_path):
     pair = Processes(words, tmp_path, more=(["--shuffle", "1"], ["--shuffle", "2"]))
     for code, _, said in pair.finish():
         assert code == 1
-        assert "the processes run different things; give all the same" in said
+        assert "the processes differ in checkpoint, text or options; give all of them" in said
 
 
 def test_processes_with_other_weights_say_so(checkpoint, text, tmp_path):

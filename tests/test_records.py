@@ -112,40 +112,52 @@ def test_records_are_ascii_whatever_a_path_holds():
         ("hello\n", "line 1: not a record"),
         ("[1]\n", "line 1: not a record (not an object)"),
         (changed(0, record="layer"), "line 1: no header record"),
-        (changed(0, format=2), "line 1: format 2, and this prunetool reads 1"),
+        (changed(0, format=2), "line 1: format 2, but this prunetool reads 1"),
         (changed(0, layers="2"), "layers is missing or not of type int"),
         (changed(0, work="/w\0"), "work is not a path"),
-        (changed(0, history=[1]), "history is [1], not of its form"),
-        (changed(0, history=[{"command": "calibrate"}]), "not of its form"),
-        (changed(0, history=[{**STEP, "options": None}]), "not of its form"),
+        (changed(0, history=[1]), "history is [1], which is malformed"),
+        (changed(0, history=[{"command": "calibrate"}]), "which is malformed"),
+        (changed(0, history=[{**STEP, "options": None}]), "which is malformed"),
         (changed(0, history=[]), "history is empty"),
-        (changed(1, index=1), "line 2: layer 1 where 0 was due"),
-        (changed(1, files={"stats": "../../x"}), "file '../../x' of stats is none that a step"),
-        (changed(1, files={"stats": "/etc/x"}), "file '/etc/x' of stats is none that a step"),
+        (changed(1, index=1), "line 2: layer 1 after 0 of 2 layers"),
+        (changed(1, files={"stats": "../../x"}), "file '../../x' of stats is not one that a step"),
+        (changed(1, files={"stats": "/etc/x"}), "file '/etc/x' of stats is not one that a step"),
         (changed(1, files={"stats": STATS.format(1)}), "file 'stats/layer-00001.stats.safetensors"),
-        (changed(1, files={"a": STATS.format(0)}), "of a is none that a step makes"),
-        (changed(1, files={"held_out": STATS.format(0)}), "of held_out is none that a step makes"),
-        (changed(1, files={"stats": STATS.format(0).replace(".", "/")}), "none that a step makes"),
-        (changed(1, files={"refit": "score-0123456789ab/layer-00000.safetensors"}), "none that a"),
+        (changed(1, files={"a": STATS.format(0)}), "of a is not one that a step makes"),
+        (
+            changed(1, files={"held_out": STATS.format(0)}),
+            "of held_out is not one that a step makes",
+        ),
+        (
+            changed(1, files={"stats": STATS.format(0).replace(".", "/")}),
+            "not one that a step makes",
+        ),
+        (
+            changed(1, files={"refit": "score-0123456789ab/layer-00000.safetensors"}),
+            "not one that a",
+        ),
         (
             changed(1, files={"refit": "compensate-0123456789ab/layer-00000.safetensors"}),
-            "has a file of refit and says nothing of it",
+            "has a file of refit but no values for it",
         ),
-        (changed(1, values={"loss": [0.5]}), "loss is [0.5], not of its form"),
-        (changed(1, values={"loss": {"o_proj": 1}}), "loss is {'o_proj': 1}, not of its form"),
+        (changed(1, values={"loss": [0.5]}), "loss is [0.5], which is malformed"),
+        (changed(1, values={"loss": {"o_proj": 1}}), "loss is {'o_proj': 1}, which is malformed"),
         (changed(1, values={"energy": {"o_proj": 1, "down_proj": "1"}}), "energy is"),
         (changed(1, values={"energy": {"o_proj": 1, "down_proj": 10**400}}), "energy is"),
         (changed(1, values={"kept": {"heads": -1, "kv_heads": 1, "channels": 1}}), "kept is"),
         (changed(1, values={"kept": {"heads": True, "kv_heads": 1, "channels": 1}}), "kept is"),
-        (changed(1, values={"masks": {"q": {}}}), "masks is {'q': {}}, not of its form"),
+        (changed(1, values={"masks": {"q": {}}}), "masks is {'q': {}}, which is malformed"),
         (changed(1, values={"masks": {"x": MASK}}), "masks is"),
         (changed(1, values={"refit": {"o_proj": None}}), "refit is"),
         (changed(1, values={"seconds": {"score": 1}}), "seconds is"),
         (changed(1, values={"attention": {"held_out": None}}), "attention is"),
         (changed(2, record="end"), "line 3: ends after 1 of 2 layers"),
         (changed(2, record="what"), "line 3: record 'what' is unknown"),
-        (changed(3, record="layer", index=2, files={}, values={}), "layer 2 where 2 was due"),
-        (written() + written(), "more follows the end record"),
+        (
+            changed(3, record="layer", index=2, files={}, values={}),
+            "layer 2 after 2 of 2 layers",
+        ),
+        (written() + written(), "records follow the end record"),
         ("".join(written().splitlines(True)[:3]), "cut off after 2 of 2 layers"),
     ],
 )
@@ -164,7 +176,9 @@ def test_a_failed_step_tells_the_next_one_through_a_pipe(tmp_path, lines):
         sink.write(begun)
         records.tell_failed(sink)
         sink.close()
-        with pytest.raises(StepFailed, match=f"line {lines + 1}: its step failed; run the step"):
+        with pytest.raises(
+            StepFailed, match=f"line {lines + 1}: its step failed; run the previous step"
+        ):
             list(records.read(source)[1])
     # What came into a file is an error in words.
     (tmp_path / "file").write_text(begun + '{"record": "failed"}\n')

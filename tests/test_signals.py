@@ -15,7 +15,7 @@ import pytest
 from tests.commands.test_pipe import contents
 from tests.conftest import STAND, at_layer, command, until
 
-GO_ON = "Interrupted; run the same command again to go on\n"
+GO_ON = "Interrupted; run the same command again to resume\n"
 ENDING = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 

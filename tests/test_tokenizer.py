@@ -98,7 +98,7 @@ def test_rules_that_multiply_the_text_are_refused_before_they_run(tmp_path):
         },
     ):
         save_tokenizer(tmp_path, **part)
-        with pytest.raises(CorpusError, match="characters of one; 100 are allowed"):
+        with pytest.raises(CorpusError, match=r"turn one character into \S+; at most 100 are"):
             prunetool.tokenizer.load_tokenizer(tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_a_tokenizer_json_that_is_not_a_file_is_not_waited_for(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CorpusError, match="is 1,048,576 MiB, and 128 are read"):
+    with pytest.raises(CorpusError, match="is 1,048,576 MiB, but at most 128 are read"):
         prunetool.tokenizer.load_tokenizer(tmp_path)
 
 
@@ -310,7 +310,7 @@ def test_always_takes_the_template_then_tokenizer_config_then_config(tmp_path):
     for outside in (260, -1):
         write_configs(tmp_path, None, outside)
         with pytest.raises(
-            CorpusError, match=f"token {outside} as its BOS, of a vocabulary of 260"
+            CorpusError, match=f"has BOS token {outside}, outside the vocabulary of 260"
         ):
             find(tmp_path)
 
@@ -320,7 +320,7 @@ def test_a_template_with_two_tokens_before_the_text_leaves_the_choice_to_the_use
     tokenizer.post_processor = template("<eos> <bos> $A")
     save_tokenizer(tmp_path, tokenizer)
     write_configs(tmp_path, "<bos>", None)
-    with pytest.raises(CorpusError, match="puts 2 tokens before a text; choose by --bos"):
+    with pytest.raises(CorpusError, match="puts 2 tokens before a text; give --bos"):
         find(tmp_path, "auto")
     assert find(tmp_path) == 256
 

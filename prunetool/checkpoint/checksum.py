@@ -1,7 +1,7 @@
 """Checksums of tensors and files, to notice damage and change.
 
 XXH3-128 (xxhash.com) is six to nine times as fast as SHA-256, so that every read can be checked.
-It is no protection against somebody who forges a file on purpose.
+It does not protect against deliberate forgery.
 """
 
 import json
@@ -27,7 +27,7 @@ def of_array(array: np.ndarray) -> str:
 
 
 def of_bytes(data: bytes) -> str:
-    """Checksum of bytes, as of a file that holds them."""
+    """Checksum of bytes, equal to `of_file` of a file with these bytes."""
     return str(xxhash.xxh3_128(data).hexdigest())
 
 
@@ -41,12 +41,12 @@ def of_file(path: Path) -> str:
 
 
 def of_json(value: Mapping[str, Any]) -> str:
-    """Checksum of a JSON object, whatever the order of its keys."""
+    """Checksum of a JSON object, independent of key order."""
     return of_bytes(json.dumps(value, sort_keys=True).encode())
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its own checksum in it."""
+    """A JSON object with its own checksum added."""
     return {**value, KEY: of_json(value)}
 
 
@@ -54,7 +54,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """Read a JSON object and take its checksum out.
 
     Raises:
-      CheckpointError: if it cannot be read as a JSON object, or is not what was written.
+      CheckpointError: if it cannot be read as a JSON object, or has changed.
     """
     value = read_json(path)
     said = value.pop(KEY, None)

@@ -1,8 +1,8 @@
-"""A GGUF file, or all parts of a split one -> the tensors and config.json of a checkpoint.
+"""A GGUF file, or all parts of a split one -> a checkpoint's tensors and config.json.
 
-The gguf library reads and dequantises; what is ours is the way back: llama.cpp's converter
-interleaves the rows of q and k for its rotary embedding (of llama, which Mistral is too, and not of
-qwen2 and qwen3), and turns rope scaling into a tensor.
+The gguf library reads and dequantises; this module undoes what llama.cpp's converter did: it
+interleaves the rows of q and k for its rotary embedding (for llama, which includes Mistral, but not
+for qwen2 and qwen3), and turns rope scaling into a tensor.
 Keys and their defaults are read as llama.cpp reads them (src/llama-model.cpp, load_hparams).
 """
 
@@ -36,7 +36,7 @@ LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# The architectures read, and the class of each.
+# Supported architectures, and the class of each.
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
 UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # llama.cpp makes these frequencies itself
@@ -45,14 +45,14 @@ PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 # What Llama 3.1 to 3.3 were published with; a GGUF keeps only the resulting factors.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 
-# What a damaged or forged count may make the reader hold; no model comes near.
+# Most that a damaged or forged count may make the reader hold; no model comes near.
 MOST_TENSORS, MOST_STRINGS = 1 << 17, 1 << 21
 FLOATS = (
     gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
 )  # fmt: skip
-CHECKED_VALUES = 1 << 22  # of a tensor, at a time
+CHECKED_VALUES = 1 << 22  # values of a tensor checked at a time
 
-# Keys below the architecture that are read here, and those that change nothing that is computed.
+# Architecture keys that are read here, and those that do not change the result.
 READ_KEYS = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
@@ -62,7 +62,7 @@ READ_KEYS = {
     "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "rope.scaling.finetuned", "tensor_data_layout", "attention.layer_norm_epsilon",
 }  # fmt: skip
-# Others that llama.cpp knows, with the values that leave the model plain.
+# Other keys that llama.cpp knows, with the values that leave the model plain.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -86,7 +86,7 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
 }
 TYPES = {int: "integer", float: "float", str: "string", bool: "boolean"}  # as a GGUF names them
-# The special tokens of a SentencePiece vocabulary whose header does not name them.
+# Special tokens of a SentencePiece vocabulary if its header does not name them.
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
@@ -94,7 +94,7 @@ class GGUFModel:
     """A model in a GGUF file, or in several that were split.
 
     Args:
-      path: the file; of a split model any part, and the others are found beside it.
+      path: the file, or any part of a split model; the others are expected beside it.
 
     Raises:
       ConfigError: not GGUF, damaged, a part missing, another architecture, or a variant that is
@@ -113,13 +113,13 @@ class GGUFModel:
                 if tensor.name in self._tensors:
                     other = self._files[tensor.name].name
                     raise ConfigError(
-                        part, f"tensor {tensor.name} is in {other} too", "download all parts again"
+                        part, f"tensor {tensor.name} is also in {other}", "download all parts again"
                     )
                 self._tensors[tensor.name], self._files[tensor.name] = tensor, part
         self.architecture = self.required("general.architecture", str)
         if self.architecture not in CLASSES:
             raise ConfigError(
-                self.path, f"architecture {self.architecture!r}", f"known: {', '.join(CLASSES)}"
+                self.path, f"architecture {self.architecture!r}", f"supported: {', '.join(CLASSES)}"
             )
         self._refuse_variants()
         self.layers = self.required(self.key("block_count"), int)
@@ -127,7 +127,7 @@ class GGUFModel:
         if len(blocks) != self.layers:
             raise ConfigError(
                 self.path,
-                f"{self.key('block_count')} = {self.layers}, but there are tensors of "
+                f"{self.key('block_count')} = {self.layers}, but there are tensors for "
                 f"{len(blocks)} blocks",
                 "download it again",
             )
@@ -141,27 +141,27 @@ class GGUFModel:
                 continue
             value, plain = _contents(self.path, self._reader, key), PLAIN_VALUES.get(name, ())
             if value not in plain:
-                todo = f"known: {' or '.join(map(str, plain))}" if plain else "not a key known here"
-                raise ConfigError(self.path, f"{key} = {value!r} is not computed here", todo)
+                todo = f"supported: {' or '.join(map(str, plain))}" if plain else "unknown key"
+                raise ConfigError(self.path, f"{key} = {value!r} is not supported", todo)
 
     def key(self, name: str) -> str:
         """The metadata key of one of the architecture's settings."""
         return f"{self.architecture}.{name}"
 
     def has(self, key: str) -> bool:
-        """Whether the metadata has a value of this key."""
+        """Whether the metadata has a value for this key."""
         return key in self._reader.fields
 
     def value(self, key: str, kind: type, default: Any = None) -> Any:
         """A metadata value, or ``default``.
 
         Raises:
-          ConfigError: if it is not of this kind.
+          ConfigError: if it is of another kind.
         """
         return _value(self.path, self._reader, key, kind, default)
 
     def values(self, key: str, *kinds: type) -> list[Any]:
-        """A metadata list that must be there, of one of these kinds.
+        """A required metadata list of one of these kinds.
 
         Raises:
           ConfigError: if it is missing, or not such a list.
@@ -176,7 +176,7 @@ class GGUFModel:
         return found
 
     def required(self, key: str, kind: type) -> Any:
-        """A metadata value that must be there.
+        """A required metadata value.
 
         Raises:
           ConfigError: if it is missing, or not of this kind.
@@ -187,14 +187,14 @@ class GGUFModel:
         return found
 
     def _count(self, key: str, default: int | None = None) -> int:
-        """A positive number of the architecture; or a list of one for each layer, all equal."""
+        """A positive count of the architecture; the metadata may list one per layer, all equal."""
         key = self.key(key)
         found = _contents(self.path, self._reader, key)
         if isinstance(found, list):
             numbers = self.values(key, int)
             if len(numbers) != self.layers or len(set(numbers)) != 1:
                 raise ConfigError(
-                    self.path, f"{key} is not the same number in every layer", "not converted"
+                    self.path, f"{key} is not the same number in every layer", "cannot be converted"
                 )
             number = numbers[0]
         else:
@@ -204,10 +204,10 @@ class GGUFModel:
         return int(number)
 
     def _number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
-        """A positive number of the architecture, as config.json said it; 0 if ``zero``."""
+        """A positive number of the architecture, as config.json spelled it; or 0 if ``zero``."""
         key = self.key(key)
         stated = self.required(key, float) if default is None else self.value(key, float, default)
-        number = float(str(np.float32(stated)))  # the header keeps float32: its shortest decimal
+        number = float(str(np.float32(stated)))  # the header has float32: its shortest decimal
         if not 0 <= number < math.inf or (number == 0 and not zero):
             raise ConfigError(self.path, f"{key} = {number}", "it must be positive and finite")
         return number
@@ -222,11 +222,11 @@ class GGUFModel:
                 raise ConfigError(
                     self.path,
                     f"{self.key(key)} = {other} with heads of {head_dim}",
-                    "not computed here",
+                    "not supported",
                 )
         if head_dim % 2:
             raise ConfigError(
-                self.path, f"heads of {head_dim}", "rotary embedding needs an even number"
+                self.path, f"head size {head_dim}", "rotary embedding needs an even number"
             )
         return head_dim
 
@@ -235,7 +235,7 @@ class GGUFModel:
         """Rows of the token embedding.
 
         Raises:
-          ConfigError: if there is none, or ``vocab_size`` says otherwise.
+          ConfigError: if there is none, or ``vocab_size`` contradicts it.
         """
         embedding = self._tensors.get("token_embd.weight")
         if embedding is None:
@@ -254,7 +254,7 @@ class GGUFModel:
         """Id of the token ``bos``, ``eos``, ``unknown`` or ``padding``; None if there is none.
 
         Raises:
-          ConfigError: if it is beyond the vocabulary.
+          ConfigError: if it is outside the vocabulary.
         """
         key = f"tokenizer.ggml.{name}_token_id"
         found = self.value(key, int)
@@ -264,7 +264,9 @@ class GGUFModel:
             return default if default is not None and default < self.vocab_size else None
         if not 0 <= found < self.vocab_size:
             raise ConfigError(
-                self.path, f"{key} = {found} of {self.vocab_size} tokens", "download it again"
+                self.path,
+                f"{key} = {found}, outside the vocabulary of {self.vocab_size}",
+                "download it again",
             )
         return int(found)
 
@@ -272,12 +274,12 @@ class GGUFModel:
         """The config.json of the model.
 
         Raises:
-          ConfigError: if a value is missing, not possible, or changes the model in a way that is
+          ConfigError: if a value is missing, impossible, or changes the model in a way that is
             not computed here.
         """
         theta = self._number("rope.freq_base", 10000.0)
         biased = {name.split(".")[2] for name in self._tensors if name.endswith(".bias")}
-        if self.architecture == "qwen2":  # whose biases of q, k and v no setting names
+        if self.architecture == "qwen2":  # no key names its biases of q, k and v
             biased -= {"attn_q", "attn_k", "attn_v"}
         return {
             "architectures": [CLASSES[self.architecture]],
@@ -307,8 +309,10 @@ class GGUFModel:
     def _rope_scaling(self, theta: float) -> dict[str, Any] | None:
         kind = self.value(self.key("rope.scaling.type"), str, "linear")
         if kind not in ("none", "linear", "yarn"):
-            raise ConfigError(self.path, f"rope scaling {kind!r}", "known: linear, yarn, llama3")
-        # The older key counts only if the newer is not there; 0 is none.
+            raise ConfigError(
+                self.path, f"rope scaling {kind!r}", "supported: linear, yarn, llama3"
+            )
+        # The older key counts only if the newer is absent; 0 means none.
         older = self._number("rope.scale_linear", 0.0, zero=True)
         factor = self._number("rope.scaling.factor", older, zero=True) or 1.0
         if kind == "none":
@@ -319,14 +323,14 @@ class GGUFModel:
             raise ConfigError(
                 self.path,
                 f"{self.key('rope.scaling.yarn_ext_factor')} = {ext_factor}",
-                "not computed here",
+                "not supported",
             )
         llama3 = self._llama3_scaling(theta) if ROPE_FACTORS in self._tensors else None
         if (factor, stretch) == (1.0, 1.0):
             return llama3
         if llama3:
             raise ConfigError(
-                self.path, f"has both {ROPE_FACTORS} and rope scaling {kind!r}", "not computed here"
+                self.path, f"has both {ROPE_FACTORS} and rope scaling {kind!r}", "not supported"
             )
         if kind == "yarn":
             return self._yarn(factor, stretch)
@@ -334,7 +338,7 @@ class GGUFModel:
             raise ConfigError(
                 self.path,
                 f"{self.key('rope.scaling.attn_factor')} = {stretch} with rope scaling {kind!r}",
-                "it is computed with yarn only",
+                "it is supported only with yarn",
             )
         return {"rope_type": "linear", "factor": factor}
 
@@ -345,7 +349,7 @@ class GGUFModel:
             "rope_type": "yarn", "factor": factor,
             "original_max_position_embeddings": self.value(self.key(key), int, context) or context,
         }  # fmt: skip
-        if stretch != 1.0:  # times what both sides take by themselves
+        if stretch != 1.0:  # times what llama.cpp and transformers apply themselves
             scaling["attention_factor"] = stretch * (0.1 * math.log(max(factor, 1.0)) + 1.0)
         for beta in ("beta_fast", "beta_slow"):
             if self.has(self.key(f"rope.scaling.yarn_{beta}")):
@@ -353,7 +357,7 @@ class GGUFModel:
         return scaling
 
     def _llama3_scaling(self, theta: float) -> dict[str, Any] | None:
-        """Llama 3's parameters from the divisors of the frequencies, checked by making them.
+        """Llama 3's parameters from the divisors of the frequencies, checked by recomputing them.
 
         Returns:
           None if all divisors are 1.
@@ -368,7 +372,7 @@ class GGUFModel:
         made = 1 / ((1 - blend) / factor + blend)
         if divisors.shape != made.shape or not np.allclose(made, divisors, rtol=1e-4):
             raise ConfigError(
-                self.path, f"{ROPE_FACTORS} is not Llama 3's scaling", "not converted"
+                self.path, f"{ROPE_FACTORS} is not Llama 3's scaling", "cannot be converted"
             )
         return {
             "rope_type": "llama3", "factor": factor, "low_freq_factor": LLAMA3_LOW,
@@ -380,18 +384,17 @@ class GGUFModel:
         return [checksum.of_file(part) for part in self.parts]
 
     def check(self, needed: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> None:
-        """Refuse a model that cannot be converted whole, before anything of it is written.
+        """Refuse a model that cannot be fully converted, before anything is written.
 
-        What a quantised tensor holds is seen only when it is dequantised.
+        The values of a quantised tensor are seen only when it is dequantised.
 
         Args:
-          needed: shape of every tensor of the checkpoint, by its name there.
-          dtype: what they will be written in.
+          needed: shape of every tensor of the checkpoint, by name.
+          dtype: dtype to write.
 
         Raises:
-          ConfigError: a tensor is missing, of another shape, or not of a kind that is read; one
-            is there that the checkpoint does not need; or a float tensor holds what ``dtype``
-            cannot hold.
+          ConfigError: if a tensor is missing, superfluous, of another shape or of an unsupported
+            kind, or a float tensor has values that ``dtype`` cannot represent.
         """
         known = {_name(theirs): shape for theirs, shape in needed.items()}
         for name in self._tensors:
@@ -406,7 +409,7 @@ class GGUFModel:
             if stored != shape:
                 raise ConfigError(
                     self._files[name],
-                    f"tensor {name} is of shape {stored}, and its header asks for {shape}",
+                    f"tensor {name} is of shape {stored}, but its header requires {shape}",
                     "download it again",
                 )
         for name, shape in known.items():
@@ -420,15 +423,15 @@ class GGUFModel:
                     self._read(name, dtype, slice(start, start + step))
 
     def tensors(self, names: Iterable[str], dtype: np.dtype[Any]) -> dict[str, np.ndarray]:
-        """Tensors of the checkpoint, by their names there.
+        """Tensors of the checkpoint, by name.
 
         Raises:
-          ConfigError: if one holds what ``dtype`` cannot hold.
+          ConfigError: if one has values that ``dtype`` cannot represent.
         """
         return {name: self._unpermuted(_name(name), dtype) for name in names}
 
     def _unpermuted(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
-        """A tensor with the rows of q and k back in half-split order, as Hugging Face has it."""
+        """Read a tensor; rows of q and k are put back in Hugging Face's half-split order."""
         array = self._read(name, dtype)
         if self.architecture != "llama" or name.split(".")[-2] not in ("attn_q", "attn_k"):
             return array
@@ -437,7 +440,7 @@ class GGUFModel:
 
     def _read(self, name: str, dtype: np.dtype[Any], rows: slice = slice(None)) -> np.ndarray:
         tensor = self._tensors[name]
-        with np.errstate(all="ignore"):  # what is not finite is refused below
+        with np.errstate(all="ignore"):  # values that are not finite are refused below
             try:
                 array = gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
             except NotImplementedError:
@@ -458,7 +461,7 @@ class GGUFModel:
 
 
 class _Reader(gguf.GGUFReader):
-    """The library's reader, which takes every count at its word, held to what the file has."""
+    """The library's reader, which trusts every count, limited to what the file can hold."""
 
     def _get(
         self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
@@ -476,16 +479,16 @@ class _Reader(gguf.GGUFReader):
         number = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
         if number is None:
             if kind[0] != gguf.GGUFValueType.STRING or length[0] > MOST_STRINGS:
-                raise ValueError(f"an array of {length[0]} {gguf.GGUFValueType(kind[0]).name}")
+                raise ValueError(f"it claims {length[0]} {gguf.GGUFValueType(kind[0]).name}s")
             made = super()._get_field_parts(orig_offs, raw_type)
             return made
-        numbers = self._get(orig_offs + 12, number, length[0])  # the library makes an array of each
+        numbers = self._get(orig_offs + 12, number, length[0])  # the library makes arrays of them
         types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
         return 12 + numbers.nbytes, [kind, length, numbers], [2], types
 
     def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[Any]]:
         if count > MOST_TENSORS:
-            raise ValueError(f"{count} tensors")
+            raise ValueError(f"it claims {count} tensors")
         made: tuple[int, list[Any]] = super()._build_tensor_info(offs, count)
         return made
 
@@ -494,7 +497,7 @@ def _open(path: Path, todo: str) -> _Reader:
     """Read a GGUF header; tensors stay in the file.
 
     Raises:
-      ConfigError: if it is not there, not a regular file, or not a whole GGUF.
+      ConfigError: if it is missing, not a regular file, or not a complete GGUF.
     """
     try:
         if not path.exists():
@@ -506,7 +509,7 @@ def _open(path: Path, todo: str) -> _Reader:
             end = reader.data_offset
             for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
                 if tensor.data_offset < end:
-                    raise ValueError(f"tensor {tensor.name} is not at a place of its own")
+                    raise ValueError(f"tensor {tensor.name} overlaps another")
                 end = tensor.data_offset + tensor.n_bytes
         if reader.endianess != gguf.GGUFEndian.LITTLE:
             raise ValueError("it is big-endian")
@@ -519,10 +522,10 @@ def _open(path: Path, todo: str) -> _Reader:
 
 
 def _open_parts(path: Path) -> dict[Path, _Reader]:
-    """The reader of every part, by file and in order, whichever part is given.
+    """Readers of all parts, by file and in order, whichever part is given.
 
     Raises:
-      ConfigError: names the part that is missing, damaged or of another model.
+      ConfigError: if a part is missing, damaged or of another model; names it.
     """
     given = _open(path, "give a .gguf file")
     count = _value(path, given, "split.count", int, 1)
@@ -532,8 +535,8 @@ def _open_parts(path: Path) -> dict[Path, _Reader]:
     named = PART_NAME.fullmatch(path.name)
     if not named or int(named[3]) != count:
         raise ConfigError(
-            path, f"is one of {count} parts, and its name does not say which",
-            f"name it as it was: NAME-00001-of-{count:05d}.gguf",
+            path, f"is one of {count} parts, but its name does not say which",
+            f"restore its name: NAME-00001-of-{count:05d}.gguf",
         )  # fmt: skip
     parts: dict[Path, _Reader] = {}
     for number in range(count):
@@ -555,13 +558,13 @@ def _open_parts(path: Path) -> dict[Path, _Reader]:
         stated = _value(part, reader, "split.tensors.count", int, total)
         if stated != total:
             raise ConfigError(
-                part, f"says that the parts hold {stated} tensors, and they hold {total}", again
+                part, f"says that the parts hold {stated} tensors, but they hold {total}", again
             )
     return parts
 
 
 def _contents(path: Path, reader: _Reader, key: str) -> Any:
-    """A metadata value of any kind; None if there is none. The library decodes it only now."""
+    """A metadata value of any kind, decoded only now; None if there is none."""
     field = reader.get_field(key)
     try:
         return None if field is None else field.contents()
@@ -579,12 +582,12 @@ def _value(path: Path, reader: _Reader, key: str, kind: type, default: Any) -> A
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    """Shape as NumPy has it; the header names the fastest dimension first."""
+    """Shape in NumPy's order; the header lists the fastest dimension first."""
     return tuple(int(extent) for extent in reversed(tensor.shape))
 
 
 def _name(theirs: str) -> str:
-    """The GGUF's name of a tensor of the checkpoint."""
+    """The GGUF name of a checkpoint tensor."""
     if theirs in GLOBAL_NAMES:
         return GLOBAL_NAMES[theirs]
     _, _, layer, part = theirs.split(".", 3)

@@ -1,8 +1,8 @@
 """The tokenizer in a GGUF header -> tokenizer.json and its companions.
 
-A GGUF names its pre-tokenizer only by a word; the words known here are those whose splitting is
-known exactly. A tokenizer that splits otherwise would give other ids without an error. Defaults
-are llama.cpp's (src/llama-vocab.cpp).
+A GGUF identifies its pre-tokenizer only by a name; only names whose splitting is known exactly are
+accepted, since a different split would silently give different ids. Defaults are llama.cpp's
+(src/llama-vocab.cpp).
 """
 
 import math
@@ -28,14 +28,14 @@ from prunetool.errors import ConfigError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 LLAMA3 = ("llama-bpe", "llama-v3", "llama3")
 BYTE_LEVEL = ("gpt-2", "smollm", "qwen2", *LLAMA3)
-# The published splitting of Llama 3, and of Qwen2, which takes digits one by one.
+# The published splitting of Llama 3, and of Qwen2, which splits off single digits.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
-SPACE = "\u2581"  # SentencePiece writes a space so
-ENDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # a GGUF's word, ours
+SPACE = "\u2581"  # SentencePiece's mark for a space
+ENDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # a GGUF's name, ours
 
 
 class Vocabulary(NamedTuple):
@@ -50,12 +50,12 @@ def build_tokenizer(model: GGUFModel) -> Tokenizer:
     """The tokenizer of a GGUF file: byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``).
 
     Raises:
-      ConfigError: if its kind or its pre-tokenizer is not known, or its parts do not fit together.
+      ConfigError: if its kind or pre-tokenizer is unknown, or its parts are inconsistent.
     """
     kind = model.required("tokenizer.ggml.model", str)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
-        raise ConfigError(model.path, f"tokenizer {kind!r}", f"known: {', '.join(builders)}")
+        raise ConfigError(model.path, f"tokenizer {kind!r}", f"supported: {', '.join(builders)}")
     vocabulary = _vocabulary(model)
     tokenizer = builders[kind](model, vocabulary)
     added = [
@@ -102,9 +102,9 @@ def tokenizer_config(model: GGUFModel) -> dict[str, Any]:
 
 
 def _ends_added(model: GGUFModel) -> tuple[int | None, int | None]:
-    """Ids of the BOS and the EOS token that every text gets; None for what it does not get.
+    """Ids of the BOS and EOS tokens added to every text; None if not added.
 
-    Without a flag, BOS is added by SentencePiece vocabularies and by Llama 3's.
+    Without a flag, SentencePiece vocabularies and Llama 3's add BOS.
     """
     sentencepiece = model.value("tokenizer.ggml.model", str) == "llama"
     by_default = sentencepiece or model.value("tokenizer.ggml.pre", str) in LLAMA3
@@ -114,7 +114,7 @@ def _ends_added(model: GGUFModel) -> tuple[int | None, int | None]:
         number = model.special_id(name)
         if stated and number is None:
             raise ConfigError(
-                model.path, f"adds {name.upper()}, and has no tokenizer.ggml.{name}_token_id",
+                model.path, f"adds {name.upper()}, but has no tokenizer.ggml.{name}_token_id",
                 "download it again",
             )  # fmt: skip
         ids.append(number if (default if stated is None else stated) else None)
@@ -127,7 +127,7 @@ def _vocabulary(model: GGUFModel) -> Vocabulary:
     texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(model.values(key, str))]
     if len(texts) != model.vocab_size:
         raise ConfigError(
-            model.path, f"has {len(texts)} tokens and {model.vocab_size} rows of token_embd.weight",
+            model.path, f"has {len(texts)} tokens but {model.vocab_size} rows of token_embd.weight",
             "download it again",
         )  # fmt: skip
     ids: dict[str, int] = {}
@@ -156,20 +156,20 @@ def _byte_level(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
     word = model.value("tokenizer.ggml.pre", str, "default")
     if word not in BYTE_LEVEL:
         known = ", ".join(sorted(BYTE_LEVEL))
-        raise ConfigError(model.path, f"pre-tokenizer {word!r}", f"known: {known}")
+        raise ConfigError(model.path, f"pre-tokenizer {word!r}", f"supported: {known}")
     merges = []
-    for text in dict.fromkeys(model.values("tokenizer.ggml.merges", str)):  # the first counts
+    for text in dict.fromkeys(model.values("tokenizer.ggml.merges", str)):  # the first one counts
         cut = text.find(" ", 1)
         merge = text[:cut], text[cut + 1 :]
         if cut < 0 or not {*merge, "".join(merge)} <= vocabulary.ids.keys():
             raise ConfigError(
-                model.path, f"merge {text!r} is not of its vocabulary", "download it again"
+                model.path, f"merge {text!r} is not in its vocabulary", "download it again"
             )
         merges.append(merge)
     splits = {"qwen2": QWEN2_SPLIT, **dict.fromkeys(LLAMA3, LLAMA3_SPLIT)}
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=word not in splits)
     with refusals(model.path):
-        # Llama 3 takes a word that is a token as it is, whatever the merges would give.
+        # Llama 3 keeps a word that is a token whole, whatever the merges would give.
         tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=word in LLAMA3))
         if word in splits:
             split = pre_tokenizers.Split(Regex(splits[word]), "isolated")
@@ -212,11 +212,11 @@ def _sentencepiece(model: GGUFModel, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def merges_by_score(vocabulary: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
-    """The merges of SentencePiece's BPE, first those to try first.
+    """The merges of SentencePiece's BPE, in the order to try them.
 
-    It merges the pair whose result scores best; every way to make a piece is a merge. Of equal
-    scores it takes the leftmost in the text; a list of merges can only take the lower id, which is
-    the same if a vocabulary's scores differ, as those of its trainer do.
+    SentencePiece merges the pair whose result scores best; every way to make a piece is a merge. It
+    breaks ties by the leftmost in the text; a list of merges can only take the lower id, which is
+    the same if all scores differ, as those from its trainer do.
     """
     texts, types, ids = vocabulary
     normal = {t for t, type_ in zip(texts, types, strict=True) if type_ in (NORMAL, USER_DEFINED)}
@@ -232,7 +232,7 @@ def merges_by_score(vocabulary: Vocabulary, scores: list[float]) -> list[tuple[s
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """One line for what the tokenizers library refuses.
+    """Turn what the tokenizers library refuses into a one-line error.
 
     It raises bare exceptions, and its panics are not even derived from `Exception`.
     """

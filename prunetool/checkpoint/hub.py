@@ -1,4 +1,4 @@
-"""The Hub's client, and what it fails by in words: no class names, no secrets in addresses."""
+"""The Hub's client, with its failures in plain words: no class names, no secrets in addresses."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ AGAIN = "run again; what is there already is kept"
 def hub_id(directory: Path) -> str | None:
     """The id of the Hub repository that a directory is a download of, if it is one.
 
-    It lies in the Hub's cache as ``…/models--OWNER--NAME/snapshots/COMMIT``.
+    In the Hub's cache it is ``…/models--OWNER--NAME/snapshots/COMMIT``.
     """
     return cached_id(directory.parent.parent) if directory.parent.name == "snapshots" else None
 
@@ -36,14 +36,14 @@ def cached_id(directory: Path) -> str | None:
 
 
 def endpoint() -> str:
-    """Address of the Hub, without what HF_ENDPOINT may hold of a login."""
+    """Address of the Hub, without any login in HF_ENDPOINT."""
     from huggingface_hub import constants
 
     return without_secrets(constants.ENDPOINT)
 
 
 def without_secrets(text: str) -> str:
-    """A text without tokens, logins in addresses and their parameters, which may be signatures."""
+    """Remove tokens, logins and query parameters of addresses (may be signatures) from a text."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -54,37 +54,37 @@ def without_secrets(text: str) -> str:
 def asking(
     repository: str, failed: str, absent: str, revision: str | None = None
 ) -> Iterator[None]:
-    """Raise HubError for whatever the client fails by; keep the client from talking itself.
+    """Raise HubError for any failure of the client, and keep the client itself quiet.
 
-    A signal ends the process at once: the client would wait for all that is under way.
+    A signal ends the process at once: the client would wait for all pending transfers.
 
     Args:
-      repository: its id.
-      failed: how to begin a reason, such as ``is not uploaded``.
+      repository: id of the repository.
+      failed: how to begin the message, such as ``is not uploaded``.
       absent: what to say if it is not on the Hub.
-      revision: asked for.
+      revision: the requested revision.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    # Its warnings quote addresses that may be signed.
+    # Its warnings quote possibly signed addresses.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not (sys.stderr.isatty() and logging.getLogger("prunetool").isEnabledFor(logging.INFO)):
-        disable_progress_bars()  # some of them do not look where they go
+        disable_progress_bars()  # some bars ignore whether stderr is a terminal
     try:
         with signals.at_once(signals.GO_ON):
             yield
     except PrunetoolError:
         raise
-    except Exception as error:  # the client raises nearly anything
+    except Exception as error:  # the client raises almost anything
         what, todo = _words(error, failed, absent, revision)
         raise HubError(without_secrets(repository), what, todo) from error
 
 
 def _words(error: BaseException, failed: str, absent: str, revision: str | None) -> tuple[str, str]:
-    """What is wrong and what to do, from the first of an error's causes that tells."""
+    """What is wrong and what to do, from the first cause that can tell."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    status_or_transport = HfHubHTTPError.__bases__[0]  # of httpx; since version 2 of httpx2
+    status_or_transport = HfHubHTTPError.__bases__[0]  # from httpx; since version 2 from httpx2
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, HfHubHTTPError):
@@ -100,7 +100,7 @@ def _words(error: BaseException, failed: str, absent: str, revision: str | None)
             return f"{failed} (the disk is full)", f"make room and {AGAIN}"
         if isinstance(cause, OSError) and cause.filename:
             reason = f"{cause.filename}: {cause.strerror}"
-            return f"{failed} ({reason})", f"see to it and {AGAIN}"
+            return f"{failed} ({reason})", f"fix it and {AGAIN}"
         error, cause = cause, cause.__cause__ or cause.__context__
     said = without_secrets(str(error)).strip().splitlines() or [type(error).__name__]
     if of_a_file := re.search(r"error for file with OID \w+: `?(.+?)`?$", said[-1]):
@@ -111,7 +111,7 @@ def _words(error: BaseException, failed: str, absent: str, revision: str | None)
 def _refusal(
     error: "HfHubHTTPError", failed: str, absent: str, revision: str | None
 ) -> tuple[str, str]:
-    """The same of an answer that is a refusal."""
+    """What is wrong and what to do if the Hub refused."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -125,19 +125,19 @@ def _refusal(
     if isinstance(error, GatedRepoError):
         return "is gated", "accept its terms on the Hub and set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
-        return absent, "check it, and the token's rights" if token else f"check it, or {LOGIN}"
+        return absent, "check it, and the token's permissions" if token else f"check it, or {LOGIN}"
     if isinstance(error, RevisionNotFoundError):
         return f"no revision {revision!r}", "see its branches and tags"
     if status == 403:
         return (
-            f"{failed} (the token lacks the right)",
+            f"{failed} (the token lacks permission)",
             "use one that has it: Settings, Access Tokens",
         )
     if status == 413:
         return f"{failed} (a file is too large for the Hub)", "see its limits"
     if status == 429:
-        return f"{failed} (too many requests)", f"wait some minutes and {AGAIN}"
+        return f"{failed} (too many requests)", f"wait a few minutes and {AGAIN}"
     if status >= 500:
         return f"{failed} (a fault of the Hub, status {status})", f"wait a little and {AGAIN}"
     said = " ".join(without_secrets(error.server_message or "no reason given").split())
-    return f"{failed} (status {status}: {said})", "see to it and run again"
+    return f"{failed} (status {status}: {said})", "fix it and run again"

@@ -1,4 +1,4 @@
-"""Which tensor lies in which shard, with shapes and dtypes, from the headers alone."""
+"""Which shard stores which tensor, with shapes and dtypes, from the headers alone."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as its shard's header describes it; ``dtype`` is safetensors' code, as ``BF16``."""
+    """A tensor as its shard's header describes it; ``dtype`` is safetensors' code (``BF16``)."""
 
     shard: Path
     name: str
@@ -35,7 +35,7 @@ class TensorInfo(NamedTuple):
 
 
 class Index(Mapping[str, TensorInfo]):
-    """The tensors of a checkpoint directory, by name, in the order of their names."""
+    """The tensors of a checkpoint directory by name, in name order."""
 
     def __init__(self, directory: Path, tensors: dict[str, TensorInfo]) -> None:
         self.directory = directory
@@ -55,7 +55,7 @@ class Index(Mapping[str, TensorInfo]):
         return Index(self.directory, {name: self[name] for name in names})
 
     def stamps(self) -> dict[str, list[int]]:
-        """Size and times of every shard: all the same, nobody wrote to them since."""
+        """Size and times of every shard; if unchanged, nobody has written to it since."""
         shards = {tensor.shard for tensor in self.values()}
         found = {shard.name: shard.stat() for shard in shards}
         return {
@@ -80,7 +80,7 @@ class Index(Mapping[str, TensorInfo]):
 
 
 def tokenizer_path(directory: Path) -> Path:
-    """tokenizer.json, or tokenizer.model where that alone is there."""
+    """tokenizer.json, or tokenizer.model if only that exists."""
     path, model = directory / "tokenizer.json", directory / "tokenizer.model"
     return model if model.exists() and not path.exists() else path
 
@@ -91,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: if the file cannot be read or is not a JSON object.
     """
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
+    if path.exists() and not path.is_file():  # reading a named pipe would block
         raise CheckpointError(path, "is not a regular file", "download it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -109,16 +109,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_index(directory: Path, unstored: Container[str] = ()) -> Index:
     """Read the headers of every shard of a checkpoint.
 
-    As transformers does, a single file is taken before an index, and of an index's shards every
-    tensor, listed or not. Of a tensor that lies in two of them, it is that in the last.
+    As in transformers, a single file takes precedence over an index, all tensors of an index's
+    shards count, listed or not, and of a tensor in two shards the last one counts.
 
     Args:
-      directory: of the checkpoint.
-      unstored: names that its index may list and no shard holds, as of a tied head.
+      directory: the checkpoint's directory.
+      unstored: names that the index may list without any shard storing them, such as a tied head.
 
     Raises:
-      CheckpointError: no safetensors here, a shard missing or truncated, a tensor not where the
-        index says, or an index that names a file outside the directory.
+      CheckpointError: if there are no safetensors, a shard is missing or truncated, a tensor is not
+        where the index says, or the index names a file outside the directory.
     """
     single, index_path = directory / SINGLE_NAME, directory / INDEX_NAME
     if single.exists():
@@ -137,20 +137,20 @@ def read_index(directory: Path, unstored: Container[str] = ()) -> Index:
         if name not in headers[shard] and name not in unstored:
             raise CheckpointError(
                 shard, f"no tensor {shown(name)}, which the index lists here",
-                "get the shard again",
+                "download the shard again",
             )  # fmt: skip
     return Index(directory, tensors)
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """The shard of every tensor, as an index lists it.
+    """The shard of every tensor, from an index.
 
     Raises:
-      CheckpointError: if it is no index, or names a file outside its directory.
+      CheckpointError: if it is not an index, or names a file outside its directory.
     """
     listed = read_json(path).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(s, str) for s in listed.values()):
-        raise CheckpointError(path, "has no weight_map of names to files", "get it again")
+        raise CheckpointError(path, "has no weight_map of names to files", "download it again")
     for shard in listed.values():
         if Path(shard).name != shard or shard in ("", "..", "."):
             raise CheckpointError(
@@ -161,7 +161,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 def _read_header(shard: Path) -> dict[str, TensorInfo]:
     if shard.exists() and not shard.is_file():
-        raise CheckpointError(shard, "is not a regular file", "get the shard again")
+        raise CheckpointError(shard, "is not a regular file", "download the shard again")
     try:
         with safe_open(shard, "numpy", backend="pread") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -170,8 +170,8 @@ def _read_header(shard: Path) -> dict[str, TensorInfo]:
                 for name, part in slices.items()
             }
     except FileNotFoundError:
-        raise CheckpointError(shard, "no such shard", "get it again") from None
+        raise CheckpointError(shard, "no such shard", "download it again") from None
     except (SafetensorError, OSError, ValueError) as error:  # ValueError: a name that is not text
         raise CheckpointError(
-            shard, f"truncated or not safetensors ({error})", "get the shard again"
+            shard, f"truncated or not safetensors ({error})", "download the shard again"
         ) from error

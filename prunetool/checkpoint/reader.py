@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 from prunetool.checkpoint.index import Index, TensorInfo
 from prunetool.errors import CheckpointError
 
-ROWS_BYTES = 1 << 24  # of two tensors compared, at a time
+ROWS_BYTES = 1 << 24  # compared at a time
 
 
 def read_tensor(index: Index, name: str) -> np.ndarray:
@@ -15,7 +15,7 @@ def read_tensor(index: Index, name: str) -> np.ndarray:
     The file is read, not mapped: mapped pages would count in the peak memory.
 
     Raises:
-      CheckpointError: where the tensor is absent, unreadable, or holds NaN or infinity.
+      CheckpointError: if the tensor is absent, unreadable, or contains NaN or infinity.
     """
     info = index[name]
     try:
@@ -23,17 +23,17 @@ def read_tensor(index: Index, name: str) -> np.ndarray:
             array: np.ndarray = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            info.shard, f"{name} cannot be read ({error})", "get the shard again"
+            info.shard, f"{name} cannot be read ({error})", "download the shard again"
         ) from error
     if not _all_finite(array):
         raise CheckpointError(
-            info.shard, f"{name} holds NaN or infinity", "get the shard again or mend the model"
+            info.shard, f"{name} holds NaN or infinity", "download the shard again or fix the model"
         )
     return array
 
 
 def same_values(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors are equal, reading no further than the first rows that differ.
+    """Whether two tensors are equal; stops reading at the first rows that differ.
 
     Raises:
       CheckpointError: if one cannot be read.
@@ -56,7 +56,7 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
                     return False
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            one.shard, f"cannot be read ({error})", "get the shard again"
+            one.shard, f"cannot be read ({error})", "download the shard again"
         ) from error
     return True
 
@@ -70,14 +70,16 @@ def _all_finite(array: np.ndarray) -> bool:
 
 
 def dtype_of(info: TensorInfo) -> str:
-    """NumPy's name of a tensor's dtype (``bfloat16`` as ml_dtypes has it).
+    """NumPy's name of a tensor's dtype (``bfloat16`` from ml_dtypes).
 
     Raises:
-      CheckpointError: where the dtype is none of the floating-point types read here.
+      CheckpointError: if the dtype is not a supported floating-point type.
     """
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     if info.dtype not in names:
         raise CheckpointError(
-            info.shard, f"stores {info.dtype}", "give an unquantised checkpoint (bf16, f16, f32)"
+            info.shard,
+            f"stores the dtype {info.dtype}",
+            "give an unquantised checkpoint (bf16, f16, f32)",
         )
     return names[info.dtype]

@@ -1,8 +1,8 @@
-"""tokenizer.model, SentencePiece's file -> a tokenizer that gives SentencePiece's ids.
+"""tokenizer.model, SentencePiece's file -> a tokenizer with SentencePiece's ids.
 
 The file is a protocol buffer (sentencepiece_model.proto), of which a few fields are needed. It is
-read here, as the reader that the sentencepiece package carries runs with few versions of protobuf
-and does not bring one along.
+read here because the sentencepiece package's reader works with few versions of protobuf and does
+not install one.
 """
 
 import math
@@ -27,11 +27,11 @@ from prunetool.errors import ConfigError
 
 UNIGRAM, BPE = 1, 2
 MOST_PIECES = 1 << 20  # Gemma's, the largest in use, has 262,144
-KINDS = {3: "words", 4: "characters"}  # that are not read
+KINDS = {3: "word", 4: "char"}  # not read
 
 
 class SentencePieceModel(NamedTuple):
-    """What a tokenizer.model holds; defaults are the format's."""
+    """The contents of a tokenizer.model; defaults are the format's."""
 
     vocabulary: Vocabulary
     scores: list[float]
@@ -47,15 +47,17 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Read a tokenizer.model.
 
     Raises:
-      ConfigError: if it is damaged, or of a kind whose ids could not be given.
+      ConfigError: if it is damaged, or of an unsupported kind.
     """
     try:
         return _parsed(path.read_bytes(), path)
     except OSError as error:
         raise ConfigError(path, f"cannot be read ({error.strerror})", "check it") from error
     except (ValueError, TypeError, AttributeError, struct.error) as error:
-        why = error if isinstance(error, ValueError) else "a field holds what it cannot"
-        raise ConfigError(path, f"is not a SentencePiece model ({why})", "get it again") from error
+        why = error if isinstance(error, ValueError) else "a field has an invalid value"
+        raise ConfigError(
+            path, f"is not a SentencePiece model ({why})", "download it again"
+        ) from error
 
 
 def _parsed(data: bytes, path: Path) -> SentencePieceModel:
@@ -78,17 +80,19 @@ def _parsed(data: bytes, path: Path) -> SentencePieceModel:
             (trainer if part == 2 else normalizer).update(_fields(value))
     ids = {text: number for number, text in enumerate(texts)}
     if not texts or len(ids) < len(texts):
-        raise ValueError("a piece is there twice" if texts else "it has no pieces")
+        raise ValueError("a piece appears twice" if texts else "it has no pieces")
     kind, charsmap = trainer.get(3, UNIGRAM), normalizer.get(2, b"")
     if not isinstance(kind, int) or not isinstance(charsmap, bytes):
-        raise ValueError("its settings are none")
+        raise ValueError("its settings are invalid")
     if kind not in (UNIGRAM, BPE):
         raise ConfigError(
-            path, f"is a model of {KINDS.get(kind, kind)}", "known are BPE and unigram"
+            path, f"is of model type {KINDS.get(kind, kind)}", "supported: BPE and unigram"
         )
     if trainer.get(24) or not normalizer.get(5, 1):
         raise ConfigError(
-            path, "does not write a space as the beginning of a piece", "give token ids by --tokens"
+            path,
+            "does not write a space as the beginning of a piece",
+            "give token ids with --tokens",
         )
     return SentencePieceModel(
         Vocabulary(texts, types, ids), scores, kind, bool(trainer.get(35, 0)),
@@ -98,25 +102,25 @@ def _parsed(data: bytes, path: Path) -> SentencePieceModel:
 
 
 def build_tokenizer(path: Path, model: SentencePieceModel, bos: str | None) -> Tokenizer:
-    """The tokenizer of a tokenizer.model.
+    """Build the tokenizer of a tokenizer.model.
 
-    Its ids are SentencePiece's, but that a control piece written in the text (``<s>``) is that
-    piece, as in transformers, and that the text behind it or a user-defined piece begins anew.
+    Its ids are SentencePiece's, except that a control piece written in the text (``<s>``) is that
+    piece, as in transformers, and that the text after it or a user-defined piece starts afresh.
 
     Args:
-      path: of the file, for messages.
-      model: what is in it.
-      bos: the piece that begins every text, if one does.
+      path: path of the file, for messages.
+      model: its contents.
+      bos: the piece that begins every text, if any.
 
     Raises:
-      ConfigError: if its parts do not fit together.
+      ConfigError: if its parts are inconsistent.
     """
     texts, types, ids = model.vocabulary
     unknown = next((i for i, type_ in enumerate(types) if type_ == UNKNOWN), None)
     steps: list[Any] = [normalizers.Replace(" ", SPACE)]
     if model.dummy_prefix:
         steps.insert(0, normalizers.Prepend(" "))
-    if model.remove_extra_spaces:  # spaces alone: other white space is the charsmap's
+    if model.remove_extra_spaces:  # only spaces: other white space is up to the charsmap
         steps[:0] = [
             normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " "),
         ]  # fmt: skip
@@ -154,10 +158,10 @@ def build_tokenizer(path: Path, model: SentencePieceModel, bos: str | None) -> T
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message: number, and an int, or bytes that are its value or hold it.
+    """The fields of a message: number, and its value as an int or bytes.
 
     Raises:
-      ValueError: where they are cut off, or are none.
+      ValueError: if they are cut off or invalid.
     """
     at = 0
     while at < len(data):
@@ -180,7 +184,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of up to ten bytes, seven bits in each, and where the next thing is."""
+    """Decode a number of up to ten bytes, seven bits each; also returns the next position."""
     number = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -193,5 +197,5 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _signed(number: int) -> int:
-    """An int32, whose negative numbers are written as 64 bits."""
+    """An int32; negative numbers are written as 64 bits."""
     return number - (1 << 64) if number >= 1 << 63 else number

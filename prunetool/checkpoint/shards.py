@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint lie: in which of its safetensors files, and where in the file.
+"""Where a checkpoint's tensors are stored: in which safetensors file, and where in it.
 
 Both are known from names, dtypes and shapes alone, before any tensor is made.
 """
@@ -11,21 +11,21 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 
-# NumPy's names and safetensors' codes, in the order in which its library stores tensors, by which
-# each lies at a multiple of its item's size.
+# NumPy's names and safetensors' codes, in the order in which its library stores tensors, so that
+# each starts at a multiple of its item size.
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-HEADER_MULTIPLE = 8  # bytes, to which spaces fill the header
+HEADER_MULTIPLE = 8  # bytes; spaces pad the header to it
 
 
 class TensorSpec(NamedTuple):
-    """What is known of a tensor before it is made; ``dtype`` is NumPy's name."""
+    """A tensor's shape and dtype before it is made; ``dtype`` is NumPy's name."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -34,16 +34,16 @@ class TensorSpec(NamedTuple):
         return self.size * np.dtype(self.dtype).itemsize
 
 
-# Tensors by name that are made and written together, as those of a layer: never in two files.
+# Tensors by name that are made and written together, such as a layer's: never in two files.
 Chunk = Mapping[str, TensorSpec]
 
 
 def split(chunks: Sequence[Chunk], max_bytes: int) -> list[range]:
-    """Which chunks each shard holds, in order: as many as fit; a larger one is alone in its shard.
+    """Assign chunks to shards, in order: as many as fit; a larger one gets its own shard.
 
     Args:
-      chunks: of the checkpoint, in the order in which they are made.
-      max_bytes: of the tensors in a shard.
+      chunks: the checkpoint's chunks, in the order in which they are made.
+      max_bytes: limit on the tensors of a shard.
     """
     shards: list[range] = []
     start = filled = 0
@@ -57,9 +57,9 @@ def split(chunks: Sequence[Chunk], max_bytes: int) -> list[range]:
 
 
 def layout(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """How a safetensors file begins, and where in it each tensor does.
+    """The beginning of a safetensors file, and where each tensor starts.
 
-    As the library writes it: the length of the header in eight bytes, and the header, which is JSON
+    As the library writes it: the header's length in eight bytes, then the header, which is JSON
     (https://github.com/huggingface/safetensors#format).
     """
     codes = list(CODES)

@@ -1,4 +1,4 @@
-"""A local directory or a Hub id, made a local directory."""
+"""Resolve a path or Hub id to a local directory."""
 
 import glob
 import re
@@ -11,7 +11,7 @@ from prunetool.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json, read_
 from prunetool.checkpoint.writer import DATA_FILES, LICENSE_FILES, TEMPLATES, TOKENIZER_FILES
 from prunetool.errors import CheckpointError, ConfigError, HubError
 
-# What may be read of a checkpoint's directory.
+# Files that may be read from a checkpoint's directory.
 NEEDED_FILES = [
     "*.safetensors", "*.json", *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja", *LICENSE_FILES,
     "README.md",
@@ -20,13 +20,13 @@ ADAPTER_NAME = "adapter_config.json"
 SMALL_FILES = (
     *DATA_FILES, f"{TEMPLATES}/*.jinja", *LICENSE_FILES, INDEX_NAME, ADAPTER_NAME, "README.md",
 )  # fmt: skip
-NOT_GIVEN = "no such directory, and the Hub did not give it"
+NOT_GIVEN = "no such directory, and the Hub did not provide it"
 NOT_THERE = "no such directory or Hub repository"
 
-README_BYTES = 1 << 18  # of those on the Hub nearly all are below 2¹⁷
+README_BYTES = 1 << 18  # nearly all on the Hub are below 2¹⁷
 FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", re.DOTALL)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# How repositories of quantised models are called, behind the name of the original.
+# Suffixes that repositories of quantised models add to the original's name.
 QUANTISED_NAME = re.compile(
     r"[-_.](unsloth-bnb|bnb|awq|gptq|gguf|mlx|int[48]|fp[48]|nf4|w\d+a\d+|quantized|\d+bit|[348]-bit)"
     r"([-_.]\w+)*$",
@@ -35,18 +35,18 @@ QUANTISED_NAME = re.compile(
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """Return the directory of ``model``; of a Hub repository, download all but the weights.
+    """Return the directory of ``model``; download all but the weights if it is on the Hub.
 
     Args:
       model: a directory, or a Hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
       revision: branch, tag or commit of the Hub repository.
 
     Raises:
-      CheckpointError: if it is neither a directory nor of the form of a Hub id, or is a directory
+      CheckpointError: if it is neither a directory nor shaped like a Hub id, or is a directory
         of something else.
       ConfigError: if its weights are quantised.
-      HubError: if the Hub does not give the files. The token comes from the environment or the
-        Hub's own login and is never printed.
+      HubError: if the Hub does not provide the files. The token comes from the environment or
+        the Hub's own login and is never printed.
     """
     directory = Path(model)
     if directory.is_dir():
@@ -77,13 +77,13 @@ def _download_small(model: str, revision: str | None) -> Path:
 
 
 def fetch_weights(model: str, directory: Path) -> None:
-    """Download the weights of a Hub repository whose other files `locate` has put in a directory.
+    """Download the weights of a Hub repository whose other files `locate` has downloaded.
 
-    They are the files that `read_index` reads, and no second copy in another format. What is there
-    already is not asked for; of a file that a killed download left, the rest alone is.
+    Only the files that `read_index` reads, no second copy in another format. Existing files are not
+    requested again; a killed download resumes.
 
     Raises:
-      HubError: if the Hub does not give them, or has none that are read.
+      HubError: if the Hub does not provide them, or has none in a supported format.
     """
     if Path(model).is_dir():
         return
@@ -98,20 +98,22 @@ def fetch_weights(model: str, directory: Path) -> None:
     needed = _weight_files(directory, names)
     if not needed:
         raise _not_a_model(model, directory, names) or HubError(
-            model, f"holds neither {INDEX_NAME} nor {SINGLE_NAME}", "give one of safetensors"
+            model,
+            f"holds neither {INDEX_NAME} nor {SINGLE_NAME}",
+            "give a repository with safetensors weights",
         )
     if lacking := sorted(needed.difference(names)):
         raise HubError(
-            model, f"lacks {lacking[0]}, which its index names", "take another revision of it"
+            model, f"lacks {lacking[0]}, which its index names", "give another --revision"
         )
     with asking(model, NOT_GIVEN, NOT_THERE):
-        # The names come from outside, and the library reads patterns.
+        # The names are untrusted, and the library treats them as patterns.
         patterns = [glob.escape(name) for name in sorted(needed)]
         snapshot_download(model, revision=directory.name, allow_patterns=patterns)
 
 
 def front_matter(directory: Path) -> dict[str, Any]:
-    """What README.md says of a model in its front matter; nothing if it cannot be read."""
+    """README.md's front matter; empty if it cannot be read."""
     path = directory / "README.md"
     if not path.is_file() or path.stat().st_size > README_BYTES:
         return {}
@@ -121,13 +123,13 @@ def front_matter(directory: Path) -> dict[str, Any]:
         found = FRONT_MATTER.match(path.read_text(encoding="utf-8-sig"))
         if found and "<<" not in found[1]:  # merged keys can grow without bound
             return dict(vars(RepoCard(found[0]).data))
-    except Exception:  # whatever YAML of somebody else's fails by
+    except Exception:  # foreign YAML can fail in any way
         return {}
     return {}
 
 
 def _weight_files(directory: Path, names: Collection[str]) -> set[str]:
-    """The files of weights that `read_index` reads if the directory holds those of these names."""
+    """The weight files among these names that `read_index` would read."""
     if SINGLE_NAME in names:
         return {SINGLE_NAME}
     if INDEX_NAME in names and (directory / INDEX_NAME).exists():
@@ -136,12 +138,12 @@ def _weight_files(directory: Path, names: Collection[str]) -> set[str]:
 
 
 def _not_a_model(model: str, directory: Path, names: Collection[str]) -> CheckpointError | None:
-    """The error of a directory or repository without weights, by what its files' names say it is.
+    """The error for a directory or repository without weights, judged by its file names.
 
     Args:
       model: what the user called it.
-      directory: with its small files.
-      names: of all its files.
+      directory: directory with its small files.
+      names: names of all its files.
     """
     of = {Path(name).suffix: name for name in sorted(names, reverse=True) if "/" not in name}
     root = directory.parent if directory.name == "snapshots" else directory
@@ -154,18 +156,18 @@ def _not_a_model(model: str, directory: Path, names: Collection[str]) -> Checkpo
     elif cached := sorted(filter(None, (cached_id(directory / name) for name in names))):
         what, todo = "is the Hub's cache", f"give an id, such as {cached[0]}"
     elif ".gguf" in of:
-        what = "holds GGUF files, no safetensors"
-        todo = "make one a checkpoint: prunetool convert FILE OUT"
+        what = "holds GGUF files and no safetensors"
+        todo = "convert one to a checkpoint: prunetool convert FILE OUT"
     elif of.keys() & set(PICKLED):
-        what = f"holds neither {INDEX_NAME} nor {SINGLE_NAME}, but pickled files, never read"
-        todo = "load it in transformers and save_pretrained it, or take another revision"
+        what = f"holds neither {INDEX_NAME} nor {SINGLE_NAME}, only pickled files (never read)"
+        todo = "load it in transformers and save_pretrained it, or try another revision"
     else:
         return None
     return CheckpointError(model, what, todo)
 
 
 def _no_directory(model: str) -> CheckpointError:
-    """The error of what is neither a directory nor an id."""
+    """The error for a name that is neither a directory nor an id."""
     path = Path(model)
     what, todo = (
         "is neither a directory nor a Hub id",
@@ -174,7 +176,10 @@ def _no_directory(model: str) -> CheckpointError:
     if url := re.match(r"(?:https?://|hf://)(?:[^/]+\.[^/]+/)?([\w.-]+/[\w.-]+)", model):
         todo = f"give the id: {url[1]}"
     elif path.is_file() and path.suffix == ".gguf":
-        what, todo = "is a GGUF file", f"make it a checkpoint: prunetool convert {path.name} OUT"
+        what, todo = (
+            "is a GGUF file",
+            f"convert it to a checkpoint: prunetool convert {path.name} OUT",
+        )
     elif path.is_file() and path.suffix in (".safetensors", ".json"):
         what, todo = "is one file of a checkpoint", f"give its directory: {path.parent}"
     elif path.is_file() and path.suffix in PICKLED:
@@ -184,10 +189,10 @@ def _no_directory(model: str) -> CheckpointError:
 
 
 def _refuse_quantised(model: str, directory: Path) -> None:
-    """Refuse quantised weights by what they were made of.
+    """Refuse quantised weights, pointing to the original.
 
     Raises:
-      ConfigError: with how they are quantised, and where the original usually is.
+      ConfigError: if they are quantised; says how, and where the original usually is.
     """
     path = directory / "config.json"
     config = read_json(path) if path.exists() else {}
@@ -200,7 +205,7 @@ def _refuse_quantised(model: str, directory: Path) -> None:
 
 
 def _method(config: object) -> str:
-    """How weights were quantised, as far as their config says it in words."""
+    """How weights were quantised, as far as their config says."""
     if not isinstance(config, dict):
         return ""
     method, bits = config.get("quant_method"), config.get("bits")
@@ -212,7 +217,7 @@ def _method(config: object) -> str:
 
 
 def _original(directory: Path) -> str:
-    """Where the original of quantised weights is: what the card names, or the plain name."""
+    """Where the unquantised original is: what the card names, or the plain name."""
     base = front_matter(directory).get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     if isinstance(base, str):

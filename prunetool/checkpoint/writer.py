@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and checkpoints whose index is written last."""
+"""Atomic file writes, and checkpoints whose index is written last."""
 
 import errno
 import glob
@@ -22,14 +22,14 @@ from prunetool.checkpoint.shards import Chunk, TensorSpec, layout, split
 from prunetool.errors import CheckpointError, WorkError
 
 UNFINISHED = ".unfinished"  # in a checkpoint being written: its run, and checksums by file
-# The same of a checkpoint that is whole, its index too; and the work directory it was made from.
+# The same for a complete checkpoint, index included; and the work directory it was made from.
 MANIFEST = ".prunetool.json"
 PARTIAL = ".prunetool-partial"
-# What version 0.1 left, and safetensors: temporary files of these names.
+# Names of temporary files left by version 0.1 and by safetensors.
 OLD_LEFTOVER = re.compile(r"\.tmp\w{6}|\.(hidden-[\w.]+|[\w.-]+\.(json|safetensors))\.partial")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# Files of data that belong to a checkpoint, by exact name; a program reads no other. None is code.
+# Data files that belong to a checkpoint, by exact name; programs read no others. None is code.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -39,7 +39,7 @@ LICENSE_FILES = (
     "LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt", "Notice",
     "Notice.txt",
 )  # fmt: skip
-# Where transformers keeps chat templates besides the default one.
+# Where transformers keeps further chat templates.
 TEMPLATES = "additional_chat_templates"
 TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 SHARDS = "model-?????-of-?????.safetensors"
@@ -50,13 +50,13 @@ WRITTEN = re.compile(
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a path to write to; flush the file to disk and rename it to ``path`` on success.
+    """Yield a path to write to; on success, flush the file to disk and rename it to ``path``.
 
-    It lies in a new directory beside ``path``, of a random name and open to nobody else, so that
-    nothing can be planted there. The file gets the mode that the umask gives.
+    It is in a new directory beside ``path``, with a random name and closed to other users, so that
+    nothing can be planted there. The file's mode follows the umask.
 
     Raises:
-      WorkError: if there is no such directory, or the disk is full.
+      WorkError: if the directory does not exist, or the disk is full.
     """
     try:
         made = tempfile.mkdtemp(PARTIAL, _prefix(path), path.parent)
@@ -67,7 +67,7 @@ def atomic(path: Path) -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        partial.chmod(mode)  # safetensors writes for the owner alone
+        partial.chmod(mode)  # safetensors writes for the owner only
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         if path.is_dir() and not path.is_symlink():
@@ -84,14 +84,14 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def _prefix(path: Path) -> str:
-    """How the names of the directories that `atomic` makes for a file begin."""
+    """Prefix of the directories that `atomic` makes for a file."""
     return f".{os.fsdecode(os.fsencode(path.name)[:100])}."
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of a file left beside it, or what they left in a directory.
+    """Remove what killed writers of a file left beside it, or left in a directory.
 
-    Only while nobody else writes it.
+    Call it only while nobody else writes there.
     """
     found = path.parent.glob(f"{glob.escape(_prefix(path))}*{PARTIAL}")
     inside = path.glob(f".*{PARTIAL}") if path.is_dir() else ()
@@ -101,7 +101,7 @@ def sweep(path: Path) -> None:
 
 
 def sweep_old(directory: Path) -> None:
-    """Remove temporary files of version 0.1 from a directory that is the tool's own."""
+    """Remove temporary files of version 0.1 from a directory of the tool's own."""
     for entry in directory.iterdir():
         if OLD_LEFTOVER.fullmatch(entry.name) and not entry.is_symlink() and entry.is_file():
             entry.unlink()
@@ -121,18 +121,18 @@ def write_tensors(
 
     Args:
       path: the file.
-      tensors: its arrays by name.
-      metadata: of its header; of one key, since the library does not order several.
+      tensors: arrays by name.
+      metadata: for its header; one key only, since the library does not order several.
 
     Raises:
-      WorkError: if it cannot be written, as on a full disk.
+      WorkError: if it cannot be written, for example on a full disk.
     """
-    # safetensors writes the buffer as it lies in memory, so a transposed view would come out wrong.
+    # safetensors writes the buffer in memory order, so a transposed view would come out wrong.
     whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with atomic(path) as partial:
         try:
             save_file(whole, partial, metadata=dict(metadata or {"format": "pt"}))
-        except SafetensorError as error:  # the library's own name for an OSError
+        except SafetensorError as error:  # the library's own form of an OSError
             raise WorkError(path, str(error), "make room and run again") from error
 
 
@@ -143,9 +143,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """A JSON object as a file of a checkpoint holds it."""
+    """A JSON object in the form of a checkpoint's files."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "backslashreplace")  # JSON's own escape, of half a surrogate pair
+    return text.encode("utf-8", "backslashreplace")  # JSON's own escape, for half a surrogate pair
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -154,10 +154,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def need_room(directory: Path, needed_bytes: int) -> None:
-    """Refuse before the work begins if the disk cannot hold its result.
+    """Refuse before the work begins if the disk has no room for the result.
 
     Raises:
-      WorkError: with the bytes missing.
+      WorkError: if it has not; says how much is needed.
     """
     existing = directory.absolute()
     while not existing.exists():
@@ -175,27 +175,27 @@ State = Literal["free", "begun", "whole", "replaced"]
 
 
 class CheckpointWriter:
-    """Writes a checkpoint shard by shard; the directory counts as a checkpoint after `close`.
+    """Writes a checkpoint shard by shard; the directory is a checkpoint only after `close`.
 
     Nothing is changed before `write`.
 
     Args:
-      directory: where.
-      overwrite: replace the files of a checkpoint that is there; others stay.
-      run: what decides the bytes written. A killed writer of the same run is resumed, with
-        ``overwrite`` or without. Empty: never.
+      directory: where to write.
+      overwrite: replace the files of an existing checkpoint; others stay.
+      run: what determines the bytes written. A killed writer of the same run is resumed, with or
+        without ``overwrite``. Empty: never.
       work: the work directory, for `work_of`.
-      files: names of all other files that will be put.
-      inputs: files that the work reads, which are never replaced.
+      files: names of all other files to be written (`put`).
+      inputs: files that the run reads, which are never replaced.
 
     Attributes:
-      state: what is there. ``free``: nothing; ``begun``: what a killed writer of this run left;
-        ``whole``: this run's checkpoint, every file as it was written; ``replaced``: a checkpoint
-        that `write` replaces.
+      state: what the directory has. ``free``: nothing; ``begun``: what a killed writer of this
+        run left; ``whole``: this run's checkpoint, every file as written; ``replaced``: a
+        checkpoint that `write` replaces.
 
     Raises:
-      WorkError: if the directory is a file; holds something else, or a damaged checkpoint of this
-        run, and ``overwrite`` is not given; or holds files of the user that would be replaced.
+      WorkError: if the directory is a file; without ``overwrite``, if it contains something else or
+        a damaged checkpoint of this run; or if files of the user would be replaced.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class CheckpointWriter:
         self.parameters = 0
 
     def _find(self, overwrite: bool, begun: object) -> State:
-        """The state, where ``begun`` was not finished; an error if it cannot be written to."""
+        """The state; ``begun`` is the run that was not finished. An error if it is not writable."""
         directory = self.directory
         if directory.exists() and not directory.is_dir():
             raise WorkError(directory, "is a file", "name a directory")
@@ -238,7 +238,7 @@ class CheckpointWriter:
                 return "whole"
             if not overwrite:
                 raise WorkError(
-                    directory / damaged[0], "is damaged or gone",
+                    directory / damaged[0], "is damaged or missing",
                     "give --overwrite to write it again",
                 )  # fmt: skip
         elif not overwrite:
@@ -250,7 +250,7 @@ class CheckpointWriter:
         return "replaced"
 
     def _protect(self, inputs: Sequence[Path], sums: Mapping[str, str]) -> None:
-        """Refuse to replace or to leave what is the user's, or what is read."""
+        """Refuse to replace the user's files or the inputs, or to leave foreign data."""
         used = {path.absolute() for path in inputs} | {path.resolve() for path in inputs}
         if self.state == "begun":
             paths = [self.directory / name for name in self._files]
@@ -263,8 +263,7 @@ class CheckpointWriter:
             owned = _owned(self.directory)
             shards = {path.name for path in self.directory.glob(SHARDS)}
             names = {*shards, *self._files} - owned
-            # Data of another checkpoint must not stay beside the new one; what is not replaced by
-            # a file of its name may be of use to somebody.
+            # Data of another checkpoint must not stay beside the new one, but somebody may need it.
             left = {*DATA_FILES, *templates(self.directory)} - names
             foreign = [self.directory / n for n in sorted((names - {*DATA_FILES}) | (left - owned))]
             paths = [self.directory / name for name in sorted(names | owned)]
@@ -273,26 +272,26 @@ class CheckpointWriter:
                 raise WorkError(
                     path, "is read by this run, which would replace it", "name another directory"
                 )
-        # Nothing is written through a link, and what it leads to would be loaded.
+        # Never write through a link; what it leads to would be loaded.
         for path in filter(_is_there, [*foreign, self.directory / TEMPLATES]):
             raise WorkError(
-                path, "would be replaced or out of place, and is not of the checkpoint there",
+                path, "would be replaced or out of place, but is not part of the checkpoint there",
                 "move it away, or name another directory",
             )  # fmt: skip
 
     def _begin(self) -> None:
-        """Make the directory this run's."""
+        """Claim the directory for this run."""
         if self.state in ("whole", "begun"):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        # A directory half cleared must not look whole, nor like something else.
+        # A half-cleared directory must look neither complete nor like something else.
         names = (*_owned(self.directory), *self._sums)
         old = sorted({name for name in names if _is_there(self.directory / name)})
         self._mark("", dict.fromkeys(old, ""))
         (self.directory / INDEX_NAME).unlink(missing_ok=True)
         for name in (*old, MANIFEST):
             (self.directory / name).unlink(missing_ok=True)
-        with suppress(OSError):  # of somebody's, or not there
+        with suppress(OSError):  # holds the user's files, or does not exist
             (self.directory / TEMPLATES).rmdir()
         self._mark(self._run, self._sums)
         sweep_old(self.directory)
@@ -307,18 +306,18 @@ class CheckpointWriter:
         make: Callable[[int], Mapping[str, np.ndarray]],
         max_shard_bytes: int,
     ) -> Iterator[Mapping[str, np.ndarray]]:
-        """Make and write chunk after chunk; read those of shards that the killed run finished.
+        """Make and write the chunks in turn; read those in shards that a killed run finished.
 
         Args:
-          chunks: of all tensors.
-          make: the tensors of a chunk, by its number.
-          max_shard_bytes: of a shard (`split`).
+          chunks: the chunks of all tensors.
+          make: makes the tensors of a chunk, given its number.
+          max_shard_bytes: limit of a shard (`split`).
 
         Yields:
           The tensors of each chunk.
 
         Raises:
-          WorkError: before the first is made, if the disk cannot hold those that are not there.
+          WorkError: before the first is made, if the disk has no room for the missing ones.
         """
         shards = split(chunks, max_shard_bytes)
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -347,7 +346,7 @@ class CheckpointWriter:
     def put(self, name: str, data: bytes) -> None:
         """Write another file of the checkpoint."""
         self._sums[name] = checksum.of_bytes(data)
-        self._mark(self._run, self._sums)  # before: a file that is there without is the user's
+        self._mark(self._run, self._sums)  # first: an unrecorded file is the user's
         (self.directory / name).parent.mkdir(exist_ok=True)
         write_bytes(self.directory / name, data)
 
@@ -370,7 +369,7 @@ class CheckpointWriter:
 def _write_shard(
     path: Path, chunks: Sequence[Chunk], made: Iterable[Mapping[str, np.ndarray]]
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """Write a shard atomically, a chunk at a time, each as it is made; gives their tensors."""
+    """Write a shard atomically, chunk by chunk as they are made; yields their tensors."""
     header, starts = layout({name: spec for chunk in chunks for name, spec in chunk.items()})
     with atomic(path) as partial:
         with partial.open("r+b") as file:
@@ -383,7 +382,7 @@ def _write_shard(
                     raise AssertionError(f"{found} was made, not {chunk}")
                 for name, array in tensors.items():
                     file.seek(starts[name])
-                    # In the order that the header says, not as a view may lie in memory.
+                    # In the header's order, not a view's memory order.
                     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 yield tensors
         with safe_open(partial, "numpy", backend="pread"):
@@ -391,7 +390,7 @@ def _write_shard(
 
 
 def work_of(directory: Path) -> str:
-    """The work directory that a checkpoint was exported from, as its writer knew it; or nothing."""
+    """The work directory that a checkpoint was exported from; empty if unknown."""
     with suppress(CheckpointError):
         work = checksum.read_sealed(directory / MANIFEST).get("work")
         return work if isinstance(work, str) else ""
@@ -399,17 +398,17 @@ def work_of(directory: Path) -> str:
 
 
 def is_empty(directory: Path) -> bool:
-    """Whether a directory holds nothing but what killed writers left."""
+    """Whether a directory is empty but for what killed writers left."""
     return all(map(_is_leftover, directory.iterdir()))
 
 
 def whole_files(directory: Path) -> list[str]:
-    """Names of the files of a checkpoint that a writer here finished, all as they were written.
+    """File names of a checkpoint that this tool finished, after checking that none has changed.
 
-    README.md alone may have been edited since.
+    Only README.md may have been edited since.
 
     Raises:
-      WorkError: if it was not finished, is damaged, or is of another program.
+      WorkError: if it was not finished, is damaged, or was written by another program.
     """
     if not directory.is_dir():
         raise WorkError(directory, "no such directory", "name one that export wrote")
@@ -418,19 +417,19 @@ def whole_files(directory: Path) -> list[str]:
     sums = _sealed(directory / MANIFEST)["files"]
     if INDEX_NAME not in sums:
         raise WorkError(
-            directory, f"has no {MANIFEST} that tells whether it is whole",
+            directory, f"has no {MANIFEST} to check it against",
             "name a checkpoint that this version of prunetool wrote",
         )  # fmt: skip
     for name, total in sums.items():
         path = directory / name
         edited = name == "README.md" and path.is_file() and not path.is_symlink()
         if not edited and not _is_whole(path, total):
-            raise WorkError(path, "is damaged or gone", "write the checkpoint again")
+            raise WorkError(path, "is damaged or missing", "write the checkpoint again")
     return sorted(sums)
 
 
 def _sealed(path: Path) -> dict[str, Any]:
-    """Run, and checksums by file, of a checkpoint; of nobody if the file is missing or damaged."""
+    """A checkpoint's run, and checksums by file; both empty if the file is missing or damaged."""
     with suppress(CheckpointError):
         found = checksum.read_sealed(path)
         if found.keys() >= {"run", "files"} and isinstance(found["files"], dict):
@@ -440,10 +439,10 @@ def _sealed(path: Path) -> dict[str, Any]:
 
 
 def _owned(directory: Path) -> set[str]:
-    """Files of the checkpoint in a directory that may be removed: what is named and is there.
+    """Existing files of a directory's checkpoint that may be removed.
 
-    An index is input from outside: it names shards alone. Other files are named by a writer of
-    this tool, who names none but those that it writes.
+    An index is untrusted input: only the shards that it names count. Other files are named by
+    this tool's own manifest.
     """
     named = {INDEX_NAME, SINGLE_NAME}
     with suppress(CheckpointError):
@@ -459,14 +458,14 @@ def _owned(directory: Path) -> set[str]:
 
 
 def templates(directory: Path) -> set[str]:
-    """Names of the chat templates in a checkpoint's directory of them; none if that is a link."""
+    """Names of the chat templates in their directory of a checkpoint; none if that is a link."""
     where = directory / TEMPLATES
     found = () if where.is_symlink() else where.glob("*.jinja")
     return {name for path in found if TEMPLATE.fullmatch(name := f"{TEMPLATES}/{path.name}")}
 
 
 def _may_be_put(name: str) -> bool:
-    """Whether a writer here ever writes a file of this name."""
+    """Whether this tool ever writes a file of this name."""
     known = (INDEX_NAME, "README.md", *LICENSE_FILES, *DATA_FILES)
     return name in known or bool(WRITTEN.fullmatch(name) or TEMPLATE.fullmatch(name))
 

@@ -11,7 +11,7 @@ from prunetool import console, options
 if TYPE_CHECKING:
     from prunetool.corpus import Text
 
-ATTENTION_LENGTH = 512  # the cost of learning grows with its square
+ATTENTION_LENGTH = 512  # learning's cost grows with its square
 
 
 @click.command(cls=options.Command)
@@ -22,51 +22,51 @@ ATTENTION_LENGTH = 512  # the cost of learning grows with its square
 )
 @click.option(
     "--shuffle", type=click.IntRange(0), metavar="SEED",
-    help="Draw windows at random positions of all the text, and so tokenise all of it, instead of "
+    help="Draw windows at random positions of all the text (which tokenises all of it) instead of "
     "consecutive ones from the start.",
 )  # fmt: skip
 @click.option(
     "--held-out", type=click.IntRange(0), show_default="an eighth of --samples, at least 1 of 2",
-    help="Of the samples, how many (the last) only choose the damping of the refit.",
+    help="How many samples, the last ones, only choose the damping of the refit.",
 )  # fmt: skip
 @click.option(
     "--stats", type=click.Choice(["structural", "token", "all"]), default="structural",
-    show_default=True, help="structural: of the inputs of o_proj and down_proj. token: also their "
-    "full token-weighted Gram matrices. all: also the inputs of q, k, v and of gate, up.",
+    show_default=True, help="structural: sums over the inputs of o_proj and down_proj. token: also "
+    "their full token-weighted Gram matrices. all: also the inputs of q, k, v and of gate, up.",
 )  # fmt: skip
 @click.option(
     "--attention-samples", default=0, show_default=True, type=click.IntRange(0), metavar="A",
-    help="Keep what each attention was given, of the first A sequences to learn from and of the "
-    "last A to check on: for score --target qk.",
+    help="Keep the attention inputs of the first A sequences (to learn masks) and the last A (to "
+    "validate them), for score --target qk.",
 )  # fmt: skip
 @click.option(
     "--attention-length", type=click.IntRange(2), metavar="N", show_default="512, or all",
-    help="Of each such sequence, the first N tokens.",
+    help="Keep the first N tokens of each such sequence.",
 )  # fmt: skip
 @click.option(
     "--stats-dtype", type=click.Choice(["float32", "float64"]), default="float32",
-    show_default=True, help="Of the stats as they are stored; they are summed in float64.",
+    show_default=True, help="Precision of the stored stats; sums are float64.",
 )  # fmt: skip
 @options.dtype_opt
 @click.option(
     "--batch-size", "batch", type=click.IntRange(1), metavar="SEQUENCES",
     show_default="about 2048 tokens for each device", help="Sequences at a time: more are faster "
-    "and take more memory. Stats differ by rounding (about 1e-6).",
+    "but take more memory. Stats differ by rounding (about 1e-6).",
 )  # fmt: skip
 @options.device_opt
 @click.option(
     "--coordinator", metavar="HOST:PORT", help="Share the sequences with other processes that run "
-    "this command: the address of process 0, which writes. auto: from SLURM, Open MPI or "
-    "Kubernetes, the next two as well.",
+    "this command: the address of process 0, which writes. auto: this and the next two from "
+    "SLURM, Open MPI or Kubernetes.",
 )  # fmt: skip
-@click.option("--processes", type=click.IntRange(1), help="How many there are.")
-@click.option("--process-id", type=click.IntRange(0), help="Which of them this one is.")
+@click.option("--processes", type=click.IntRange(1), help="Number of processes.")
+@click.option("--process-id", type=click.IntRange(0), help="Number of this process, from 0.")
 @options.profile_opt
 @options.revision_opt
 @click.option(
     "--work", type=click.Path(path_type=Path), callback=options.named, metavar="DIR",
     show_default="NAME.prunetool",
-    help="Work directory of this run; the same command goes on there where it was.",
+    help="Work directory of this run; rerun the same command to resume there.",
 )  # fmt: skip
 @options.overwrite_opt
 @options.output_opt
@@ -92,11 +92,11 @@ def calibrate(
     overwrite: bool,
     sink: str,
 ) -> None:
-    """Run text through MODEL and keep what each pruned matrix was given.
+    """Run text through MODEL and keep statistics of each pruned matrix's inputs.
 
-    MODEL is a directory of safetensors or a Hub id. Of the inputs of o_proj and down_proj it
-    keeps, layer by layer: Gram matrix, mean, and token-weighted second moments. Killed, the same
-    command goes on after the last whole layer.
+    MODEL is a directory of safetensors or a Hub id. Layer by layer, keeps the Gram matrix, mean
+    and token-weighted second moments of the inputs of o_proj and down_proj. If killed, the same
+    command resumes after the last finished layer.
 
     \b
     Example:
@@ -133,9 +133,9 @@ def calibrate(
 def _check(
     length: int, samples: int, held_out: int, attention_samples: int, attention_length: int | None
 ) -> None:
-    """Refuse numbers that do not go together."""
+    """Refuse numbers that contradict each other."""
     if held_out >= samples:
-        raise click.BadParameter(f"{held_out} of {samples} samples leave none to fit")
+        raise click.BadParameter(f"--held-out {held_out} of --samples {samples} leaves none to fit")
     if 2 * attention_samples > samples:
         raise click.BadParameter(
             f"--attention-samples {attention_samples} and as many held out need --samples "
@@ -143,10 +143,10 @@ def _check(
         )
     if attention_length and attention_length > length:
         raise click.BadParameter(
-            f"--attention-length {attention_length} is beyond --sequence-length {length}"
+            f"--attention-length {attention_length} exceeds --sequence-length {length}"
         )
     if not held_out:
         console.log.warning(
-            "no sample is held out: compensate will have no tokens to choose its damping on, and "
-            "needs --damping NUMBER"
+            "no sample is held out: compensate will have no tokens to choose its damping with, "
+            "and needs --damping NUMBER"
         )

@@ -13,7 +13,7 @@ def clean(place: Path) -> None:
     """Delete the files of a work directory: stats, scores, refits and their records.
 
     DIR is the work directory, or the checkpoint that export wrote from it, which stays. Another
-    sparsity, or a report, then needs another calibration. Files that are not of the steps stay.
+    sparsity, or a report, then needs another calibration. Files that no step wrote stay.
 
     \b
     Example:
@@ -29,4 +29,4 @@ def clean(place: Path) -> None:
             freed = before - workdir.size_bytes(work, *workdir.EVERYTHING)
         said += [f"{freed / 1e6:,.1f} MB of {work}"]
         if work.exists():
-            said += ["what is not of the steps stays there"]
+            said += ["files that no step wrote stay there"]

@@ -25,9 +25,9 @@ def compensate(
 ) -> None:
     """Refit o_proj and down_proj so that the layer's output moves least.
 
-    Reads the records of score. The refit to the heads and channels kept is closed-form; its damping
-    is chosen on the held-out calibration tokens, and the final refit is on all of them. Matrices
-    that sparsegpt masked get its update; what other methods masked keeps its values.
+    Reads the records of score. The refit to the kept heads and channels is closed-form; its damping
+    is chosen on the held-out calibration tokens, and the final refit uses all tokens. Matrices
+    that sparsegpt masked get its update; those masked by other methods keep their values.
 
     \b
     Example:
@@ -61,5 +61,5 @@ def compensate(
 
 
 def _shown(*values: float | None) -> str:
-    """Numbers, one leading to the next; a dash where there are none."""
+    """Numbers joined by arrows; a dash if there are none."""
     return " → ".join(f"{value:.4g}" for value in values if value is not None) or "–"

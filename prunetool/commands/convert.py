@@ -12,7 +12,7 @@ from prunetool import console, options
 @options.out_arg
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16",
-    show_default=True, help="Of the tensors written.",
+    show_default=True, help="Precision of the written tensors.",
 )  # fmt: skip
 @options.max_shard_size_opt
 @options.overwrite_opt
@@ -20,8 +20,8 @@ def convert(gguf_path: Path, out: Path, dtype: str, max_shard_bytes: int, overwr
     """Turn a GGUF file (Llama, Mistral, Qwen2, Qwen3) into a checkpoint.
 
     Dequantises, puts the rows of q and k back in order, and rebuilds config.json and
-    tokenizer.json. One layer at a time. Of a split model, name any part. Killed, the same command
-    goes on after the last whole shard.
+    tokenizer.json, one layer at a time. For a split model, name any part. If killed, the same
+    command resumes after the last finished shard.
 
     \b
     Example:

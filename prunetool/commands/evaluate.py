@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @options.model_arg
 @options.text_options
 @click.option(
-    "--samples", type=click.IntRange(1), show_default="all the text has",
-    help="Windows to measure, from the start, not overlapping.",
+    "--samples", type=click.IntRange(1), show_default="as many as the text has",
+    help="Windows to measure, from the start, without overlap.",
 )  # fmt: skip
 @options.dtype_opt
 @options.device_opt
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--work", type=click.Path(path_type=Path), callback=options.named, metavar="DIR",
-    help="Keep the residual stream there: killed, the same command goes on where it was.",
+    help="Keep the residual stream there; if killed, the same command resumes.",
 )  # fmt: skip
 @options.overwrite_opt
 def evaluate(
@@ -93,14 +93,14 @@ def evaluate(
 
 
 def _shown(of: dict[str, Any]) -> str:
-    """A perplexity; the loss if it is too large."""
+    """The perplexity, or the loss if that is too large."""
     if of["perplexity"] is None:
         return f"too large for a number (loss {of['loss']:.1f} nats)"
     return f"{of['perplexity']:.4f}"
 
 
 def _say(compared: dict[str, Any], said: list[str]) -> None:
-    """Say a comparison on stderr."""
+    """Summarise a comparison on stderr."""
     errors = compared["attention_error"]
     rows = []
     for layer, by_name in enumerate(
@@ -120,7 +120,7 @@ def _say(compared: dict[str, Any], said: list[str]) -> None:
     said.append(f"{_shown(compared)} before")
     said.append(f"KL {compared['kl']:.4f} nats")
     for name, label in (("own", "own input"), ("same_input", "dense input")):
-        if errors[name]["worst"] == 0:  # of the same input: q and k were not pruned
+        if errors[name]["worst"] == 0:  # on the same input: q and k were not pruned
             said.append(f"no attention error on {label}")
         elif errors[name]["mean"] is not None:
             said.append(

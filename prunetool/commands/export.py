@@ -13,7 +13,7 @@ from prunetool import __version__, console, options, records
 @options.source_arg
 @click.option(
     "--format", "form", type=click.Choice(["auto", "dense"]), default="auto", show_default=True,
-    help="auto: really smaller matrices, as a stock architecture where the layers are alike, else "
+    help="auto: smaller matrices, as a stock architecture if the layers are alike, else "
     "with a loader file. dense: the original shapes with zeros, loadable everywhere.",
 )  # fmt: skip
 @options.max_shard_size_opt
@@ -21,9 +21,9 @@ from prunetool import __version__, console, options, records
 def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: bool) -> None:
     """Write the pruned checkpoint to the directory OUT.
 
-    Reads the records of score or compensate, all of them before anything is written. OUT is a
-    checkpoint only once its index is there, which is written last. Killed, the same command goes on
-    after the last whole shard.
+    Reads all records of score or compensate before anything is written. The index is written last;
+    without it OUT is not a checkpoint. If killed, the same command resumes after the last finished
+    shard.
 
     \b
     Example:
@@ -46,7 +46,7 @@ def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: b
 
 
 def _say_next(out: Path, work: Path) -> None:
-    """What a user may want to do with the result."""
+    """Suggest what to do next."""
     from prunetool import workdir
     from prunetool.checkpoint.index import read_json
 

@@ -19,16 +19,20 @@ if TYPE_CHECKING:
 @options.model_arg
 @options.revision_opt
 @click.option(
-    "--plan", "planned", is_flag=True, help="Also measure this machine for some seconds, and say "
-    "what memory, disk, arithmetic and time each step of a run will need.",
+    "--plan", "planned", is_flag=True, help="Also measure this machine for a few seconds, and "
+    "say how much memory, disk, arithmetic and time each step of a run will need.",
 )  # fmt: skip
 @click.option(
-    "--samples", default=128, show_default=True, type=click.IntRange(1), help="Of that run."
+    "--samples",
+    default=128,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sequences to plan for.",
 )
 @options.length_opt
 @click.option(
     "--sparsity", default=0.2, show_default=True, type=options.Finite(0, 1, max_open=True),
-    help="Of that run.",
+    help="Sparsity to plan for.",
 )  # fmt: skip
 @options.dtype_opt
 def inspect(
@@ -42,7 +46,7 @@ def inspect(
 ) -> None:
     """Show what MODEL is: shapes, parameters by kind, sizes of the layers.
 
-    Reads the headers only. The tables go to stderr, one JSON object to stdout.
+    Reads only the headers. The tables go to stderr, one JSON object to stdout.
 
     \b
     Example:
@@ -94,7 +98,7 @@ def inspect(
 
 
 def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str) -> dict[str, Any]:
-    """Needs of the steps and the speed of this machine; prints them as a table."""
+    """What the steps need and this machine's speed; prints them as a table."""
     from prunetool import plan, streaming
     from prunetool.steps import compensate, speed
 

@@ -21,9 +21,9 @@ from prunetool import console, options, records
 def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
     """Make an HTML page of what each layer kept and what that cost.
 
-    Reads the records of score or compensate, all of them before the page is written: a file or
-    stdin; or give the directory that export wrote, or the work directory, whose last records they
-    then are. The page is one file that needs nothing else.
+    Reads the records of score or compensate from a file or stdin, all before the page is written;
+    given the directory that export wrote, or the work directory, it reads the last records there.
+    The page is one self-contained file.
 
     \b
     Example:

@@ -21,18 +21,18 @@ GROUPS = {"qk": MATRICES[:2], "weights": MATRICES}
 @options.source_arg
 @click.option(
     "--sparsity", required=True, type=options.Finite(0, 1, max_open=True),
-    help="Fraction to remove: of heads and channels, as parameters of all decoder layers' seven "
-    "matrices; of weights, in each matrix (or row, see --pattern).",
+    help="Fraction to remove. heads and channels: of the parameters of all decoder layers' seven "
+    "matrices. Weights: of each matrix (or row, see --pattern).",
 )  # fmt: skip
 @click.option(
     "--method", type=click.Choice(NAMES), default="newton", show_default=True,
-    help=f"How they are ranked. heads and channels: {', '.join(UNITS)}. Weights: "
-    f"{', '.join(WEIGHTS)}; of q,k also {', '.join(QK)}.",
+    help=f"How to rank them. heads and channels: {', '.join(UNITS)}. Weights: "
+    f"{', '.join(WEIGHTS)}; q,k also {', '.join(QK)}.",
 )  # fmt: skip
 @click.option(
     "--target", default="heads,channels", show_default=True, metavar="LIST",
     help="What to prune: heads (whole KV groups) and channels (of the MLP); or single weights of "
-    "q, k, v, o, gate, up, down (qk: the first two, weights: all).",
+    "q, k, v, o, gate, up, down (qk: the first two; weights: all).",
 )  # fmt: skip
 @click.option(
     "--allocation", type=click.Choice(["global", "uniform"]), default="global",
@@ -54,8 +54,8 @@ GROUPS = {"qk": MATRICES[:2], "weights": MATRICES}
 @click.option(
     "--lambda", "lam", type=options.Finite(0, min_open=True, infinity=True),
     show_default="1; attention-gd: a thousandth of its loss's largest curvature",
-    help="λ of newton and its variants, against inputs of spectral norm 1 (inf makes the count a "
-    "hard constraint); of attention-gd.",
+    help="λ of newton and its variants, for inputs of spectral norm 1 (inf makes the count a "
+    "hard constraint), and of attention-gd.",
 )  # fmt: skip
 @click.option(
     "--newton-iterations", type=click.IntRange(1), metavar="T",
@@ -69,26 +69,24 @@ GROUPS = {"qk": MATRICES[:2], "weights": MATRICES}
 @click.option(
     "--pattern", type=click.Choice(PATTERNS),
     show_default=default_of("pattern"),
-    help="Where the ratio of weights is met: in the matrix, in each row, or as two of every four "
-    "neighbours along the input.",
+    help="Where the sparsity of weights is met: over the matrix, in each row, or as two of every "
+    "four neighbours along the input.",
 )  # fmt: skip
 @click.option(
     "--iterations", default=100, show_default=True, type=click.IntRange(1), metavar="T",
-    help="Most steps of attention-gd; it stops where the held-out loss rises.",
+    help="Maximum steps of attention-gd; it stops if the held-out loss rises.",
 )  # fmt: skip
 @click.option(
     "--learning-rate", type=options.Finite(0, min_open=True), metavar="η",
     show_default="1/(λ + largest curvature)", help="Step of attention-gd.",
 )  # fmt: skip
-@click.option(
-    "--published", is_flag=True, help="attention-gd as printed in its paper: λ, η, T and order."
-)
+@click.option("--published", is_flag=True, help="attention-gd as published: λ, η, T and order.")
 @click.option(
     "--refine", default=0, show_default=True, type=click.IntRange(0), metavar="STEPS",
-    help="Of q,k by any method: go on descending on the kept weights' values.",
+    help="After masking q and k, tune the kept weights for STEPS steps.",
 )  # fmt: skip
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the method random."
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed for --method random."
 )
 @options.discard_opt
 @options.device_opt
@@ -103,10 +101,10 @@ def score(
     sink: str,
     **how: Any,
 ) -> None:
-    """Say which heads and channels, or which weights, each layer keeps.
+    """Choose which heads and channels, or which weights, each layer keeps.
 
     Reads the records of calibrate and adds what is kept; several score steps in one pipe each
-    decide for their --target. A global ranking of heads and channels must see all layers before it
+    decide their own --target. A global ranking of heads and channels needs all layers before it
     writes its first record; weights are decided layer by layer.
 
     \b
@@ -132,8 +130,8 @@ def score(
         options.keep_inputs([sink, profile], [header.source])
         if any(step["command"] == "compensate" for step in header.history):
             raise RecordError(
-                source, "was refitted for what is kept so far",
-                "put compensate behind the last score",
+                source, "was already refitted for what is kept so far",
+                "run compensate after the last score",
             )  # fmt: skip
         step = options.history_step("score", __version__, target=",".join(targets), **how)
         run = Run.of(header.after(step), profile, discard)
@@ -151,13 +149,13 @@ def _targets(target: str) -> tuple[str, ...]:
         if set(named) <= set(known) and len(set(named)) == len(named):
             return tuple(part for part in known if part in named)
     raise click.BadParameter(
-        f"{target!r}: name some of {', '.join(UNIT_TARGETS)}, or some of "
-        f"{', '.join((*MATRICES, *GROUPS))}, with commas"
+        f"{target!r}: give some of {', '.join(UNIT_TARGETS)}, or some of "
+        f"{', '.join((*MATRICES, *GROUPS))}, separated by commas"
     )
 
 
 def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that contradict each other."""
     method, allowed = how["method"], methods_of(targets)
     if method not in allowed:
         raise click.UsageError(
@@ -177,17 +175,18 @@ def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
 
 
 def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
-    """The options that matter to units or to weights, with the defaults of the method.
+    """The options that apply to units or to weights, with the method's defaults.
 
     Raises:
-      click.UsageError: where one was given that does not.
+      click.UsageError: if an option was given that does not matter.
     """
     context, units = click.get_current_context(), targets[0] in UNIT_TARGETS
     for key in OF_WEIGHTS if units else OF_UNITS:
         if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
             raise click.UsageError(
-                f"--{key.replace('_', '-')} is of {'weights' if units else 'heads and channels'}, "
-                "and --target names others"
+                f"--{key.replace('_', '-')} is only for "
+                f"{'weights' if units else 'heads and channels'}, "
+                "but --target names others"
             )
         how.pop(key)
     method = methods_of(targets)[how["method"]]

@@ -10,13 +10,13 @@ from prunetool import console, options
 @click.command(cls=options.Command)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
-@click.option("--private", is_flag=True, help="Make a repository that nobody else sees.")
-@click.option("--revision", metavar="BRANCH", help="Upload to this branch; it is made if need be.")
+@click.option("--private", is_flag=True, help="Make a repository that nobody else can see.")
+@click.option("--revision", metavar="BRANCH", help="Upload to this branch; created if missing.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; ask the Hub nothing.")
+@click.option("--dry-run", is_flag=True, help="List what would be uploaded, offline.")
 @click.option(
     "--metrics", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
-    help="Put this result of evaluate into the model card; the text is called as the file is. "
+    help="Put this result of evaluate into the model card; the text is named after the file. "
     "May be given several times.",
 )  # fmt: skip
 @options.overwrite_opt
@@ -32,10 +32,9 @@ def upload(
 ) -> None:
     """Put the checkpoint OUT on the Hub as REPO (OWNER/NAME).
 
-    OUT is what export wrote, every file as it was written; README.md may be edited, and a LICENSE
-    or NOTICE put beside it. Nothing else goes. REPO is made if it is not there. Killed, the same
-    command sends what is missing. The token is that of HF_TOKEN or of `hf auth login`. The address
-    goes to stdout.
+    OUT is what export wrote, unchanged, but README.md may be edited and a LICENSE or NOTICE added.
+    Nothing else is uploaded. REPO is created if missing. If killed, the same command sends the
+    rest. The token comes from HF_TOKEN or `hf auth login`. The address goes to stdout.
 
     \b
     Example:

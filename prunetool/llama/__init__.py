@@ -1,1 +1,1 @@
-"""Llama and the families near to it: configuration, weights, equations. Knows no files."""
+"""Llama and closely related families: configuration, weights, equations. Does no file access."""

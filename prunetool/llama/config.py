@@ -1,7 +1,7 @@
-"""What config.json says of a Llama model, or of one of a family that is nearly Llama.
+"""Read config.json of a Llama model, or of a closely related family.
 
-Anything in it that changes the result and is not computed here is refused by name. A null in place
-of a value counts as an absent key.
+Any setting that changes the result and is not computed here is refused by name. A null counts as
+an absent key.
 """
 
 import reprlib
@@ -16,7 +16,7 @@ REQUIRED = object()
 
 
 class Value(NamedTuple):
-    """What a key may hold: a whole number (int), a number (float), or true or false (bool)."""
+    """Allowed values of a key: a whole number (int), a number (float), or true or false (bool)."""
 
     kind: type
     low: float = 0
@@ -24,12 +24,12 @@ class Value(NamedTuple):
     default: Any = REQUIRED
 
     def holds(self, value: object) -> bool:
-        """Whether the value is of this type (true is not a 1) and in this range."""
+        """Whether a value has this type (true is not 1) and is in this range."""
         kinds = (int, float) if self.kind is float else (self.kind,)
         return type(value) in kinds and self.low <= value <= self.high  # type: ignore[operator]
 
     def __str__(self) -> str:
-        """The sentence's end after "it must be"."""
+        """The phrase after "it must be"."""
         if self.kind is bool:
             return "true or false"
         name = "a whole number" if self.kind is int else "a number"
@@ -42,7 +42,7 @@ FACTOR = Value(float, 1e-6, 1e6)
 OPTIONAL_SCALE = Value(float, 0, 1e6, None)
 FLAG = Value(bool, default=False)
 
-# The defaults are those of transformers' LlamaConfig; it takes a default for the required ones too.
+# The defaults are those of transformers' LlamaConfig, which has defaults for the required keys too.
 # Those of other families are in `FAMILIES`.
 KEYS = {
     "vocab_size": COUNT,
@@ -64,14 +64,14 @@ LAYER_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 class Family(NamedTuple):
-    """What the models of a ``model_type`` have and a plain Llama has not.
+    """How the models of a ``model_type`` differ from a plain Llama.
 
     Attributes:
-      defaults: of its config class in transformers, for absent keys only, where they are not
-        Llama's. With ``sliding_window`` it may have a window; with ``max_window_layers`` too, only
-        if ``use_sliding_window`` is true.
-      always: those of `SETTINGS` that all its models have.
-      stated: those that config.json may turn on; its class knows no others.
+      defaults: defaults of its config class in transformers that are not Llama's, for absent
+        keys only. With ``sliding_window`` it may have a window; with ``max_window_layers`` too,
+        only if ``use_sliding_window`` is true.
+      always: the `SETTINGS` that all its models have.
+      stated: the ones that config.json may turn on; its class knows no others.
     """
 
     defaults: Mapping[str, Any] = {}
@@ -92,7 +92,7 @@ FAMILIES = {
     "qwen2": Family(_QWEN, always=("qkv_bias",)),
     "qwen3": Family({**_QWEN, "head_dim": 128}, always=("qk_norm",), stated=("attention_bias",)),
 }
-PRUNED = "pruned_llama"  # layers of any family, whose name is its key ``family``, of unequal sizes
+PRUNED = "pruned_llama"  # layers of unequal sizes, of the family that the key ``family`` names
 
 DEFAULT_ROPE_THETA = 10000.0
 ROPE_KEYS: dict[str, dict[str, Value]] = {
@@ -117,9 +117,9 @@ ROPE_KEYS: dict[str, dict[str, Value]] = {
     },
 }
 
-# Keys that change what some program makes of the weights, with the values that leave a plain Llama.
+# Keys by which some program changes the computation, with the values that leave a plain Llama.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),  # two names of one function
+    "hidden_act": ("silu", "swish"),  # two names for one function
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "partial_rotary_factor": (None, 1, 1.0),
@@ -128,7 +128,7 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "quantization": (None,),
     "compression_config": (None,),
-    "transformers_weights": (None,),  # weights of another file
+    "transformers_weights": (None,),  # weights from another file
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
     "n_routed_experts": (None, 0, 1),
@@ -152,7 +152,7 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
-# The same inside rope_scaling and rope_parameters.
+# The same, inside rope_scaling and rope_parameters.
 PLAIN_ROPE_VALUES: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
     "alpha": (None,),
@@ -165,7 +165,7 @@ PLAIN_ROPE_VALUES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a decoder layer holds: query heads, KV heads (one a KV group), MLP channels."""
+    """Sizes of a decoder layer: query heads, KV heads (one per KV group), MLP channels."""
 
     heads: int
     kv_heads: int
@@ -177,7 +177,7 @@ class LayerShape:
         return self.heads // self.kv_heads
 
     def keeping(self, groups: int, channels: int) -> "LayerShape":
-        """With so many of its KV groups and channels."""
+        """The shape with this many KV groups and channels."""
         return LayerShape(groups * self.group_size, groups, channels)
 
 
@@ -197,10 +197,10 @@ class LlamaConfig:
     Attributes:
       attention_bias: biases of q, k, v and o.
       mlp_bias: biases of gate, up and down.
-      qkv_bias: biases of q, k and v, and none of o.
+      qkv_bias: biases of q, k and v, but not o.
       qk_norm: norms of the heads' queries and keys.
-      window: how many positions, its own among them, a position attends to; None for all.
-      raw: config.json as read, for whoever writes a new one.
+      window: how many positions, itself included, a position attends to; None for all.
+      raw: config.json as read, for writing a new one.
     """
 
     vocab_size: int
@@ -225,7 +225,7 @@ class LlamaConfig:
 
     @property
     def widest(self) -> LayerShape:
-        """The largest of each count over the layers: what all layers can be padded to."""
+        """The maximum of each count over the layers, to which all can be padded."""
         shapes = self.layer_shapes
         kv_heads = max(shape.kv_heads for shape in shapes)
         group_size = max(shape.group_size for shape in shapes)
@@ -236,13 +236,13 @@ class LlamaConfig:
         return replace(self, layer_shapes=shapes)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that changes the result, as JSON values: equal for equal models.
+        """Everything that changes the result, as JSON values; equal for equal models.
 
-        However config.json spells them: the defaults are filled in, and ``raw`` is left out.
+        Independent of config.json's spelling: defaults are filled in, and ``raw`` is left out.
         """
         values = asdict(replace(self, raw={}))
         del values["raw"]
-        for key in ("qkv_bias", "qk_norm"):  # said of those alone that have them
+        for key in ("qkv_bias", "qk_norm"):  # stated only for models that have them
             if not values[key]:
                 del values[key]
         values["layer_shapes"] = [list(shape.values()) for shape in values["layer_shapes"]]
@@ -253,8 +253,8 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
     """Read a config.json that transformers' class of its family (or the pruned form) would load.
 
     Raises:
-      ConfigError: another architecture, a setting that changes the result and is not computed
-        here, a value of the wrong type or out of range, or two keys that contradict each other.
+      ConfigError: if it has another architecture, a setting that changes the result and is not
+        computed here, a value of the wrong type or out of range, or contradictory keys.
     """
     family = _parse_family(raw, where)
     stated, plain = {**family.defaults, **raw}, dict(PLAIN_VALUES)
@@ -331,10 +331,10 @@ def _parse_shapes(
 
 
 def _parse_family(raw: Mapping[str, Any], where: object) -> Family:
-    """The row of `FAMILIES` of a model; of a pruned one, whose config.json states all, no defaults.
+    """The model's row of `FAMILIES`; without defaults if pruned, as its config.json states all.
 
     Raises:
-      ConfigError: if it is of none of them.
+      ConfigError: if it belongs to none of them.
     """
     model_type = raw.get("model_type")
     key, name = "model_type", model_type
@@ -358,7 +358,7 @@ def _named(key: str, of: str) -> str:
 
 
 def _read(source: Mapping[str, Any], key: str, allowed: Value, where: object, of: str = "") -> Any:
-    """The value of a key, of its type; its default if the key is absent or null."""
+    """The checked value of a key; its default if the key is absent or null."""
     value = source.get(key)
     if value is None:
         if allowed.default is REQUIRED:
@@ -382,21 +382,21 @@ def _refuse_others(
         if not any(_same(value, known) for known in values):
             raise ConfigError(
                 where,
-                f"{_named(key, of)} = {_said(value)} is not computed here",
-                f"known: {key} = {values[0]!r}",
+                f"{_named(key, of)} = {_said(value)} is not supported",
+                f"supported: {key} = {values[0]!r}",
             )
 
 
 def _parse_windowed(stated: Mapping[str, Any], layers: int, where: object) -> bool:
-    """Whether all layers have the window, of a model that could have it in some of them."""
+    """Whether all layers have the window, for a family that allows it in some only."""
     on = _read(stated, "use_sliding_window", FLAG, where)
     first = _read(stated, "max_window_layers", Value(int, 0, 2**31 - 1), where)
     types = stated.get("layer_types")
     if on and types is None and stated["sliding_window"] is not None and 0 < first < layers:
         raise ConfigError(
             where,
-            f"max_window_layers = {first} of {layers} layers is not computed here",
-            f"a window is of all layers (0) or of none ({layers})",
+            f"max_window_layers = {first} of {layers} layers is not supported",
+            f"the window must be on all layers (0) or on none ({layers})",
         )
     return bool(on) and (first == 0 if types is None else types != ["full_attention"] * layers)
 
@@ -404,7 +404,7 @@ def _parse_windowed(stated: Mapping[str, Any], layers: int, where: object) -> bo
 def _parse_overrides(
     raw: Mapping[str, Any], layers: int, where: object
 ) -> dict[int, dict[str, Any]]:
-    """``per_layer_config``: what layers say otherwise, by number ("7", or "07" as resaved)."""
+    """``per_layer_config``: the layers' own values, by number ("7", or "07" if resaved)."""
     stated = raw.get("per_layer_config")
     if not isinstance(stated, dict | None):
         raise ConfigError(where, f"per_layer_config = {_said(stated)}", "it must be an object")
@@ -413,9 +413,7 @@ def _parse_overrides(
         layer = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else layers
         of = f"per_layer_config of layer {shown(name)}"
         if layer >= layers or layer in overrides:
-            raise ConfigError(
-                where, of, f"each layer, from 0 to {layers - 1}, may stand there once"
-            )
+            raise ConfigError(where, of, f"each layer, from 0 to {layers - 1}, may appear once")
         if not isinstance(own, dict):
             raise ConfigError(where, f"{of} = {_said(own)}", "it must be an object")
         for key, value in own.items():
@@ -423,7 +421,7 @@ def _parse_overrides(
             if key not in LAYER_KEYS and not harmless:
                 raise ConfigError(
                     where,
-                    f"{of}: {key} = {_said(value)} is not computed here",
+                    f"{of}: {key} = {_said(value)} is not supported",
                     f"layers may differ in {', '.join(LAYER_KEYS)}",
                 )
         overrides[layer] = own
@@ -441,14 +439,14 @@ def _parse_rope(raw: Mapping[str, Any], given: Mapping[str, Any], where: object)
 
 
 def _parse_spelling(name: str, stated: Any, given: Mapping[str, Any], where: object) -> Rope:
-    """The rotary embedding of one object; all that its type does not use is left out."""
+    """The rotary embedding from one object, without what its type does not use."""
     if not isinstance(stated, dict):
         raise ConfigError(where, f"{name} = {_said(stated)}", "it must be an object")
     for key, value in stated.items():
         if key not in ("type", "rope_type") and isinstance(value, dict | list):
             raise ConfigError(
                 where,
-                f"{name}: {shown(key)} = {_said(value)} is not computed here",
+                f"{name}: {shown(key)} = {_said(value)} is not supported",
                 "it must be a number",
             )
     _refuse_others(stated, PLAIN_ROPE_VALUES, where, name)
@@ -457,7 +455,7 @@ def _parse_spelling(name: str, stated: Any, given: Mapping[str, Any], where: obj
     for kind in kinds:
         if kind not in tuple(ROPE_KEYS):
             raise ConfigError(
-                where, f"rope type {_said(kind)}", f"known types: {', '.join(ROPE_KEYS)}"
+                where, f"rope type {_said(kind)}", f"supported: {', '.join(ROPE_KEYS)}"
             )
     if kinds[0] != kinds[-1]:
         raise ConfigError(
@@ -468,7 +466,7 @@ def _parse_spelling(name: str, stated: Any, given: Mapping[str, Any], where: obj
     kind, of = kinds[0], f"rope type {kinds[0]}"
 
     def once(key: str) -> Any:
-        """The value of a key that may be inside and beside."""
+        """The value of a key that may be both inside and outside the object."""
         inside = _read(stated, key, KEYS[key], where, of)
         if None not in (inside, given[key]) and inside != given[key]:
             raise ConfigError(
@@ -484,7 +482,7 @@ def _parse_spelling(name: str, stated: Any, given: Mapping[str, Any], where: obj
         stated["original_max_position_embeddings"] = original
         for key, meaning in {"factor": positions / original, "truncate": False}.items():
             if kind == "yarn" and stated.get(key, meaning) is None:
-                stated[key] = meaning  # what transformers makes of a null
+                stated[key] = meaning  # how transformers reads a null
     p = {key: _read(stated, key, value, where, of) for key, value in ROPE_KEYS[kind].items()}
     if kind == "llama3" and p["low_freq_factor"] >= p["high_freq_factor"]:
         raise ConfigError(
@@ -493,5 +491,5 @@ def _parse_spelling(name: str, stated: Any, given: Mapping[str, Any], where: obj
             f"it must be less than high_freq_factor = {p['high_freq_factor']}",
         )
     if p.get("attention_factor") is not None or not (p.get("mscale") and p.get("mscale_all_dim")):
-        p["mscale"] = p["mscale_all_dim"] = None  # only the two together say something
+        p["mscale"] = p["mscale_all_dim"] = None  # only both together have an effect
     return Rope(kind, theta, {key: value for key, value in p.items() if value is not None})

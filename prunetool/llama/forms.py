@@ -1,6 +1,6 @@
-"""The architecture that a pruned model is written as, so that other programs load it.
+"""The architecture as which a pruned model is written, so that other programs can load it.
 
-| counts of the layers | form | loads in |
+| layer sizes | form | loads in |
 |---|---|---|
 | equal, hidden size a multiple of the heads, no window | ``llama`` | all that loads Llama |
 | equal, otherwise, no biases | ``mistral`` with the window, or none | the same; it does not check |
@@ -12,26 +12,26 @@ from typing import Any
 
 from prunetool.llama.config import FAMILIES, PRUNED, SETTINGS, LayerShape, LlamaConfig
 
-WIDTH_MULTIPLE = 32  # loaders of unequal layers want MLP widths in these steps, and one at least
-OLDEST_TRANSFORMERS = "5.0.0"  # said in config.json; older values make readers warn for nothing
+WIDTH_MULTIPLE = 32  # loaders of unequal layers need MLP widths in these steps, and at least one
+OLDEST_TRANSFORMERS = "5.0.0"  # stated in config.json; older values cause needless warnings
 LOADER_FILES = {
     "configuration_pruned_llama.py": "transformers, vLLM",
     "modeling_pruned_llama.py": "transformers, vLLM",
     "mlx_pruned_llama.py": "MLX-LM",
 }
 
-# Keys of the source that a pruned model must not carry on.
+# Keys of the source that a pruned model must not inherit.
 DROPPED = (
-    # They make programs run code from the repository, or from another that they name.
+    # These make programs run code from this or another repository.
     "auto_map", "custom_pipelines", "model_file", "trust_remote_code",
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
-    # They name other weights.
+    # These name other weights.
     "_name_or_path", "name_or_path", "speculators_config",
-    # Said anew, or in one place only.
+    # These are written anew, or in one place only.
     "per_layer_config", "rope_parameters", "original_max_position_embeddings", "sliding_window",
     "use_sliding_window", "max_window_layers", "family",
-    # They say that all layers are alike in kind; with it transformers takes mistral for ministral.
+    # These say that all layers are of one kind; they make transformers take mistral for ministral.
     "layer_types", "mlp_layer_types",
 )  # fmt: skip
 
@@ -45,7 +45,7 @@ def choose_form(config: LlamaConfig) -> str:
 
 
 def _families(config: LlamaConfig) -> list[str]:
-    """The families whose classes compute this model, in the order of `FAMILIES`."""
+    """The families whose classes can compute this model, in the order of `FAMILIES`."""
     has = {setting for setting in SETTINGS if getattr(config, setting)}
     return [
         name
@@ -56,7 +56,7 @@ def _families(config: LlamaConfig) -> list[str]:
 
 
 def normalised(shape: LayerShape) -> LayerShape:
-    """The shape that a layer of an unequal model is zero-padded to (exact, and loadable)."""
+    """The shape to which a layer of an unequal model is zero-padded (exact, and loadable)."""
     channels = max(-(-shape.channels // WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
     return LayerShape(shape.heads, shape.kv_heads, channels)
 
@@ -64,15 +64,15 @@ def normalised(shape: LayerShape) -> LayerShape:
 def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
     """The config.json of a model of these layer shapes in a form.
 
-    What it does not name is the source's. The rotary embedding is said once, as ``rope_theta`` and
-    ``rope_scaling``, which every program reads: transformers 4 and MLX-LM take theta 10000 if only
-    ``rope_parameters`` is there, and of two spellings a later edit may change one.
+    Everything else is copied from the source. The rotary embedding is written once, as
+    ``rope_theta`` and ``rope_scaling``, which every program reads: transformers 4 and MLX-LM use
+    theta 10000 if only ``rope_parameters`` is present, and a later edit might change only one.
     """
     raw = {key: value for key, value in config.raw.items() if key not in DROPPED}
     widest, rope = config.widest, config.rope
     scaling = None if rope.type == "default" else {"rope_type": rope.type, **rope.parameters}
     theta = int(rope.theta) if rope.theta.is_integer() else rope.theta
-    raw |= {  # the values with defaults too: the other forms have other defaults
+    raw |= {  # defaults too: the other forms have other defaults
         "attention_bias": config.attention_bias,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -97,7 +97,7 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
     if "max_window_layers" in defaults:
         raw |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
     if form == "qwen2":
-        del raw["attention_bias"]  # of o too, which it has not
+        del raw["attention_bias"]  # it would give o a bias, too
     if form == PRUNED:
         family = _families(config)[0]
         if family != "llama":

@@ -2,7 +2,7 @@
 
 Everything is feature-major: a stream of B sequences of N tokens is (features, B, N). A checkpoint
 stores a matrix as (out, in), so every projection is a plain product W x, and the input of each
-matrix comes out as (features, tokens), which is the layout in which its Gram matrix is fastest.
+matrix comes out as (features, tokens), the fastest layout for its Gram matrix.
 
 | symbol | is | shape |
 |---|---|---|
@@ -26,9 +26,9 @@ from jax import lax
 from prunetool.llama.config import Rope
 from prunetool.llama.weights import Layer
 
-QUERY_BLOCK = 128  # queries a step; 64, 256 and 512 were no faster on a CPU of 2 MiB L2 a core
-# On a CPU, XLA's product of a matrix beyond this in both directions is 1.2 to 2.4 times slower than
-# in tiles.
+QUERY_BLOCK = 128  # queries per step; 64, 256, 512 were no faster on a CPU with 2 MiB L2 per core
+# On a CPU, XLA's product with a matrix larger than this in both dimensions is 1.2 to 2.4 times
+# slower than in tiles.
 WHOLE, TILE = 2048, (1024, 4096)
 MASKED = -1e30  # far below any logit, and finite: no NaN from inf - inf
 
@@ -41,7 +41,7 @@ class Rotation(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the matrices of a layer were given, and the residual stream their outputs joined."""
+    """Inputs of a layer's matrices, and the residual stream that their outputs join."""
 
     attention: jax.Array  # x, input of q, k and v, (D, B, N)
     o: jax.Array  # a, (H d, B, N)
@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
 def rotation(rope: Rope, head_dim: int, length: int, max_position_embeddings: int) -> Rotation:
     """Angles of the rotary embedding for positions 0 … length - 1.
 
-    As transformers computes them, in float32, for the types default, linear, dynamic (NTK for
+    Computed in float32 as in transformers, for the types default, linear, dynamic (NTK for
     sequences beyond max_position_embeddings), llama3 and yarn.
     """
     p = rope.parameters
@@ -95,7 +95,7 @@ def _llama3(
 
 
 def _yarn(inverse: np.ndarray, rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071): blend by the turns of a dimension, and a scale on cos and sin."""
+    """YaRN (arXiv 2309.00071): blend by a dimension's turns, and scale cos and sin."""
     p = rope.parameters
     factor, original = p["factor"], p["original_max_position_embeddings"]
 
@@ -109,7 +109,7 @@ def _yarn(inverse: np.ndarray, rope: Rope, head_dim: int) -> tuple[np.ndarray, f
     if p.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    high += 0.001 if low == high else 0  # as transformers does
+    high += 0.001 if low == high else 0  # as in transformers
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     scale = p.get("attention_factor")
     if scale is None and p.get("mscale") and p.get("mscale_all_dim"):
@@ -183,11 +183,11 @@ def turn(
     head_dim: int,
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rotated queries, scaled by 1/√d, and rotated keys, of the outputs of q_proj and k_proj.
+    """Rotated queries, scaled by 1/√d, and rotated keys, from the outputs of q_proj and k_proj.
 
     Args:
       z_q, z_k: (H d, B, N) and (n_kv d, B, N).
-      q_norm, k_norm: weights of the heads' norms, (d,); None where the model has none.
+      q_norm, k_norm: weights of the heads' norms, (d,); None if the model has none.
       rope: the angles, for N positions.
       head_dim, eps: d, and the ε of the norms.
 
@@ -203,7 +203,7 @@ def turn(
 def queries_keys(
     x: jax.Array, w: Layer, rope: Rotation, *, head_dim: int, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Queries and keys (`turn`) of a layer whose attention is given x, (D, B, N)."""
+    """A layer's queries and keys (`turn`) for attention input x, (D, B, N)."""
     z_q, z_k = linear(w.q, w.q_bias, x), linear(w.k, w.k_bias, x)
     q, k = turn(z_q, z_k, w.q_norm, w.k_norm, rope, head_dim=head_dim, eps=eps)
     return q.astype(w.q.dtype), k.astype(w.q.dtype)
@@ -217,7 +217,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = Non
     Args:
       q: queries, already scaled by 1/√d, (n_kv, g, d, B, N).
       k, v: (n_kv, d, B, N).
-      window: how many keys a query sees, the last its own; None for all up to it.
+      window: how many keys a query sees, up to its own; None for all of these.
 
     Returns:
       The heads' outputs, (n_kv · g · d, B, N), in the dtype of ``v``.
@@ -240,7 +240,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = Non
                 back = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
                 S = jnp.where(jnp.tile(back < window, (g, 1)), S, jnp.float32(MASKED))
             P = jnp.exp(S - jnp.max(S, axis=1, keepdims=True)).astype(v.dtype)
-            # The same rounded P above and below the line: the weights sum to one.
+            # The same rounded P in numerator and denominator: the weights sum to one.
             total = jnp.sum(P, axis=1, dtype=jnp.float32)
             out = _product(v[:, first:stop], P, 1) / total[None]  # (d, g n)
             blocks.append(out.reshape(d, g, n).astype(v.dtype))
@@ -270,10 +270,10 @@ def decoder_layer(
       w: the layer's weights; products take their dtype and sum in float32.
       rope: the angles, for N positions.
       head_dim, eps: d, and the ε of the norms.
-      window: of `attention`.
+      window: as in `attention`.
 
     Returns:
-      The residual stream behind the layer, and what each matrix was given.
+      The residual stream after the layer, and the inputs of its matrices.
     """
     dtype = w.q.dtype
     _, B, N = h.shape
@@ -295,7 +295,7 @@ def logits(h: jax.Array, norm: jax.Array, head: jax.Array, *, eps: float) -> jax
     """Scores of the next token, (V, n), float32.
 
     Args:
-      h: residual stream behind the last layer, (D, 1, n).
+      h: residual stream after the last layer, (D, 1, n).
       norm: the final norm's weight, (D,).
       head: lm_head (or the tied embedding), (V, D).
       eps: ε of the norm.
@@ -315,6 +315,6 @@ def token_losses(scores: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def divergences(scores: jax.Array, other: jax.Array) -> jax.Array:
-    """KL(p‖p') of each token's next-token distributions, of logits (V, n) both; (n,), nats."""
+    """KL(p‖p') of each token's next-token distributions, from logits (V, n) of both; (n,), nats."""
     log_p, log_q = jax.nn.log_softmax(scores, axis=0), jax.nn.log_softmax(other, axis=0)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=0)

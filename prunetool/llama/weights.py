@@ -26,9 +26,9 @@ class Part(NamedTuple):
     """A tensor of a decoder layer.
 
     Attributes:
-      name: its name in the checkpoint, below its layer.
+      name: its name in the checkpoint, relative to its layer.
       axes: what each of its axes counts (`axis_sizes`); a matrix is (out, in).
-      needs: settings of `LlamaConfig`, each of which gives layers this part; none: all have it.
+      needs: settings of `LlamaConfig`, any of which adds this part; empty: always present.
     """
 
     name: str
@@ -56,13 +56,13 @@ PARTS = {
     "q_norm": Part("self_attn.q_norm.weight", ("head",), ("qk_norm",)),
     "k_norm": Part("self_attn.k_norm.weight", ("head",), ("qk_norm",)),
 }
-# The seven that sparsity is counted over, and of these the two whose inputs the units make.
+# The seven over which sparsity is counted, and the two whose inputs the units produce.
 MATRICES = tuple(part for part, (_, axes, _) in PARTS.items() if len(axes) == 2)
 UNIT_MATRICES = tuple(part for part in MATRICES if PARTS[part].axes[0] == "hidden")
 
 
 class Layer(NamedTuple):
-    """The parts of a decoder layer, each as `PARTS` has it; None where the model has none."""
+    """The parts of a decoder layer (`PARTS`); None if the model has no such part."""
 
     input_norm: Array
     q: Array
@@ -90,7 +90,7 @@ def tensor_name(layer: int, part: str) -> str:
 
 
 def axis_sizes(config: LlamaConfig, shape: LayerShape) -> dict[str, int]:
-    """Extent of every axis of `PARTS`: D, d, H d of the query heads, n_kv d of the KV groups, I."""
+    """Size of every axis of `PARTS`: D, d, H d for query heads, n_kv d for KV groups, I."""
     heads, groups = shape.heads * config.head_dim, shape.kv_heads * config.head_dim
     return {
         "hidden": config.hidden_size, "head": config.head_dim,
@@ -109,7 +109,7 @@ def part_shapes(config: LlamaConfig, shape: LayerShape) -> dict[str, tuple[int, 
 
 
 def input_sizes(config: LlamaConfig, shape: LayerShape) -> dict[str, int]:
-    """How many features each of `UNIT_MATRICES` is given."""
+    """Number of input features of each of `UNIT_MATRICES`."""
     shapes = part_shapes(config, shape)
     return {matrix: shapes[matrix][1] for matrix in UNIT_MATRICES}
 
@@ -128,30 +128,30 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_chunks(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:
-    """The same by what is made at a time: the embedding, each layer, the norm, the head."""
+    """The same, grouped as it is made: the embedding, each layer, the norm, the head."""
     shapes = tensor_shapes(config)
     chunks = groupby(shapes, lambda name: name.split(".")[:3])  # model.layers.0
     return [{name: shapes[name] for name in names} for _, names in chunks]
 
 
 def map_layer(function: Callable[[Array], Array], layer: Layer) -> Layer:
-    """Apply ``function`` to every part that is there."""
+    """Apply ``function`` to every part that exists."""
     return Layer(*(None if part is None else function(part) for part in layer))
 
 
 def unit_axes(
     groups: np.ndarray, channels: np.ndarray, shape: LayerShape, head_dim: int
 ) -> dict[str, np.ndarray]:
-    """Where units are along every axis that they share: the elements of these units.
+    """The elements of some units along every axis that units have.
 
     Args:
       groups: indices of KV groups, or a mask of them.
-      channels: the same of MLP channels.
-      shape: counts of the layer.
+      channels: the same for MLP channels.
+      shape: the layer's shape.
       head_dim: d.
 
     Returns:
-      By axis, indices or a mask as given.
+      Indices or a mask, as given, by axis.
     """
 
     def spread(units: np.ndarray, size: int) -> np.ndarray:
@@ -166,11 +166,11 @@ def unit_axes(
 
 
 def select(layer: Layer, shape: LayerShape, groups: np.ndarray, channels: np.ndarray) -> Layer:
-    """Keep whole KV groups and MLP channels of a layer.
+    """Select whole KV groups and MLP channels of a layer.
 
     Args:
       layer: host arrays of the layer.
-      shape: its counts.
+      shape: its shape.
       groups: indices of the KV groups to keep, ascending.
       channels: indices of the MLP channels to keep, ascending.
     """
@@ -185,14 +185,14 @@ def scatter(
     groups: np.ndarray,
     channels: np.ndarray,
 ) -> Layer:
-    """Put a layer's KV groups and channels at the given places of a larger, otherwise zero layer.
+    """Put a layer's KV groups and channels in the given places of a larger, otherwise zero layer.
 
     Exact: a head whose output rows are zero adds nothing, and neither does a zero channel.
 
     Args:
       layer: host arrays of the layer.
-      shape: its counts.
-      target: the counts of the result, of the same group size.
+      shape: its shape.
+      target: the shape of the result, with the same group size.
       groups: place of each KV group in the result.
       channels: place of each channel in the result.
     """
@@ -212,12 +212,12 @@ def scatter(
 
 
 def _at(units: dict[str, np.ndarray], axes: tuple[str, ...]) -> tuple[Any, ...]:
-    """The index of an array of these axes, none of which but one is of units."""
+    """The index into an array with these axes, of which at most one has units."""
     return tuple(units.get(axis, slice(None)) for axis in axes)
 
 
 def _map_parts(function: Callable[[tuple[str, ...], Array], Array], layer: Layer) -> Layer:
-    """Apply ``function`` to the axes and the array of every part that is there."""
+    """Apply ``function`` to the axes and the array of every part that exists."""
     return Layer(
         **{
             part: function(PARTS[part].axes, array)

@@ -1,9 +1,9 @@
 """Configuration of a Llama whose decoder layers differ in attention heads and MLP width.
 
-Needs transformers (4.48 and later) and no torch, so that whoever reads config.json or the tokenizer
-alone needs none either. The sizes of each layer are under ``per_layer_config``, the key that
-transformers 5.14 and later define themselves; earlier versions are served from the raw dictionary.
-``family`` names the model whose layers these are, if not Llama; ``sliding_window`` is of all layers.
+Needs transformers (4.48 and later) but not torch, which is not needed to read config.json or the
+tokenizer. The sizes of each layer are under ``per_layer_config``, a key that transformers 5.14 and
+later define themselves; earlier versions use the raw dictionary. ``family`` names the model whose
+layers these are, if not Llama; ``sliding_window`` applies to all layers.
 Written by prunetool; Apache-2.0.
 """
 
@@ -13,12 +13,12 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 
 def window_of(config):
-    """How many positions each attends to, or None for all."""
+    """How many positions each one attends to; None for all."""
     return getattr(config, "sliding_window", None)
 
 
 def config_of_layer(config, index):
-    """The config of one layer, as its family's own class takes it, on every transformers."""
+    """The config of one layer, in the form of its family's class, for every transformers."""
     if getattr(config, "is_heterogeneous", False):
         own = copy.copy(config.per_layer_config[index])
     else:
@@ -50,7 +50,7 @@ class PrunedLlamaConfig(LlamaConfig):
 
 
 if hasattr(LlamaConfig, "__class_validators__"):
-    # From transformers 5.4 on configs are strict dataclasses, which collect their checks once.
+    # Since transformers 5.4 configs are strict dataclasses, which collect their checks once.
     from huggingface_hub.dataclasses import strict
 
     PrunedLlamaConfig = strict(PrunedLlamaConfig)

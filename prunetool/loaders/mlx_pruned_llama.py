@@ -1,6 +1,6 @@
-"""Llama, or a family near to it, whose layers differ in heads and MLP width, for MLX-LM.
+"""Llama, or a related family, with layers that differ in heads and MLP width, for MLX-LM.
 
-``mlx_lm.generate --model DIR --trust-remote-code`` finds this file by config.json's
+``mlx_lm.generate --model DIR --trust-remote-code`` finds this file through config.json's
 ``model_file``. Written by prunetool; Apache-2.0.
 """
 
@@ -21,7 +21,7 @@ class ModelArgs(llama.ModelArgs):
 
     @classmethod
     def from_dict(cls, params):
-        """As transformers saves config.json again, the rotary embedding is in ``rope_parameters``."""
+        """A config.json resaved by transformers has the rotary embedding in ``rope_parameters``."""
         rope = params.get("rope_parameters") or {}
         if rope:
             theta = rope.get("rope_theta", params.get("rope_theta", 10000.0))
@@ -30,7 +30,7 @@ class ModelArgs(llama.ModelArgs):
         return super().from_dict(params)
 
     def of_layer(self, index):
-        """The sizes of one layer, whose number may be padded with zeros, as in ``"07"``."""
+        """The sizes of one layer; its number may be zero-padded, as in ``"07"``."""
         sizes = {int(layer): own for layer, own in self.per_layer_config.items()}
         return replace(self, per_layer_config={}, **sizes.get(index, {}))
 

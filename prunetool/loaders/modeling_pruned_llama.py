@@ -1,6 +1,6 @@
-"""Llama whose decoder layers differ in attention heads and MLP width, and families near to it.
+"""Llama whose decoder layers differ in attention heads and MLP width, and related families.
 
-Loaded by transformers (4.48 and later; 4.51 for Qwen3, 4.53 for a sliding window) through
+Loaded by transformers (4.48 and later; 4.51 for Qwen3, 4.53 for a sliding window) with
 ``trust_remote_code=True``, and by vLLM's Transformers backend. Written by prunetool; Apache-2.0.
 """
 
@@ -24,7 +24,7 @@ FAMILIES = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 class PrunedLayer:
-    """Mixed into a decoder layer of transformers: of the sizes of its own number."""
+    """Mixin that gives a transformers decoder layer the sizes of its own index."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config_of_layer(config, layer_idx), layer_idx)
@@ -37,7 +37,7 @@ class PrunedLlamaDecoderLayer(PrunedLayer, LlamaDecoderLayer):
 
 @cache
 def layer_class(family):
-    """The decoder layer of a family, as transformers has it."""
+    """The transformers decoder layer of a family."""
     if family == "llama":
         return PrunedLlamaDecoderLayer
     name = f"{FAMILIES[family]}DecoderLayer"
@@ -75,7 +75,7 @@ class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
 
     @wraps(LlamaModel.forward)
     def forward(self, *args, **kwargs):
-        # Mistral's is Llama's with the mask of a window.
+        # Mistral's is Llama's with a sliding-window mask.
         body = LlamaModel if window_of(self.config) is None else MistralModel
         return body.forward(self, *args, **kwargs)
 

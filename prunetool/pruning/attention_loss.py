@@ -2,11 +2,10 @@
 
     P̃^h = softmax(q̃^hᵀ k̃^{⌊h/g⌋}),   L = 1/(2 B H N) Σ ‖P̃^h − P^h‖² + ½λ(‖M_q‖² + ‖M_k‖²)
 
-causal, or of a window; q̃ and k̃ come from z = (M∘W) x + b by a function `Turn` that knows rotary
-embedding and scale, and the norms of heads where there are any. It is differentiated by JAX, and
-must keep tokens and heads apart, as these do. Rotary embedding makes the fused W depend on the
-distance of two tokens, and it would be many times larger than the two factors: so each factor has a
-mask (derived here, not in [AM]).
+causal, or with a window; q̃ and k̃ come from z = (M∘W) x + b through a function `Turn` that applies
+rotary embedding, scale and any norms of heads. JAX differentiates it; it must not mix tokens or
+heads. Rotary embedding makes the fused W depend on the distance of two tokens, and it would be many
+times larger than the two factors: so each factor has a mask (derived here, not in [AM]).
 
 Attention matrices exist in blocks of `QUERY_BLOCK` queries of one KV group: memory is O(block · N).
 
@@ -15,7 +14,7 @@ Attention matrices exist in blocks of `QUERY_BLOCK` queries of one KV group: mem
 | w | (W_q, W_k) as a checkpoint stores them | (H d, D), (n_kv d, D) |
 | z | W x + b of each, before the rotary embedding | (H d, B, N), (n_kv d, B, N) |
 | q, k | rotated and scaled queries, rotated keys | (n_kv, g, d, B, N), (n_kv, d, B, N) |
-| P, R | a block's attention, and a residual beside it | (g · block, keys) |
+| P, R | a block's attention, and a residual of it | (g · block, keys) |
 """
 
 from collections.abc import Callable, Sequence
@@ -29,25 +28,25 @@ from jax import lax
 from prunetool.pruning.attention_mask import descend, jacobian_product, largest_eigenvalue
 
 QUERY_BLOCK = 128
-PROBES = 16  # of the diagonal; every sequence counts as one more each time
+PROBES = 16  # of the diagonal; every sequence adds one sample per probe
 
-Pair = tuple[jax.Array, jax.Array]  # one of queries, one of keys: weights, masks or z
+Pair = tuple[jax.Array, jax.Array]  # one for queries, one for keys: weights, masks or z
 Turn = Callable[..., Pair]  # (z_q, z_k, *norms) -> (q, k)
 Residual = Callable[..., jax.Array]
 
 
 class Inputs(NamedTuple):
-    """What a layer's attention is given."""
+    """The inputs of a layer's attention."""
 
     x: jax.Array  # normalised input, (D, B, N)
     q_bias: jax.Array | None  # (H d,)
     k_bias: jax.Array | None  # (n_kv d,)
-    norms: tuple[jax.Array | None, ...] = ()  # what else `Turn` takes: weights of norms, (d,)
-    window: int | None = None  # how many keys a query sees, the last its own
+    norms: tuple[jax.Array | None, ...] = ()  # further arguments of `Turn`: weights of norms, (d,)
+    window: int | None = None  # how many keys a query sees, up to its own
 
 
 class _Block(NamedTuple):
-    """One block of queries of one group: where it is, and how to cut arrays to it."""
+    """One block of queries of one group: its position, and how to cut arrays to it."""
 
     start: int
     stop: int
@@ -77,7 +76,7 @@ def _blocks(length: int, window: int | None) -> list[_Block]:
 
 
 def _flat(x: jax.Array) -> jax.Array:
-    """(n_kv, …, B, N) -> (B n_kv, …, N): what is gone through one at a time."""
+    """(n_kv, …, B, N) -> (B n_kv, …, N): the first axis is mapped over."""
     x = jnp.moveaxis(x, -2, 0)
     return x.reshape(-1, *x.shape[2:])
 
@@ -105,13 +104,13 @@ def _turned(turn: Turn, w: Pair, inputs: Inputs) -> Pair:
 def pull_back(
     q: jax.Array, k: jax.Array, residual: Residual, given: Any, window: int | None
 ) -> tuple[Any, Pair]:
-    """Pull a residual R beside P back to q and k: dS = J_P[R], dq = k dSᵀ, dk = q dS.
+    """Pull a residual R of P back to q and k: dS = J_P[R], dq = k dSᵀ, dk = q dS.
 
     Args:
-      q, k: where P is taken.
-      residual: ``residual(P, block, q, k, *given)`` gives R of one block.
-      given: what else ``residual`` needs, arrays of a leading axis B · n_kv.
-      window: of `Inputs`.
+      q, k: the point at which P is computed.
+      residual: ``residual(P, block, q, k, *given)`` returns R of one block.
+      given: further arguments of ``residual``, arrays with a leading axis B · n_kv.
+      window: as in `Inputs`.
 
     Returns:
       ‖R‖² over all blocks, and (dq, dk) in the shapes of q and k.
@@ -151,12 +150,12 @@ def _signs(P: jax.Array, block: _Block, _q: Any, _k: Any, key: jax.Array) -> jax
 
 
 def value_and_gradient(turn: Turn, w: Pair, inputs: Inputs, dense: Pair) -> tuple[Any, Pair]:
-    """L without regularisation, and its gradient on the weights.
+    """L without regularisation, and its gradient with respect to the weights.
 
     Args:
-      turn: z to q and k.
+      turn: maps z to q and k.
       w: the weights.
-      inputs: of the layer.
+      inputs: the layer's inputs.
       dense: q and k of the dense weights (`queries_keys`).
     """
     (q, k), back = jax.vjp(lambda w: _turned(turn, w, inputs), w)
@@ -167,7 +166,7 @@ def value_and_gradient(turn: Turn, w: Pair, inputs: Inputs, dense: Pair) -> tupl
 
 
 def hessian_product(turn: Turn, V: Pair, w: Pair, inputs: Inputs) -> Pair:
-    """The Hessian of L without regularisation on V, at the dense weights w.
+    """The Hessian of L without regularisation times V, at the dense weights w.
 
     There P̃ = P, so the Hessian is its Gauss-Newton form: J_P applied twice.
     """
@@ -190,8 +189,8 @@ def hessian_diagonal(
     """The diagonal of the Hessian of L at the dense weights w, estimated without bias.
 
     H = Σ_rows JᵀJ, so E_v[(∂⟨v, P⟩/∂W)²] over random signs v is its diagonal (Hutchinson). Terms
-    of different v do not meet in the mean and are squared apart, which leaves less noise: for W_q
-    those of each query, for W_k those of each sequence.
+    of different v cancel in the mean and are squared separately, with less noise: for W_q those of
+    each query, for W_k those of each sequence.
     """
     z = project(w, inputs)
     (q, k), back = jax.vjp(lambda *z: turn(*z, *inputs.norms), *z)
@@ -217,9 +216,9 @@ def squared_errors(candidates: Sequence[Pair], dense: Pair, window: int | None) 
     """‖P̃ − P‖² of every candidate and head, and ‖P‖² of every head, over all sequences.
 
     Args:
-      candidates: q and k of each.
-      dense: q and k of P.
-      window: of `Inputs`.
+      candidates: q and k of each candidate.
+      dense: q and k that produce P.
+      window: as in `Inputs`.
 
     Returns:
       (len(candidates), n_kv, g) and (n_kv, g).
@@ -263,7 +262,7 @@ def _count(q: jax.Array) -> float:
 
 @partial(jax.jit, static_argnames="turn")
 def mask_curvature(turn: Turn, w: Pair, inputs: Inputs) -> jax.Array:
-    """λ_max of the Hessian at M = 1 on the masks, without λ."""
+    """λ_max of the Hessian with respect to the masks at M = 1, without λ."""
 
     def on_masks(V: Pair) -> Pair:
         return _times(w, hessian_product(turn, _times(w, V), w, inputs))
@@ -279,7 +278,7 @@ def _times(a: Pair, b: Pair) -> Pair:
 def descend_mask(
     turn: Turn, M: Pair, w: Pair, inputs: Inputs, dense: Pair, lam: Any, rate: Any, *, steps: int
 ) -> tuple[Pair, jax.Array]:
-    """Steps of Algorithm 1 on both masks; the loss, with λ, before each step, (steps,)."""
+    """Steps of Algorithm 1 on both masks; returns the loss, with λ, before each step, (steps,)."""
 
     def of_masks(M: Pair) -> tuple[Any, Pair]:
         value, slope = value_and_gradient(turn, _times(M, w), inputs, dense)
@@ -322,11 +321,11 @@ def refine(
 
     Args:
       turn, inputs, dense: as in `value_and_gradient`.
-      state: so far.
-      support: where weights are kept, 1 or 0.
-      rates: largest step of each matrix.
-      start, total: steps done, and of the whole schedule.
-      steps: to do now.
+      state: current state.
+      support: 1 where weights are kept, else 0.
+      rates: maximum step size for each matrix.
+      start, total: steps done so far, and in the whole schedule.
+      steps: steps to do now.
 
     Returns:
       The state, and the loss before each step, (steps,).

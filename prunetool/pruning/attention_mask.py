@@ -3,11 +3,11 @@
     L(M) = (1/n) ½‖P̃ − P‖²_F + ½λ‖M‖²_F,   P = rowsoftmax(X W Xᵀ),   P̃ = rowsoftmax(X (M∘W) Xᵀ)
 
 [AM] is Liang et al., *Beyond Linear Approximations: A Novel Pruning Approach for Attention Matrix*,
-arXiv 2410.11261; it released no code. From the paper: the loss, Algorithm 1 and its numbers
-(`PUBLISHED`). Derived here: the Hessian at M = 1 and its diagonal, steps from its largest
-eigenvalue, and the order by M²∘diag H. The loss divides by n: only so is the published η stable.
+arXiv 2410.11261; no code was released. From the paper: the loss, Algorithm 1 and its numbers
+(`PUBLISHED`). Derived here: the Hessian at M = 1 and its diagonal, step sizes from its largest
+eigenvalue, and the order by M²∘diag H. The loss divides by n: the published η needs it.
 
-This file has the fused form, W = W_Q W_Kᵀ, and what no form changes (Algorithm 1, λ_max);
+This file has the fused form, W = W_Q W_Kᵀ, and what both forms share (Algorithm 1, λ_max);
 `attention_loss` has the loss of a real Llama layer.
 
 | symbol | is | shape |
@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-POWER_STEPS = 20  # λ_max only sets a step size: a few per cent are enough
+POWER_STEPS = 20  # λ_max only sets a step size: a few per cent of error do no harm
 
 
 class Published(NamedTuple):
-    """Numbers printed in [AM]; T for the real model is not printed, and taken over."""
+    """Numbers printed in [AM]; T is not given for the real model: the synthetic T is used."""
 
     lam: float
     learning_rate: float
@@ -72,7 +72,7 @@ def gradient(M: jax.Array, X: jax.Array, W: jax.Array, *, lam: float, causal: bo
 def hessian_product(
     V: jax.Array, X: jax.Array, W: jax.Array, *, lam: float, causal: bool
 ) -> jax.Array:
-    """∇²L(1)·V = (1/n) W∘(Xᵀ J_P[J_P[X (V∘W) Xᵀ]] X) + λV, (d, d): exact, as P̃ = P there."""
+    """∇²L(1)·V = (1/n) W∘(Xᵀ J_P[J_P[X (V∘W) Xᵀ]] X) + λV, (d, d): exact, since P̃ = P there."""
     P = attention_matrix(X, W, causal=causal)
     T = jnp.einsum("snd,de,sme->snm", X, V * W, X, precision="highest")
     return _on_weights(jacobian_product(P, jacobian_product(P, T)), X, W) + lam * V
@@ -110,7 +110,7 @@ def descend(
     """Algorithm 1's loop, M ← M − η∇L(M), as one scan.
 
     Args:
-      value_and_gradient: of L, at an array or a tree of arrays.
+      value_and_gradient: returns L and its gradient at an array or a tree of arrays.
       start: M₀; the paper starts at 1.
       learning_rate: η.
       steps: T.
@@ -131,7 +131,7 @@ def largest_eigenvalue(product: Callable[[Any], Any], like: Any) -> jax.Array:
 
     Args:
       product: V ↦ H·V on trees of arrays.
-      like: a tree of V's shapes and dtypes.
+      like: a tree with V's shapes and dtypes.
     """
     leaves, kind = jax.tree.flatten(like)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -145,7 +145,7 @@ def largest_eigenvalue(product: Callable[[Any], Any], like: Any) -> jax.Array:
 
     def step(V: Any, _: None) -> tuple[Any, jax.Array]:
         length = jnp.sqrt(sum(jnp.sum(v**2) for v in jax.tree.leaves(V)))
-        # The zero operator has a zero vector after one step; it stays zero.
+        # Under the zero operator the vector becomes zero after one step; let it stay zero.
         unit = jax.tree.map(lambda v: jnp.where(length > 0, v / length, v), V)
         return product(unit), length
 
@@ -159,7 +159,7 @@ def gradient_descent_mask(
 ) -> tuple[jax.Array, jax.Array]:
     """Algorithm 1 of [AM] in the fused form: M_T from M₀ = 1, and the losses, (T,).
 
-    `unstructured.keep` cuts its result to the mask.
+    `unstructured.keep` cuts the result to a binary mask.
     """
 
     def value_and_gradient(M: jax.Array) -> tuple[jax.Array, jax.Array]:

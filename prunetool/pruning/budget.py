@@ -1,8 +1,8 @@
-"""How many KV groups and channels each layer gives up, so that the ratio asked is the one removed.
+"""How many KV groups and channels each layer loses to meet the requested sparsity.
 
-[NP]'s α = 4d/3 is a head's parameters counted in MLP channels, a weight in a quantile and not a
-factor on its score: read so, any sparsity is met exactly (as a factor it would never let a head
-go). With grouped-query attention a unit is a KV group with its query heads.
+[NP]'s α = 4d/3, a head's parameters counted in MLP channels, is taken as a weight in a quantile,
+not a factor on its score: then any sparsity is met exactly (as a factor it would never remove a
+head). With grouped-query attention a unit is a KV group with its query heads.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from prunetool.errors import ConfigError
 
 
 class Limits(NamedTuple):
-    """What a layer's channels may come down to.
+    """The least a layer may keep of its channels.
 
     Attributes:
       multiple_of: a pruned layer keeps a multiple of this many channels.
-      min_channels: and at least this many.
+      min_channels: it keeps at least this many.
     """
 
     multiple_of: int
     min_channels: int
 
     def fewest(self, channels: int) -> int:
-        """Fewest channels that a layer of ``channels`` may keep."""
+        """Fewest channels that a layer with ``channels`` may keep."""
         least = -(-max(self.min_channels, 1) // self.multiple_of) * self.multiple_of
         return min(least, channels)
 
@@ -47,19 +47,19 @@ def allocate_global(
 ) -> Counts:
     """One weighted quantile over all units of all layers: the lowest scores go first.
 
-    Takes units while their cost fits; one that would overshoot is passed over and the rest filled
-    with channels. Then each layer's channels are rounded to the grid of ``limits``, by largest
-    remainder, so that the total stays. No layer loses its last KV group.
+    Takes units while their cost fits; one that would overshoot is skipped, and channels fill the
+    rest. Then each layer's channels are rounded to the grid of ``limits``, by largest remainder, so
+    that the total does not change. No layer loses its last KV group.
 
     Args:
-      group_scores, channel_scores: for each layer, (n_kv,) and (I,); empty where not to be pruned.
-      group_costs: parameters of a KV group, a layer.
+      group_scores, channel_scores: for each layer, (n_kv,) and (I,); empty if not to be pruned.
+      group_costs: parameters of a KV group, per layer.
       channel_cost: parameters of a channel.
       target: parameters to remove.
       limits: the grid.
 
     Raises:
-      ConfigError: where the units cannot make up the target.
+      ConfigError: if the units cannot reach the target.
     """
     layers = len(group_scores)
     fewest = [limits.fewest(len(scores)) for scores in channel_scores]
@@ -98,18 +98,18 @@ def allocate_uniform(
     """The same counts in every layer, so that the result keeps a stock architecture.
 
     KV groups: the whole ones in their share of the target, ⌊ρ n_kv⌋; channels make up the rest, to
-    the nearest ``limits.multiple_of``. Where there are no channels to prune, groups are rounded
-    to nearest.
+    the nearest ``limits.multiple_of``. If there are no channels to prune, groups are rounded to the
+    nearest.
 
     Args:
-      groups, channels: units that a layer may lose; 0 where not to be pruned.
+      groups, channels: units that a layer may lose; 0 if not to be pruned.
       layers: how many layers.
       group_cost, channel_cost: parameters of one unit.
-      target: parameters to remove in all.
+      target: parameters to remove in total.
       limits: the grid of channels.
 
     Raises:
-      ConfigError: where the units cannot make up the target.
+      ConfigError: if the units cannot reach the target.
     """
     most_channels = channels - limits.fewest(channels)
     most_groups = max(groups - 1, 0)
@@ -131,7 +131,7 @@ def allocate_uniform(
 
 
 def keep(scores: np.ndarray, removed: int) -> np.ndarray:
-    """Which units stay when the ``removed`` lowest go, (D,) bool; the first of equals goes."""
+    """Which units stay if the ``removed`` lowest go, (D,) bool; the first of equals goes."""
     kept = np.ones(len(scores), bool)
     kept[np.argsort(scores, kind="stable")[:removed]] = False
     return kept
@@ -141,7 +141,7 @@ def _check_reachable(most: int, target: int) -> None:
     if target > most:
         raise ConfigError(
             "--sparsity",
-            f"asks for {target:,} parameters and at most {most:,} can go",
+            f"asks for {target:,} parameters, but at most {most:,} can be removed",
             "lower it, name more in --target, or lower --min-channels",
         )
 
@@ -149,12 +149,12 @@ def _check_reachable(most: int, target: int) -> None:
 def _round_to_grid(
     removed: np.ndarray, sizes: np.ndarray, budget: float, limits: Limits
 ) -> np.ndarray:
-    """Round channels kept to the grid {size} ∪ multiples, by largest remainder."""
+    """Round the numbers of kept channels to the grid {size} ∪ multiples, by largest remainder."""
     step = limits.multiple_of
     kept = sizes - removed
     down = kept // step * step
     up = np.where(kept == down, kept, np.minimum(down + step, sizes))
-    left = budget - (sizes - up).sum()  # channels still to remove when every layer rounds up
+    left = budget - (sizes - up).sum()  # channels still to remove if every layer rounds up
     width = np.where(up > down, up - down, 1)
     for layer in np.argsort(-(up - kept) / width, kind="stable"):
         gain = up[layer] - down[layer]

@@ -1,7 +1,7 @@
 """Refit of the rows that stay, in closed form ([NP] eq. 11, in the kept rows).
 
 The paper's δW = −(2A)⁻¹M_p(M_pᵀ(2A)⁻¹M_p)⁻¹M_pᵀW needs the inverse of all of A; solving for the
-kept rows gives the same to 4e-14, is stable, and costs a third. Symbols: `prunetool.pruning`; k
+kept rows agrees to 4e-14, is stable, and costs a third. Symbols: `prunetool.pruning`; k
 marks the rows that stay and p those that go.
 """
 
@@ -16,7 +16,7 @@ from prunetool.pruning import gram
 from prunetool.pruning.gram import Partition
 from prunetool.pruning.solve import definite, factorise
 
-# Of wider models a sample of outputs chooses the damping: each solve for it costs D² an output.
+# In wider models a sample of outputs chooses the damping: each trial costs D² per output.
 CHOICE_OUTPUTS = 1024
 
 
@@ -30,7 +30,7 @@ class Refit:
 
     Args:
       A: Gram matrix XᵀX, float64, squared activation units.
-      W_p: rows that go of the weight, (p, D'), float64, output = X W.
+      W_p: rows of the weight that go, (p, D'), float64, output = X W.
     """
 
     def __init__(self, A: Partition, W_p: np.ndarray) -> None:
@@ -39,7 +39,7 @@ class Refit:
         self._B = A.kp @ W_p  # (k, D')
 
     def solve(self, damping: float) -> np.ndarray:
-        """The least of e, damped.
+        """The minimiser of e, damped.
 
             δW_k = A'_kk⁻¹ A_kp W_p,   A' = A + damping · mean(diag A) · I
 
@@ -52,7 +52,7 @@ class Refit:
           δW_k, (k, D').
 
         Raises:
-          NumericalError: where A'_kk is not positive definite.
+          NumericalError: if A'_kk is not positive definite.
         """
         return _solve(self._A.kk, self._B, damping * _mean_diagonal(self._A))
 
@@ -75,7 +75,7 @@ def _mean_diagonal(A: Partition) -> float:
 def _solve(A_kk: np.ndarray, B: np.ndarray, ridge: float) -> np.ndarray:
     """(A_kk + ridge · I)⁻¹ B, (k, D').
 
-    The factor takes the place of A_kk's lower triangle, which is restored from the upper one.
+    The factor overwrites A_kk's lower triangle, which is restored from the upper one.
     """
     diagonal = np.diag_indices(len(A_kk))
     own = A_kk[diagonal]
@@ -100,9 +100,9 @@ def centred(
     """Σ (x − m)(x − m)ᵀ from A = Σ x xᵀ and total = Σ x, for any m = ``about``.
 
     Args:
-      A: of which features stay and go by ``kept``, (D,) bool.
+      A: partitioned by ``kept``, (D,) bool.
       total, about: (D,).
-      tokens: how many x.
+      tokens: number of x.
     """
 
     def block(M: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -116,8 +116,8 @@ class Choice(NamedTuple):
     """The damping that served unseen tokens best.
 
     Attributes:
-      damping: the best of the grid; None where no refit served better than plain removal.
-      before, after: output error on the held-out tokens, plainly removed and refitted.
+      damping: the best of the grid; None if no refit beat plain removal.
+      before, after: output error on the held-out tokens, after plain removal and after the refit.
     """
 
     damping: float | None
@@ -128,19 +128,19 @@ class Choice(NamedTuple):
 def choose_damping(
     fit: Partition, held: Partition, W_p: np.ndarray, grid: tuple[float, ...]
 ) -> Choice:
-    """Refit on one part of the tokens at dampings of the grid, and measure on another.
+    """Refit on one part of the tokens with the dampings of the grid, and measure on another.
 
-    Too little damping with too few tokens refits their noise and is worse than no refit at all.
-    The grid is gone through from the largest damping down, until the held-out error rises (a
-    heuristic: the error has been seen to have one minimum).
+    Too little damping with too few tokens fits their noise and is worse than no refit at all. The
+    grid is tried from the largest damping down, until the held-out error rises (a heuristic: only
+    one minimum has been observed).
 
     Args:
       fit, held: Gram matrices of the two parts.
-      W_p: as for `Refit`.
+      W_p: as in `Refit`.
       grid: dampings.
 
     Raises:
-      NumericalError: where no damping of the grid gives a positive definite system.
+      NumericalError: if no damping of the grid gives a positive definite system.
     """
     refit, unseen = Refit(fit, W_p), Refit(held, W_p)
     best = Choice(None, unseen.removed, unseen.removed)

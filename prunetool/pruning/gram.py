@@ -1,4 +1,4 @@
-"""Sums over calibration tokens that scores and refits need, accumulated in float64.
+"""Sums over calibration tokens for scores and refits, accumulated in float64.
 
 One batch's Gram matrix is a float32 product of the batch's (features, tokens) inputs; the batches
 are added in float64. The token-weighted sums (weight 1/‖h_t‖², h_t the residual stream that the
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-PANEL = 512  # rows; at 11008 features 1.5 to 2.5 times as fast as the whole, 1024 was no faster
-WIDTH = 2048  # columns a tile, a multiple of PANEL; at 11008 features 1.3 times as fast as none
+PANEL = 512  # rows; at 11008 features 1.5 to 2.5 times as fast as no panels; 1024 was no faster
+WIDTH = 2048  # columns per tile, a multiple of PANEL; 1.3 times as fast as none at 11008
 
 
 class Sums(NamedTuple):
-    """Sums over tokens t of an input x_t of one matrix; float64, None where not wanted.
+    """Sums over tokens t of an input x_t of one matrix; float64, None if not requested.
 
     A Gram matrix is a tuple of tiles (`_tiles`).
     """
@@ -34,12 +34,12 @@ class Sums(NamedTuple):
 
 
 def zeros(size: int, *, blocks: int = 0, diagonal: bool = False, full: bool = False) -> Sums:
-    """Sums of nothing, over inputs of ``size`` features.
+    """Empty sums over inputs of ``size`` features.
 
     Args:
       size: D.
-      blocks: how many diagonal blocks of the token-weighted Gram matrix to keep; 0 for none.
-      diagonal, full: keep its diagonal, all of it.
+      blocks: number of diagonal blocks of the token-weighted Gram matrix to keep; 0 for none.
+      diagonal, full: keep its diagonal, or all of it.
     """
     if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise AssertionError("JAX has no float64: call devices.start first")
@@ -64,11 +64,11 @@ def add(sums: Sums, x: jax.Array, h: jax.Array) -> Sums:
     """Add a batch.
 
     Args:
-      sums: so far.
+      sums: the sums so far.
       x: the matrix's inputs, (D, B, N), float32 or bfloat16.
       h: the residual stream its output joins, (·, B, N), float32.
     """
-    # The barrier keeps XLA from computing x once for each of its uses.
+    # The barrier keeps XLA from recomputing x for each of its uses.
     x = x.reshape(x.shape[0], -1)  # (D, T)
     x = lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
     energy = jnp.sum(jnp.square(h.reshape(h.shape[0], -1)), axis=0, keepdims=True)  # ‖h_t‖², (1, T)
@@ -103,7 +103,7 @@ def add(sums: Sums, x: jax.Array, h: jax.Array) -> Sums:
 
 
 def _panels(size: int) -> list[tuple[int, int]]:
-    """First and last row of each panel; its columns are those below its last row."""
+    """Start and stop row of each panel; its columns end at its stop row."""
     return [(start, min(start + PANEL, size)) for start in range(0, size, PANEL)]
 
 
@@ -129,7 +129,7 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def pack_tiles(tiles: tuple[Any, ...], size: int, dtype: Any) -> np.ndarray:
-    """The lower triangle by rows of a sum's first ``size`` features, (D (D + 1) / 2,)."""
+    """The lower triangle, by rows, of a sum's first ``size`` features, (D (D + 1) / 2,)."""
     out = np.empty(size * (size + 1) // 2, dtype)
     for (rows, columns), tile in zip(_tiles(size), tiles, strict=False):
         for i, row in enumerate(np.asarray(tile)[: rows.stop - rows.start], rows.start):
@@ -158,7 +158,7 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 
 
 class Partition(NamedTuple):
-    """A Gram matrix by the features that stay (k) and those that go (p), float64."""
+    """A Gram matrix partitioned into features that stay (k) and go (p), float64."""
 
     kk: np.ndarray  # (k, k)
     kp: np.ndarray  # (k, p)
@@ -166,10 +166,10 @@ class Partition(NamedTuple):
 
 
 def partition(packed: np.ndarray, kept: np.ndarray) -> Partition:
-    """The blocks of a packed Gram matrix, without the whole of it.
+    """The blocks of a packed Gram matrix, without unpacking all of it.
 
     Args:
-      packed: `pack`.
+      packed: as from `pack`.
       kept: which features stay, (D,) bool.
     """
     kp = np.empty((int(kept.sum()), int((~kept).sum())))
@@ -186,10 +186,10 @@ def partition(packed: np.ndarray, kept: np.ndarray) -> Partition:
 
 
 def block(packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The block of some features of a packed Gram matrix, float64.
+    """The block of a packed Gram matrix for some features, float64.
 
     Args:
-      packed: `pack`.
+      packed: as from `pack`.
       rows: which features, (D,) bool.
     """
     places = np.flatnonzero(rows)
@@ -200,7 +200,7 @@ def block(packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def mirror(A: np.ndarray, *, upper: bool = False) -> np.ndarray:
-    """Make A symmetric in place by its lower triangle, or by its upper; returns A."""
+    """Make A symmetric in place from its lower triangle, or its upper one; returns A."""
     source = A.T if upper else A
     for start, stop in _panels(len(A)):
         source[:start, start:stop] = source[start:stop, :start].T
@@ -211,12 +211,12 @@ def mirror(A: np.ndarray, *, upper: bool = False) -> np.ndarray:
 
 
 def blocks_of_rows(size: int) -> Iterator[slice]:
-    """The rows of a matrix in panels, for work in place."""
+    """The rows of a matrix in panels, for in-place work."""
     return (slice(*panel) for panel in _panels(size))
 
 
 def _begin(row: int) -> int:
-    """Where a row of the packed triangle begins."""
+    """Offset of a row in the packed triangle."""
     return row * (row + 1) // 2
 
 

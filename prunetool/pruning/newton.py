@@ -2,7 +2,7 @@
 
     min_z ½ Σ_i ‖X W_i − X(z∘W_i)‖² + ½ λ (1ᵀz − r)²  =  min_y ½ yᵀKy + ½ λ (s − 1ᵀy)²
 
-with y = 1 − z, gradient K(z − 1) + λ(1ᵀz − r)1 and Hessian K + λ11ᵀ (eq. 6, 7). λ counts against
+with y = 1 − z, gradient K(z − 1) + λ(1ᵀz − r)1 and Hessian K + λ11ᵀ (eq. 6, 7). λ is relative to
 an X of spectral norm 1, as in the paper. Symbols: `prunetool.pruning`.
 """
 
@@ -19,7 +19,7 @@ from prunetool.pruning.solve import definite, factorise
 # A unit whose own contribution K_ii is this far below the median is dead: removing it costs
 # nothing and keeping it would make the system singular.
 DEAD_FRACTION = 1e-12
-BOX_STEPS = 50  # 200 random instances took at most 7
+BOX_STEPS = 50  # 200 random instances needed at most 7
 
 
 class Info(NamedTuple):
@@ -36,10 +36,10 @@ def contribution_gram(W: np.ndarray, A: np.ndarray, norm: float = 1.0) -> np.nda
     Args:
       W: (D, D'), float64.
       A: XᵀX, (D, D), float64; only its lower triangle is read.
-      norm: the spectral norm of A, to make that of the inputs 1.
+      norm: the spectral norm of A, to scale that of the inputs to 1.
 
     Returns:
-      K in A's place, (D, D); only its lower triangle holds.
+      K, overwriting A, (D, D); only its lower triangle is valid.
     """
     for rows in gram.blocks_of_rows(len(A)):
         A[rows, : rows.stop] *= (W[rows] / norm) @ W[: rows.stop].T
@@ -47,13 +47,13 @@ def contribution_gram(W: np.ndarray, A: np.ndarray, norm: float = 1.0) -> np.nda
 
 
 def total(K: np.ndarray) -> float:
-    """1ᵀK1 of the lower triangle of K: the output energy ‖XW‖² / norm of all units together."""
+    """1ᵀK1 from the lower triangle of K: the output energy ‖XW‖² / norm of all units."""
     lower = (np.tril(K[rows, : rows.stop], rows.start) for rows in gram.blocks_of_rows(len(K)))
     return 2 * sum(float(panel.sum()) for panel in lower) - float(np.trace(K))
 
 
 def spectral_norm(A: np.ndarray) -> float:
-    """‖X‖₂², the largest eigenvalue of A = XᵀX, of its lower triangle."""
+    """‖X‖₂², the largest eigenvalue of A = XᵀX, from its lower triangle."""
     if len(A) < 3:
         return float(np.linalg.eigvalsh(A)[-1])
     # BLAS is column-major: the lower triangle by rows is the upper one of the transpose.
@@ -75,29 +75,29 @@ def newton(
     damping: float = 0.0,
     overwrite: bool = False,
 ) -> np.ndarray:
-    """The exact minimiser in closed form, one Cholesky factorisation.
+    """The exact minimiser in closed form, with one Cholesky factorisation.
 
         z = 1 − [λs / (1 + λκ)] K⁻¹1,   κ = 1ᵀK⁻¹1;   for λ = ∞: z = 1 − (s/κ) K⁻¹1
 
     The objective is quadratic: one Newton step from any start is the minimiser, so this equals
-    Algorithm 1 of [NP] for every T ≥ 1 (`newton_iterated`). z is not confined to [0, 1], whatever
-    Theorem 2 of [NP] says; `newton_box` is.
+    Algorithm 1 of [NP] for every T ≥ 1 (`newton_iterated`). z is not confined to [0, 1], despite
+    Theorem 2 of [NP]; in `newton_box` it is.
 
     Args:
       K: (D, D), float64; only its lower triangle is read.
       s: units to remove, ρD.
       lam: λ, may be infinite.
-      damping: γ of K + γ diag(K), which has no scale.
-      overwrite: factorise in K's place.
+      damping: γ in K + γ diag(K), scale-free.
+      overwrite: factorise K in place.
 
     Returns:
       z, (D,), float64; −∞ for a dead unit, which goes first.
 
     Raises:
-      NumericalError: where K + γ diag(K) is not positive definite.
+      NumericalError: if K + γ diag(K) is not positive definite.
     """
     live = alive(K)
-    # A dead unit is cut off from the others and solves for 0, so that K needs no copy.
+    # A dead unit is decoupled from the others and solves to 0, so that K needs no copy.
     work = K if overwrite else K.copy()
     work[~live] = 0
     work[:, ~live] = 0
@@ -117,7 +117,7 @@ def newton_iterated(
 ) -> np.ndarray:
     """Algorithm 1 of [NP] to the letter: z ← z − H⁻¹∇ from z = 1, H factorised in every step.
 
-    Here for those who want to see that it is `newton`; λ must be finite.
+    Shows that the result equals `newton`; λ must be finite.
     """
     live = alive(K)
     K_live = _damped(K, live, damping)
@@ -142,12 +142,12 @@ def newton_box(
 
     Returns:
       z, (D,), 0 for dead units.
-      order, (D,): z, continued beyond the box by the multiplier w_i/K_ii, so that units at a bound
-        have an order too; −∞ for dead units.
+      order, (D,): z, extended beyond the box by the multiplier w_i/K_ii, so that units at a bound
+        are ordered too; −∞ for dead units.
       Info: residual is the largest violation of the conditions above, relative to c.
 
     Raises:
-      NumericalError: as `newton`.
+      NumericalError: as in `newton`.
     """
     live = alive(K)
     K_live = _damped(K, live, damping)
@@ -182,7 +182,7 @@ def newton_box(
 
 
 def tie(K: np.ndarray, blocks: int) -> np.ndarray:
-    """K_g[B, B'] = Σ_{i∈B, j∈B'} K_ij, (blocks, blocks): one mask value a block."""
+    """K_g[B, B'] = Σ_{i∈B, j∈B'} K_ij, (blocks, blocks): one mask value per block."""
     size = len(K) // blocks
     return np.asarray(K.reshape(blocks, size, blocks, size).sum(axis=(1, 3)))
 
@@ -200,7 +200,7 @@ def _solve(K: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _solve_in_place(K: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The same of the lower triangle of K, whose place the factor takes."""
+    """As `_solve`, but reads only K's lower triangle and overwrites it with the factor."""
     scale = 1 / np.sqrt(np.diagonal(K))
     for rows in gram.blocks_of_rows(len(K)):
         K[rows, : rows.stop] *= scale[: rows.stop]

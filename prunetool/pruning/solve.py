@@ -1,4 +1,4 @@
-"""Positive definite systems, solved in place, and what is said when they are not definite."""
+"""Positive definite systems, solved in place, and the error if they are not definite."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ LAPACK_ROWS, BLOCK = 11_008, 4096
 
 @contextmanager
 def definite(what: str, at: str = "") -> Iterator[None]:
-    """Say which matrix a Cholesky factorisation refused.
+    """Name the matrix if a Cholesky factorisation fails.
 
     Args:
       what: the matrix.
-      at: further words, as its damping.
+      at: further words, such as its damping.
 
     Raises:
-      NumericalError: in place of LAPACK's.
+      NumericalError: instead of LAPACK's error.
     """
     try:
         yield
@@ -35,16 +35,16 @@ def definite(what: str, at: str = "") -> Iterator[None]:
 
 
 def factorise(A: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The Cholesky factor of A, for `scipy.linalg.cho_solve`, in the place of its lower triangle.
+    """The Cholesky factor of A, for `scipy.linalg.cho_solve`; overwrites its lower triangle.
 
-    By blocks beyond `LAPACK_ROWS`: OpenBLAS's own factorisation of 16384 rows and more ends in a
-    segmentation fault (scipy 1.17.1, two threads). At 11008 rows it takes two thirds of the time.
+    Blocked beyond `LAPACK_ROWS`: OpenBLAS's own factorisation of 16384 rows or more segfaults
+    (scipy 1.17.1, two threads). At 11008 rows it takes two thirds of the time.
 
     Args:
       A: (D, D), float64, row-major; only its lower triangle is read and overwritten.
 
     Raises:
-      numpy.linalg.LinAlgError: where A is not positive definite.
+      numpy.linalg.LinAlgError: if A is not positive definite.
     """
     if len(A) <= LAPACK_ROWS:
         # LAPACK is column-major: the lower triangle by rows is the upper one of the transpose.
@@ -54,7 +54,7 @@ def factorise(A: np.ndarray) -> tuple[np.ndarray, bool]:
         return factor
     for start in range(0, len(A), BLOCK):
         stop = min(start + BLOCK, len(A))
-        done = A[start:stop, :start]  # of these rows, what is factorised
+        done = A[start:stop, :start]  # the factorised part of these rows
         own = A[start:stop, start:stop]
         L = cholesky(own - done @ done.T, lower=True, overwrite_a=True, check_finite=False)
         np.copyto(own, L, where=np.tri(stop - start, dtype=bool))
@@ -68,15 +68,15 @@ def factorise(A: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def damped_inverse(A: np.ndarray, damping: float, *, overwrite: bool = False) -> np.ndarray:
-    """(A + damping · mean(diag A) · I)⁻¹, (D, D), of a Gram matrix A.
+    """(A + damping · mean(diag A) · I)⁻¹, (D, D), for a Gram matrix A.
 
     Args:
       A: (D, D), float64; only its lower triangle is read.
       damping: fraction of the mean of its diagonal.
-      overwrite: put the inverse in A's place.
+      overwrite: overwrite A with the inverse.
 
     Raises:
-      NumericalError: where that is not positive definite.
+      NumericalError: if the damped matrix is not positive definite.
     """
     damped = A if overwrite else A.copy()
     damped[np.diag_indices(len(A))] += damping * np.diagonal(A).mean()

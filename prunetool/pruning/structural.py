@@ -1,6 +1,6 @@
-"""Other scores of rows of W, and of blocks of rows, from the same statistics.
+"""Other scores for rows of W, and for blocks of rows, from the same statistics.
 
-A score says what is lost with the unit: the lowest go first. Symbols: `prunetool.pruning`; B is a
+A score is what removing the unit loses: the lowest go first. Symbols: `prunetool.pruning`; B is a
 block of contiguous rows (a KV group's rows of o_proj), w_i row i of W, n_B the number of blocks.
 """
 
@@ -32,7 +32,7 @@ def flap(W: np.ndarray, second_moment: np.ndarray, mean: np.ndarray) -> np.ndarr
 
 
 def standardise(score: np.ndarray) -> np.ndarray:
-    """Zero mean and unit deviation; all zero where there is no spread."""
+    """Zero mean and unit deviation; all zero if there is no spread."""
     spread = score.std(ddof=1) if score.size > 1 else 0.0
     return np.asarray((score - score.mean()) / spread if spread > 0 else np.zeros_like(score))
 
@@ -49,7 +49,7 @@ def block_energy(W: np.ndarray, blocks: np.ndarray) -> np.ndarray:
 
 
 def obs(W: np.ndarray, A: np.ndarray, *, damping: float, blocks: int = 0) -> np.ndarray:
-    """The loss of removing a row, or a block, alone, after the best refit of all others.
+    """The loss from removing one row or block, after the best refit of all others.
 
         row:   ‖w_i‖² / [A'⁻¹]_ii          block:   tr(W_Bᵀ ([A'⁻¹]_BB)⁻¹ W_B)
 
@@ -65,7 +65,7 @@ def obs(W: np.ndarray, A: np.ndarray, *, damping: float, blocks: int = 0) -> np.
       (D,) or (n_B,), in A's squared output units.
 
     Raises:
-      NumericalError: where A' is not positive definite.
+      NumericalError: if A' is not positive definite.
     """
     inverse = damped_inverse(A, damping)
     if not blocks:

@@ -14,17 +14,17 @@ from prunetool.pruning import newton as numerical
 
 
 class Evidence(NamedTuple):
-    """What is known of a matrix whose inputs are made by the units.
+    """The data on a matrix whose inputs the units produce.
 
     Attributes:
       W: (D, D'), float64.
-      A: Gram matrix of the inputs, (D, D), float64, of which the lower triangle holds. A method
+      A: Gram matrix of the inputs, (D, D), float64; only the lower triangle is valid. A method
         may overwrite it.
-      second: E[x_i²], (D,), each token counting alike.
+      second: E[x_i²], (D,), all tokens weighted equally.
       mean: E[x_i], (D,).
       blocks: KV groups, each a block of rows of W; 0 if each row is a unit.
-      weighted: output energy of each unit alone with tokens weighted; None without --weighting.
-      place: layer, and whether units are blocks: what a random draw depends on besides its seed.
+      weighted: output energy of each unit alone, with weighted tokens; None without --weighting.
+      place: layer, and whether units are blocks; with the seed, determines random scores.
     """
 
     W: np.ndarray
@@ -36,15 +36,15 @@ class Evidence(NamedTuple):
     place: Sequence[int]
 
     def by_unit(self, rows: np.ndarray, merge: Callable[..., np.ndarray] = np.sum) -> np.ndarray:
-        """Scores of rows as scores of units: of a block, their sum or another ``merge``."""
+        """Turn scores of rows into scores of units: the sum over a block, or another ``merge``."""
         return merge(rows.reshape(self.blocks, -1), axis=1) if self.blocks else rows
 
 
 class Ranking(NamedTuple):
-    """Scores of the units, of which the lowest go first.
+    """Scores of the units; the lowest go first.
 
     Attributes:
-      scores: one each.
+      scores: one per unit.
       energy: ‖XW‖² of all units together, from a method with ``sums_energy``.
       warning: what to tell the user.
     """
@@ -60,14 +60,14 @@ def magnitude(of: Evidence) -> Ranking:
 
 
 def wanda_sp(of: Evidence) -> Ranking:
-    """The output energy of each unit alone, with tokens weighted if they are."""
+    """The output energy of each unit alone, with weighted tokens if available."""
     if of.weighted is not None:
         return Ranking(of.weighted)
     return Ranking(of.by_unit(structural.wanda(of.W, of.second)))
 
 
 def flap(of: Evidence) -> Ranking:
-    """`structural.flap`, a block's mean; each token counts alike, however they are weighted."""
+    """`structural.flap`, averaged over a block; tokens count equally, even with --weighting."""
     return Ranking(of.by_unit(structural.flap(of.W, of.second, of.mean), np.mean))
 
 
@@ -85,7 +85,7 @@ def obs(of: Evidence, *, damping: float) -> Ranking:
 def newton(
     of: Evidence, *, sparsity: float, lam: float, damping: float, newton_iterations: int | None
 ) -> Ranking:
-    """The paper's numerical score of the rows, its mean over a block (`newton.newton`)."""
+    """The paper's numerical score of rows, averaged over a block (`newton.newton`)."""
     K, energy = _contributions(of)
     s = sparsity * len(K)
     if newton_iterations:
@@ -98,14 +98,14 @@ def newton(
 
 
 def newton_box(of: Evidence, *, sparsity: float, lam: float, damping: float) -> Ranking:
-    """The same with every z in [0, 1] (`newton.newton_box`)."""
+    """As `newton`, with every z in [0, 1] (`newton.newton_box`)."""
     K, energy = _contributions(of)
     z, warning = _in_box(gram.mirror(K), sparsity * len(K), lam, damping)
     return Ranking(_means(of, z), energy, warning)
 
 
 def newton_tied(of: Evidence, *, sparsity: float, lam: float, damping: float) -> Ranking:
-    """The same with one z for all rows of a block."""
+    """As `newton`, with one z for all rows of a block."""
     K, energy = _contributions(of)
     K = gram.mirror(K)
     if of.blocks:
@@ -115,7 +115,7 @@ def newton_tied(of: Evidence, *, sparsity: float, lam: float, damping: float) ->
 
 
 def _contributions(of: Evidence) -> tuple[np.ndarray, float]:
-    """K of inputs of spectral norm 1, in A's place, and the output energy."""
+    """K for inputs of spectral norm 1, overwriting A, and the output energy."""
     norm = numerical.spectral_norm(of.A)
     K = numerical.contribution_gram(of.W, of.A, norm)
     return K, norm * numerical.total(K)
@@ -127,12 +127,12 @@ def _in_box(K: np.ndarray, s: float, lam: float, damping: float) -> tuple[np.nda
         return scores, ""
     return scores, (
         f"the box solve stopped after {info.steps} steps at residual {info.residual:.1e}; the "
-        "order is that of its last step, raise --damping"
+        "order is that of its last step; raise --damping"
     )
 
 
 def _means(of: Evidence, z: np.ndarray) -> np.ndarray:
-    """Of a block, the mean over the rows that are alive; −∞ if none is."""
+    """The mean over the live rows of each block; −∞ if there are none."""
     if not of.blocks:
         return z
     by_group = z.reshape(of.blocks, -1)

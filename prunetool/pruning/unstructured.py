@@ -1,6 +1,6 @@
-"""Scores of single weights, and the cut of a score to a mask of an exact ratio.
+"""Scores of single weights, and masks cut from them at an exact sparsity.
 
-Here W is a matrix as a checkpoint stores it, output = X Wᵀ, so that a row makes one output:
+Here W is a matrix as stored in a checkpoint, output = X Wᵀ, so that a row makes one output:
 
 | symbol | is | shape |
 |---|---|---|
@@ -16,11 +16,11 @@ from scipy.linalg import cholesky
 from prunetool.errors import NumericalError
 from prunetool.pruning.solve import damped_inverse, definite
 
-COLUMN_BLOCK = 128  # inputs whose mask SparseGPT chooses at a time, as in its paper
+COLUMN_BLOCK = 128  # inputs that SparseGPT masks at a time, as in its paper
 
 
 def keep(score: np.ndarray, sparsity: float, pattern: str = "unstructured") -> np.ndarray:
-    """Cut a score to a mask that keeps the largest, of the exact count; ties go to the first.
+    """Cut a score to a mask that keeps exactly the largest; ties go to the first.
 
     Args:
       score: (D', D).
@@ -32,11 +32,11 @@ def keep(score: np.ndarray, sparsity: float, pattern: str = "unstructured") -> n
       (D', D) bool.
 
     Raises:
-      NumericalError: where a score is NaN.
-      ValueError: where 2:4 does not divide the inputs.
+      NumericalError: if a score is NaN.
+      ValueError: if the inputs are not a multiple of 4 for 2:4.
     """
     if np.isnan(score).any():
-        raise NumericalError("the score", "has NaN", "check the model and the calibration")
+        raise NumericalError("the score", "contains NaN", "check the model and the calibration")
     if pattern == "unstructured":
         rows = score.reshape(1, -1)
     elif pattern == "2:4":
@@ -86,7 +86,7 @@ def sparsegpt(
     pattern: str = "unstructured",
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Remove weights column by column, each error made good by the columns that follow.
+    """Remove weights column by column, compensating each removal in the columns to its right.
 
     With U the upper Cholesky factor of A'⁻¹ = (A + damping·mean(diag A)·I)⁻¹, a weight's score is
     w²/U_jj², and the removal of w_ij moves the rest of its row by −(w_ij/U_jj) U_j,j:.
@@ -95,22 +95,22 @@ def sparsegpt(
       W: (D', D).
       A: (D, D), float64.
       damping: fraction of the mean of A's diagonal.
-      sparsity, pattern: as `keep`; unstructured is cut block by block of `COLUMN_BLOCK` inputs, of
-        weights already moved, to the exact count in all.
-      mask: update for this mask instead of choosing one.
+      sparsity, pattern: as in `keep`; unstructured is cut in blocks of `COLUMN_BLOCK` inputs, after
+        their update, to the exact total count.
+      mask: use this mask instead of choosing one.
 
     Returns:
       The mask, (D', D) bool, and the weights on it, float64.
 
     Raises:
-      NumericalError: where A' is not positive definite.
+      NumericalError: if A' is not positive definite.
 
     Source: Frantar & Alistarh, SparseGPT, arXiv 2301.00774, Algorithm 1.
     """
     W = W.astype(np.float64)
     A = A.copy()
     dead = np.diagonal(A) <= 0
-    A[dead, dead] = 1.0  # an input that is always zero: its weights do nothing
+    A[dead, dead] = 1.0  # an input that is always zero: its weights have no effect
     W[:, dead] = 0.0
     inverse = damped_inverse(A, damping, overwrite=True)
     with definite(f"a {len(A)} x {len(A)} Gram matrix"):
@@ -136,7 +136,7 @@ def sparsegpt(
 
 
 def _cut(score: np.ndarray, start: int, sparsity: float, pattern: str, width: int) -> np.ndarray:
-    """The mask of a block of columns, so that all blocks together meet the exact count."""
+    """The mask of a block of columns, such that all blocks together meet the exact count."""
     rows = len(score) if pattern == "unstructured" else 1
 
     def lost_before(column: int) -> int:

@@ -1,1 +1,1 @@
-"""The work behind the commands: files and records in and out; knows no click."""
+"""The work behind the commands: files and records in and out, without click."""

@@ -1,4 +1,4 @@
-"""One layer's q and k learned on its own attention, on the sequences that calibrate kept."""
+"""Learn masks for a layer's q and k from its attention matrices, on the stored sequences."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,19 +18,19 @@ from prunetool.pruning.attention_loss import Inputs, Pair, Turn
 
 # Measured on layers 5, 10 and 20 of SmolLM2-135M, 8 sequences of 256 tokens: held-out error.
 RELATIVE_LAMBDA = 1e-3  # of λ_max; 1e-4 … 1e-2 within 0.002 of it
-REFINE_RATE = 0.01  # Adam's step, of a matrix's root mean square; 0.003 and 0.03 were worse
-CHECK_STEPS = 20  # between two looks at the held-out loss
+REFINE_RATE = 0.01  # Adam's step, relative to a matrix's RMS; 0.003 and 0.03 were worse
+CHECK_STEPS = 20  # between checks of the held-out loss
 
 
 class Learned(NamedTuple):
-    """What a descent came to."""
+    """Result of a descent."""
 
     result: Pair
     steps: int
 
 
 class Settings(NamedTuple):
-    """Of Algorithm 1: λ, η and T; None if the layer's curvature decides."""
+    """Settings of Algorithm 1: λ, η and T; None: set by the layer's curvature."""
 
     lam: float | None
     learning_rate: float | None
@@ -38,19 +38,19 @@ class Settings(NamedTuple):
 
 
 class AttentionLayer:
-    """The attention of a layer: its weights, and the sequences to learn from and to check on.
+    """A layer's attention: its weights, and the sequences to learn from and to check on.
 
     Args:
-      turns: `turn_of` the model by length, the same object for all layers.
+      turns: the model's `turn_of`, by length; the same object for all layers.
       work: the work directory.
       record: the layer's record.
-      w: W_q and W_k of the KV groups kept, (out, in).
-      biases: theirs, or None.
+      w: W_q and W_k of the kept KV groups, (out, in).
+      biases: their biases, or None.
       norms: weights of the norms of queries and keys, or None.
-      window: of the model's attention.
+      window: the window of the model's attention.
 
     Raises:
-      RecordError: where calibrate kept no attention inputs.
+      RecordError: if calibrate kept no attention inputs.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class AttentionLayer:
         self.key = jax.random.key(record.index)
 
     def errors(self, w: Any) -> tuple[float, float]:
-        """Relative error of the attention matrices, mean over heads: calibration, held out."""
+        """Relative error of the attention matrices, mean over heads: calibration, held-out."""
         pair = tuple(jnp.asarray(W, jnp.float32) for W in w)
         fit, held_out = (
             float(jnp.mean(attention_loss.measure(self.turn, pair, inputs, target)[1]))
@@ -98,18 +98,18 @@ class AttentionLayer:
         return fit, held_out
 
     def saliency(self) -> Pair:
-        """W²∘diag of the Hessian on the weights: the diagonal of the Hessian on the masks."""
+        """The diagonal of the Hessian on the masks: W²∘diag of the Hessian on the weights."""
         diagonal = attention_loss.hessian_diagonal(self.turn, self.w, self.fit, self.key)
         return self.w[0] ** 2 * diagonal[0], self.w[1] ** 2 * diagonal[1]
 
     def descend(self, how: Settings, to_the_end: bool) -> tuple[Learned, float, float]:
-        """Algorithm 1 from M = 1; stops if the held-out loss rises, unless it runs to the end.
+        """Algorithm 1 from M = 1; stops when the held-out loss rises, unless ``to_the_end``.
 
         Returns:
-          Both masks, real-valued; λ and η used.
+          Both masks, real-valued; the λ and η used.
 
         Raises:
-          NumericalError: where the steps diverge.
+          NumericalError: if the steps diverge.
         """
         lam, rate = how.lam, how.learning_rate
         if lam is None or rate is None:
@@ -133,7 +133,7 @@ class AttentionLayer:
             )  # fmt: skip
             done += count
             reached = self._mask_loss(M, lam, held_out=False)
-            # Steps that are short enough never raise the loss; the margin is float32's.
+            # Short enough steps never raise the loss; the margin is for float32.
             if not max(reached, float(jnp.max(losses))) <= start * 1.001 + 1e-12:
                 raise NumericalError(
                     "attention", f"the loss went from {start:.3g} to {reached:.3g} in {done} "
@@ -150,15 +150,15 @@ class AttentionLayer:
         return data + float(attention_loss.regularisation(M, lam))
 
     def _loss(self, w: Pair, held_out: bool) -> float:
-        """The loss without λ, of the sequences to learn from or those held out."""
+        """The loss without λ, on the sequences to learn from or the held-out ones."""
         inputs = self.held_out if held_out else self.fit
         return float(attention_loss.measure(self.turn, w, inputs, self._targets[held_out])[0])
 
     def refine(self, support: Any, steps: int) -> Learned:
-        """Descend on the kept weights' values; the best seen on held-out sequences is kept.
+        """Descend on the kept weights' values; keeps the best result on the held-out sequences.
 
         Raises:
-          NumericalError: where a loss is not finite.
+          NumericalError: if a loss is not finite.
         """
         on: Pair = tuple(jnp.asarray(s, jnp.float32) for s in support)  # type: ignore[assignment]
         w: Pair = (on[0] * self.w[0], on[1] * self.w[1])
@@ -185,26 +185,26 @@ class AttentionLayer:
 def turn_of(model: Model, length: int) -> Turn:
     """The model's `forward.turn`, for sequences of ``length``.
 
-    What takes it is compiled anew for every object: make one a run.
+    Functions that take it are compiled anew for every object: make one per run.
     """
     rope, config = streaming.rotation(model, length), model.config
     return partial(forward.turn, rope=rope, head_dim=config.head_dim, eps=config.rms_norm_eps)
 
 
 def saliency(layer: AttentionLayer) -> tuple[Pair, dict[str, float]]:
-    """Scores of W_q's and W_k's weights by the method ``attention-diag``."""
+    """Score the weights of W_q and W_k by ``attention-diag``."""
     return layer.saliency(), {}
 
 
 def learned_by_descent(
     layer: AttentionLayer, *, published: bool, **how: Any
 ) -> tuple[Pair, dict[str, float]]:
-    """Scores by ``attention-gd``, and its steps. `attention_mask` says what of it is the paper's.
+    """Scores by ``attention-gd``, and its steps. `attention_mask` says which parts are the paper's.
 
     Args:
       layer: the layer.
-      published: as printed in the paper, whatever ``how`` says.
-      how: the other `Settings`.
+      published: use the paper's printed settings instead of ``how``.
+      how: the `Settings`.
     """
     settings = Settings(*attention_mask.PUBLISHED) if published else Settings(**how)
     (M, steps), lam, rate = layer.descend(settings, to_the_end=published)

@@ -1,4 +1,4 @@
-"""The forward over the calibration sequences, layer by layer, with the sums it leaves."""
+"""The forward pass over the calibration sequences, layer by layer, and its sums."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -35,14 +35,14 @@ from prunetool.steps.run import recall_weights
 
 
 class AttentionSamples(NamedTuple):
-    """Sequences whose attention inputs are kept: so many of the first, and of the last."""
+    """Number of first, and of last, sequences whose attention inputs are kept, and their length."""
 
     samples: int
     length: int
 
 
 class Precision(NamedTuple):
-    """Of the products of the forward, and of the stats as they are stored."""
+    """Dtypes of the forward's products, and of the stored stats."""
 
     dtype: str
     stats_dtype: str
@@ -50,16 +50,16 @@ class Precision(NamedTuple):
 
 @dataclass
 class Calibration:
-    """One calibration: all that its layers share.
+    """One calibration: everything its layers share.
 
-    A layer's stats are written first and the residual stream behind it last, so a layer is done
-    when a ``hidden-`` file of a later number is there. Several processes each keep the stream of
-    their own sequences, and a file of it is removed only when all have the next.
+    A layer's stats are written first and the residual stream after it last, so a layer is done
+    once a ``hidden-`` file with a higher number exists. Each process keeps the stream of its own
+    sequences, and removes a file of it only when all have the next one.
 
     Attributes:
-      batch: sequences at a time.
+      batch: sequences processed at a time.
       chosen: how ``tokens`` were chosen, for the history.
-      overwrite: start again if the checkpoint has changed since a run was killed.
+      overwrite: start again if the checkpoint has changed since a killed run.
     """
 
     model: Model
@@ -76,15 +76,15 @@ class Calibration:
     overwrite: bool = False
 
     def write(self, model: str, open_sink: Callable[[], AbstractContextManager[IO[str]]]) -> None:
-        """Claim the work directory, and write the records of all layers (process 0 alone does).
+        """Claim the work directory, and write the records of all layers (only process 0).
 
         Args:
-          model: the checkpoint as the user named it.
-          open_sink: opens where they go.
+          model: the checkpoint as named by the user.
+          open_sink: opens the records' destination.
 
         Raises:
-          ConfigError: if the processes run different things.
-          WorkError: if the work directory is of another run, or the disk too small.
+          ConfigError: if the processes differ in what they run.
+          WorkError: if the work directory has another run, or the disk is too small.
         """
         samples, length = self.tokens.shape
         how = {
@@ -103,10 +103,10 @@ class Calibration:
         )  # fmt: skip
         if not team.same(int(workdir.digest(run), 16)):
             raise ConfigError(
-                "--coordinator", "the processes run different things",
-                "give all the same checkpoint, text and options",
+                "--coordinator", "the processes differ in checkpoint, text or options",
+                "give all of them the same",
             )  # fmt: skip
-        # Process 0 holds the lock that a process alone would.
+        # Process 0 takes the lock, as a single process would.
         locked = self.work.with_name(f"{self.work.name}{team.suffix if team.index else ''}")
         with workdir.lock(locked), self.profile.trace():
             for index in range(team.count):  # process 0 first: others may share its directory
@@ -131,7 +131,7 @@ class Calibration:
         need_room(self.work, need - workdir.size_bytes(self.work, *workdir.CALIBRATED))
 
     def layers(self) -> Iterator[records.LayerRecord]:
-        """Give each layer's record once its files are whole, going on where a run stopped."""
+        """Yield each layer's record once its files are complete, resuming where a run stopped."""
         done = self.team.least(self._done())
         there = done in (0, self.model.layers) or self._stream(self._hidden(done)).is_whole()
         done = self.team.least(done if there else 0)
@@ -147,24 +147,24 @@ class Calibration:
             self._read_ends()
         self._whole.touch()
         self.team.wait("all layers")
-        # Those of a run of another number of processes too.
+        # Also those of a run with another number of processes.
         suffix = self.team.suffix if self.team.index else ""
         for leftover in self.work.glob(f"hidden-?????{suffix}*"):
             if workdir.FILES.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
 
     def _stream(self, path: Path) -> streaming.HiddenStates:
-        """This process's part of the residual stream in a file."""
+        """This process's part of the residual stream, in a file."""
         mine = sum(stop - start for start, stop in self._shares().values())
         size = self.model.config.hidden_size
         return streaming.HiddenStates(path, size, mine, self.tokens.shape[1])
 
     def _shares(self) -> dict[str, tuple[int, int]]:
-        """First and last sequence of this process's share of each part of the samples."""
+        """Start and stop of this process's share of each part of the samples."""
         return {kind: self.team.share(*part) for kind, part in self._parts().items()}
 
     def _read_ends(self) -> None:
-        """Read what is not used here, and part of the run all the same, for its checksums."""
+        """Read the tensors not used here that still belong to the run, for their checksums."""
         if not {FINAL_NORM, EMBEDDING if self.model.config.tied else HEAD} <= (
             self.model.checksums.keys()
         ):
@@ -172,10 +172,10 @@ class Calibration:
             self._remember()
 
     def _same_weights(self, layer: int) -> None:
-        """Refuse processes that have other weights in a layer.
+        """Refuse processes that have different weights in a layer.
 
         Raises:
-          ConfigError: on every process.
+          ConfigError: if they do, on every process.
         """
         if self.team.count == 1:
             return
@@ -193,7 +193,7 @@ class Calibration:
 
     @property
     def whole(self) -> bool:
-        """Whether this process's part of all layers is done."""
+        """Whether this process has done its part of all layers."""
         return self._whole.exists()
 
     def _compute(self, done: int) -> Iterator[records.LayerRecord]:
@@ -249,19 +249,19 @@ class Calibration:
             yield self._record(number).adding({}, self.profile.take("calibrate", {}))
 
     def _parts(self) -> dict[str, tuple[int, int]]:
-        """First and last sequence of each part of the samples, by the kind of its stats."""
+        """Start and stop of each part of the samples, by the kind of its stats."""
         fit = len(self.tokens) - self.held_out
         parts = {"stats": (0, fit), "held_out": (fit, len(self.tokens))}
         return parts if self.held_out else {"stats": parts["stats"]}
 
     def _no_samples(self) -> np.ndarray:
-        """Room for the kept attention inputs, (D, 2 A, N); zeros add to what others have."""
+        """Zeros for the kept attention inputs, (D, 2 A, N); other processes' parts are added."""
         kept = self.attention
         dtype = np.dtype(self.precision.dtype)
         return np.zeros((self.model.config.hidden_size, 2 * kept.samples, kept.length), dtype)
 
     def _sample(self, samples: np.ndarray, batch: list[int], x: jax.Array) -> None:
-        """Put in the attention inputs, (D, B, N), of those sequences of a batch that are kept."""
+        """Store the attention inputs, (D, B, N), of the kept sequences of a batch."""
         half, count = self.attention.samples, len(self.tokens)
         for i, n in enumerate(batch):
             if n < half:
@@ -300,14 +300,14 @@ class Calibration:
 
     @property
     def _whole(self) -> Path:
-        """The file that says that all layers are done; their stats may be gone since."""
+        """The file that marks all layers as done; their stats may have been deleted since."""
         return self.work / f"calibrated{self.team.suffix}"
 
     def _file(self, layer: int, kind: str) -> str:
         return workdir.layer_file("stats", layer, f".{kind}")
 
     def _done(self) -> int:
-        """Layers that this process has done, and whose files are whole."""
+        """Number of layers that this process has done, with intact files."""
         done = self.model.layers
         if not self.whole:
             first = self._stream(self._hidden(0))
@@ -318,7 +318,7 @@ class Calibration:
         return done
 
     def _are_whole(self, layers: int) -> bool:
-        """Whether the files of the first layers are as they were written, if not discarded."""
+        """Whether the files of the first layers, if not discarded, are as written."""
         discarded = (self.work / workdir.DISCARDED_NAME).exists()
         for layer in range(layers):
             for kind in self._kinds():
@@ -336,7 +336,7 @@ class Calibration:
 
 
 def padded_sizes(layer: Layer) -> dict[str, int]:
-    """Extent of every axis of a layer's matrices, as they are padded."""
+    """Size of every axis of a layer's padded matrices."""
     axes = [
         pair for part in MATRICES
         for pair in zip(PARTS[part].axes, getattr(layer, part).shape, strict=True)
@@ -347,7 +347,7 @@ def padded_sizes(layer: Layer) -> dict[str, int]:
 class Step:
     """The layer and the sums over its inputs, compiled once for all layers and devices.
 
-    The sequences of a batch are split over this process's devices; each has sums of its own, along
+    The sequences of a batch are split over this process's devices; each has its own sums, along
     their first axis.
     """
 
@@ -383,11 +383,11 @@ class Step:
         self._by_device = NamedSharding(self._mesh, by_device)
 
     def placed(self, tree: Any) -> Any:
-        """The arrays on every device."""
+        """Replicate arrays on every device."""
         return jax.device_put(tree, NamedSharding(self._mesh, spec()))
 
     def zeros(self, sums: Any) -> Any:
-        """Zeros of these shapes once for each device."""
+        """Zeros of these shapes, once per device."""
         count = self._mesh.size
         return jax.tree.map(
             lambda a: jnp.zeros((count, *a.shape), a.dtype, device=self._by_device), sums
@@ -396,10 +396,10 @@ class Step:
     def __call__(
         self, h: np.ndarray, w: Layer, rope: forward.Rotation, sums: Any
     ) -> tuple[np.ndarray, jax.Array, Any]:
-        """The stream behind the layer, (D, B, N), the attention inputs' first tokens, the sums."""
+        """The stream after the layer, (D, B, N), the attention inputs' first tokens, the sums."""
         B, devices = h.shape[1], self._mesh.size
         real = None
-        if devices > 1:  # a batch is filled up with sequences that do not count
+        if devices > 1:  # pad a batch with sequences that do not count
             room = -B % devices
             h = np.pad(h, ((0, 0), (0, room), (0, 0)))
             real = jnp.asarray(np.arange(B + room) < B, jnp.float32)

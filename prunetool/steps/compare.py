@@ -1,4 +1,4 @@
-"""A pruned checkpoint beside the dense one, layer by layer on the same sequences."""
+"""Compare a pruned checkpoint with the dense one, layer by layer on the same sequences."""
 
 import tempfile
 from functools import partial
@@ -21,13 +21,13 @@ from prunetool.steps.evaluate import Ends, count_pieces, layer_step, perplexity,
 
 
 class Comparison(NamedTuple):
-    """What `compare` found.
+    """Result of `compare`.
 
     Attributes:
-      loss, dense_loss: mean -log p of the predicted tokens, nats, of both models.
-      divergence: mean KL(dense‖pruned) of the next token's distributions, nats.
+      loss, dense_loss: mean -log p of the predicted tokens, nats, for both models.
+      divergence: mean KL(dense‖pruned) of the next-token distributions, nats.
       own, same_input: ‖P̃ − P‖_F/‖P‖_F of every query head, (layers, H); NaN for heads that are
-        gone, and for all of a layer that has other heads. own: each model on its own residual
+        gone, and for a whole layer if its heads differ. own: each model on its own residual
         stream, so errors of earlier layers count. same_input: both on the dense model's.
     """
 
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
     same_input: np.ndarray
 
     def as_json(self, against: str) -> dict[str, Any]:
-        """The same for JSON, with what the other model was called; NaN is null."""
+        """The result as JSON, with the other model's name; NaN is null."""
         errors = {}
         for name in ("own", "same_input"):
             by_head = getattr(self, name)
@@ -63,18 +63,18 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
     """Run both models over the sequences.
 
     Args:
-      model, dense: the checkpoints; of one vocabulary, hidden size and kind of attention.
+      model, dense: the checkpoints; must share vocabulary, hidden size and kind of attention.
       tokens: (samples, N), int32.
-      dtype: of the products.
+      dtype: dtype of the products.
 
     Raises:
-      ConfigError: where the two cannot be compared.
+      ConfigError: if the two cannot be compared.
     """
     for name in ("vocab_size", "hidden_size", "head_dim", "rope", "qk_norm", "window", "layers"):
         mine, theirs = getattr(model.config, name), getattr(dense.config, name)
         if mine != theirs:
             raise ConfigError(
-                "--against", f"its {name} is {theirs} and the model's {mine}",
+                "--against", f"its {name} is {theirs} but the model's is {mine}",
                 "name the checkpoint that was pruned",
             )  # fmt: skip
     size = dense.config.hidden_size
@@ -95,7 +95,7 @@ def _errors(
     tokens: np.ndarray,
     dtype: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Drive both streams through all layers, and measure every attention on the way."""
+    """Run both streams through all layers, measuring every attention."""
     dense = models[1]
     config = dense.config
     rope = streaming.rotation(dense, tokens.shape[1])
@@ -140,7 +140,7 @@ def _errors(
 
 
 def _compiled_attention(config: LlamaConfig, epsilons: list[float]) -> Any:
-    """‖P̃ − P‖² by own inputs and by the dense model's, and ‖P‖²; (3, n_kv, g)."""
+    """‖P̃ − P‖² on own inputs and on the dense model's, and ‖P‖²; (3, n_kv, g)."""
     pruned, dense = (
         partial(forward.queries_keys, head_dim=config.head_dim, eps=eps) for eps in epsilons
     )
@@ -163,7 +163,7 @@ def _losses(
     tokens: np.ndarray,
     dtype: str,
 ) -> list[float]:
-    """Mean -log p by both models, and mean KL(dense‖pruned)."""
+    """Mean -log p under both models, and mean KL(dense‖pruned)."""
     ends = [Ends.of(model, dtype) for model in models]
     norms, heads, epsilons = zip(*ends, strict=True)
 

@@ -1,4 +1,4 @@
-"""The refit of a layer's o_proj and down_proj to the units kept, and of masked weights."""
+"""Refit a layer's o_proj and down_proj to the kept units, and update masked weights."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -27,29 +27,30 @@ def refit_layers(
     grid: tuple[float, ...],
     rows: list[tuple[Any, ...]],
 ) -> Iterator[records.LayerRecord]:
-    """Refit every layer of a stream, and add a row for each refit to ``rows``.
+    """Refit every layer of a stream, and add a row to ``rows`` for each refit.
 
     Args:
       run: the run.
       source: the records.
       grid: dampings to choose from.
-      rows: layer, matrix, and the numbers of `_REPORT`.
+      rows: receives layer, matrix, and the numbers of `_REPORT`.
 
     Raises:
       RecordError: before the first layer, if no tokens were held out to choose the damping on.
     """
     if len(grid) > 1 and not run.header.calibration.get("held_out"):
         raise RecordError(
-            "--damping", "no tokens were held out to choose it on",
+            "--damping", "no tokens were held out to choose it with",
             "give one number, such as 0.01, or calibrate with 2 samples or more",
         )  # fmt: skip
     for record, name, arrays in run.layers(source, partial(_refit, run, grid)):
+        # Sorted as safetensors returns names, so that a resumed run writes the same bytes.
         report = {
             name.removesuffix(".report"): {
                 key: None if np.isnan(value) else float(value)
                 for key, value in zip(_REPORT, array, strict=True)
             }
-            for name, array in sorted(arrays.items())  # as when they are read from the file
+            for name, array in sorted(arrays.items())
             if name.endswith(".report")
         }
         if not report.keys() >= {"o_proj", "down_proj"}:
@@ -63,18 +64,18 @@ _REPORT = ("removed", "refitted", "held_out_removed", "held_out_refitted", "damp
 
 
 def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> dict[str, np.ndarray]:
-    """The refitted weights of a layer, and what they gain.
+    """The refitted weights of a layer, and their errors.
 
     Returns:
-      ``o_proj.weight`` (D, k) and ``down_proj.weight`` (D, k'), float32, as a checkpoint stores
-      them with the pruned columns gone, and their ``bias`` where the model has one, of those that
-      lost columns; ``….weight`` of any other matrix that SparseGPT masked; and ``report``: relative
-      output errors and the damping (`_REPORT`), NaN where there is none, of each refit, and of
-      each mask's update (``….masked``).
+      For matrices that lost columns, ``o_proj.weight`` (D, k) and ``down_proj.weight`` (D, k'),
+      float32, as a checkpoint stores them without the pruned columns, and any ``bias``;
+      ``….weight`` of any other matrix that SparseGPT masked; and ``report``: relative output errors
+      and the damping (`_REPORT`), NaN if there is none, for each refit and each mask's update
+      (``….masked``).
     """
     if not any(name.startswith(("kept.", "mask.")) for name in record.files):
         raise RecordError(
-            f"layer {record.index}", "nothing to keep", "put prunetool score before this step"
+            f"layer {record.index}", "nothing to keep", "run prunetool score before this step"
         )
     model, work = run.model, run.work
     shape = model.config.layer_shapes[record.index]
@@ -102,7 +103,7 @@ def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> di
             console.within(1 if matrix == "o" else 2, 3, "matrix")
         if np.isnan(parts["report"][-1]):
             console.log.warning(
-                "layer %d, %s_proj: no damping served the held-out tokens; rows are removed and "
+                "layer %d, %s_proj: no damping lowered the held-out error; rows are removed but "
                 "not refitted",
                 record.index,
                 matrix,
@@ -119,10 +120,10 @@ def _update_masked(
     stats: Stats,
     refitted: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """SparseGPT's update of the matrices it masked; o and down as just refitted, on their mask.
+    """SparseGPT's update of the matrices it masked; o and down start from their refit.
 
     Returns:
-      As `_refit`, of the matrices that change.
+      As in `_refit`, for the matrices that change.
     """
     out: dict[str, np.ndarray] = {}
     for part, mask in masks(model, work, record).items():
@@ -147,7 +148,7 @@ def _update_masked(
 
 
 class _Sums(NamedTuple):
-    """Sums over some tokens of the inputs of a matrix."""
+    """Sums of a matrix's inputs over some tokens."""
 
     gram: Partition
     total: np.ndarray  # Σ x, (D,)
@@ -155,17 +156,17 @@ class _Sums(NamedTuple):
 
     @classmethod
     def of(cls, stats: Stats, matrix: str, kept: np.ndarray) -> "_Sums":
-        """Those of ``o`` or ``down``."""
+        """Read the sums for ``o`` or ``down``."""
         A = gram.partition(stats[f"{matrix}.gram"], kept)
         return cls(A, stats[f"{matrix}.total"], stats.tokens)
 
     def about(self, mean: np.ndarray, kept: np.ndarray) -> "_Sums":
-        """Of x - mean instead of x."""
+        """The same sums, of x - mean."""
         A = compensation.centred(self.gram, self.total, self.tokens, mean, kept)
         return _Sums(A, self.total - self.tokens * mean, self.tokens)
 
     def add(self, other: "_Sums") -> "_Sums":
-        """Of both, in the place of this one."""
+        """Sum of both; overwrites this one's blocks."""
         for mine, theirs in zip(self.gram, other.gram, strict=True):
             mine += theirs
         return _Sums(self.gram, self.total + other.total, self.tokens + other.tokens)
@@ -183,16 +184,16 @@ def _refit_matrix(
 
     Args:
       W: (D, D'), float64.
-      bias: (D',), None where there is none.
+      bias: (D',), None if there is none.
       kept: which rows of W stay, (D,) bool.
-      sums: of the tokens to fit, and of those held out if any; their place is taken.
+      sums: of the tokens to fit, and of any held out; overwritten.
       energy: output energy of all tokens.
       grid: dampings to choose from.
     """
     if len(sums) == 1 and len(grid) > 1:
         raise RecordError(
             "--damping",
-            "no tokens were held out to choose it on",
+            "no tokens were held out to choose it with",
             "give one number, or calibrate with --held-out",
         )
     gone = ~kept
@@ -201,7 +202,7 @@ def _refit_matrix(
     held_energy = _energy(sums[1].gram, chosen[kept], chosen[gone]) if len(sums) == 2 else 0.0
     about = sums[0].total / sums[0].tokens
     if bias is not None:
-        # With a bias the mean is refitted by it, and the weights by what varies around it.
+        # A bias absorbs the mean, and the weights are refitted to the variation around it.
         sums = [part.about(about, kept) for part in sums]
     unseen: list[float] = [np.nan, np.nan]
     damping: float | None = grid[0]
@@ -231,13 +232,13 @@ def _refit_matrix(
 
 
 def _outputs_to_choose_by(count: int) -> np.ndarray:
-    """Evenly spaced outputs, at most ``CHOICE_OUTPUTS``, that the damping is chosen by."""
+    """Evenly spaced outputs, at most ``CHOICE_OUTPUTS``, used to choose the damping."""
     some = min(count, compensation.CHOICE_OUTPUTS)
     return np.unique(np.linspace(0, count - 1, some).round().astype(int))
 
 
 def _energy(A: Partition, W_k: np.ndarray, W_p: np.ndarray) -> float:
-    """‖X W‖² of the rows kept and gone together."""
+    """‖X W‖² of kept and pruned rows together."""
     return (
         compensation.output_energy(A.kk, W_k)
         + 2 * float(np.vdot(W_k, A.kp @ W_p))

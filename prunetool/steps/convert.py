@@ -1,4 +1,4 @@
-"""A GGUF file made a checkpoint directory."""
+"""Convert a GGUF file to a checkpoint directory."""
 
 import json
 from pathlib import Path
@@ -18,21 +18,21 @@ from prunetool.llama.weights import tensor_chunks, tensor_shapes
 def convert_gguf(
     path: Path, out: Path, dtype: str, *, max_shard_bytes: int, overwrite: bool
 ) -> list[str]:
-    """Write the checkpoint of a GGUF file, its index last; killed, go on with it.
+    """Write the checkpoint of a GGUF file, its index last; resumes a killed run.
 
     Args:
-      path: the GGUF file, or one part of a split one.
+      path: the GGUF file, or any part of a split one.
       out: the directory.
-      dtype: of the tensors, NumPy's name.
-      max_shard_bytes: of the tensors in a file (`CheckpointWriter.write`).
-      overwrite: replace a checkpoint that is there.
+      dtype: dtype of the tensors, NumPy's name.
+      max_shard_bytes: limit on the tensors of a file (`CheckpointWriter.write`).
+      overwrite: replace an existing checkpoint.
 
     Returns:
-      What to say of it.
+      What to report about it.
 
     Raises:
       ConfigError: if the file cannot be converted exactly.
-      WorkError: if the disk is short, or ``out`` is taken or being written.
+      WorkError: if disk space is short, or ``out`` is taken or being written.
     """
     model = GGUFModel(path)
     config = model.config(dtype)
@@ -57,7 +57,7 @@ def convert_gguf(
             out, overwrite=overwrite, run=run, files=list(files), inputs=model.parts
         )
         if writer.state == "whole":
-            return [f"{out} holds it already (delete it to write it again)"]
+            return [f"{out} already has it (delete it to write it again)"]
         model.check(tensor_shapes(parsed), target)
         written = writer.write(
             chunks, lambda number: model.tensors(chunks[number], target), max_shard_bytes

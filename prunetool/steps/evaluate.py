@@ -27,14 +27,14 @@ LOGIT_TOKENS = 256  # tokens whose logits, (V, 256) float32, exist at a time
 def claimed(
     work: Path, model: Model, token_ids: str, how: Mapping[str, Any], overwrite: bool
 ) -> Iterator[None]:
-    """Keep other runs out of a work directory, and delete it once the measure is taken.
+    """Keep other runs out of a work directory, and delete it once the result is there.
 
     Args:
-      work: the directory, which a killed run of the same leaves to go on with.
+      work: the directory; a killed run leaves it for resuming.
       model: the checkpoint.
       token_ids: digest of the tokens.
-      how: all else that decides the result.
-      overwrite: drop another run there.
+      how: everything else that determines the result.
+      overwrite: delete another run there.
     """
     with workdir.lock(work):
         run = workdir.identity("evaluate", model.identity(), token_ids, __version__, how)
@@ -44,7 +44,7 @@ def claimed(
 
 
 def perplexity(loss: float) -> float | None:
-    """exp(loss); None if that is too large for a float64, above 709 nats."""
+    """exp(loss); None if too large for a float64, above 709 nats."""
     return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
@@ -61,9 +61,8 @@ def mean_loss(
     Args:
       model: the checkpoint.
       tokens: (samples, N), int32.
-      dtype: of the products.
-      work: an empty directory, or that of the same run before it was killed; None for one that is
-        made and deleted.
+      dtype: dtype of the products.
+      work: an empty directory, or that of a killed run of the same; None for a temporary one.
       overwrite: start again if the checkpoint has changed since that run.
     """
     if work is None:
@@ -104,7 +103,7 @@ def mean_loss(
 def layer_step(
     head_dim: int, eps: float, window: int | None
 ) -> Callable[[jax.Array, Layer, forward.Rotation], tuple[jax.Array, jax.Array]]:
-    """The compiled layer: h to the h behind it, and its attention's input."""
+    """The compiled layer: maps h to the next h, and its attention's input."""
 
     @jax.jit
     def step(h: jax.Array, w: Layer, rope: forward.Rotation) -> tuple[jax.Array, jax.Array]:
@@ -115,7 +114,7 @@ def layer_step(
 
 
 class Ends(NamedTuple):
-    """What makes logits of the stream behind the last layer."""
+    """Final norm and LM head: they turn the last layer's output into logits."""
 
     norm: jax.Array
     head: jax.Array
@@ -123,7 +122,7 @@ class Ends(NamedTuple):
 
     @classmethod
     def of(cls, model: Model, dtype: str) -> "Ends":
-        """The final norm and the head of a model, in the dtype of the product with the head."""
+        """The final norm and the head of a model, in the dtype of the head's product."""
         norm = jnp.asarray(model.final_norm(), jnp.float32)
         return cls(norm, jnp.asarray(model.head(), jnp.dtype(dtype)), model.config.rms_norm_eps)
 
@@ -131,7 +130,7 @@ class Ends(NamedTuple):
 def pieces(
     streams: Sequence[streaming.HiddenStates], tokens: np.ndarray
 ) -> Iterator[tuple[jax.Array, list[jax.Array]]]:
-    """Targets, (n,), and the stream where they are predicted, (D, 1, n), of each of ``streams``.
+    """Targets, (n,), and for each of ``streams`` the part that predicts them, (D, 1, n).
 
     Every token but a sequence's first is a target once; n is at most `LOGIT_TOKENS`.
     """
@@ -146,7 +145,7 @@ def pieces(
 
 
 def count_pieces(tokens: np.ndarray) -> int:
-    """How many `pieces` there are."""
+    """Number of `pieces`."""
     samples, length = map(int, tokens.shape)
     return samples * -(-(length - 1) // LOGIT_TOKENS)
 
@@ -154,7 +153,7 @@ def count_pieces(tokens: np.ndarray) -> int:
 def _mean_loss(
     model: Model, stream: streaming.HiddenStates, tokens: np.ndarray, dtype: str
 ) -> float:
-    """Mean -log p(next token) of the stream behind the last layer, in nats."""
+    """Mean -log p(next token) from the stream after the last layer, in nats."""
     ends = Ends.of(model, dtype)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""The pruned checkpoint, from the records of all layers."""
+"""Write the pruned checkpoint from the records of all layers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -38,29 +38,29 @@ from prunetool.llama.weights import (
 from prunetool.model import Model
 from prunetool.steps.run import reopen
 
-# Copied as they are; re-saving a tokenizer writes classes that older readers refuse.
+# Copied unchanged; resaving a tokenizer writes classes that older readers refuse.
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES, *LICENSE_FILES)
-# In a companion these name code of its repository, which a program would run.
+# In a companion file, these name code of its repository that a program would run.
 CODE_KEYS = ("auto_map", "custom_generate")
-LARGE_FILES = ("tokenizer.json", "vocab.json")  # of vocabulary alone
+LARGE_FILES = ("tokenizer.json", "vocab.json")  # only vocabulary
 TOKENIZER_CONFIG = "tokenizer_config.json"
-READS_TOKENIZER_JSON = "PreTrainedTokenizerFast"  # as it is; in every version of transformers
+READS_TOKENIZER_JSON = "PreTrainedTokenizerFast"  # unchanged; in every version of transformers
 
 
 class Export:
-    """One export: checks the directory and the files that go along before anything is written.
+    """One export: checks the directory and the companion files before anything is written.
 
     Args:
-      header: of the stream, with this step in its history.
+      header: the stream's header, with this step in its history.
       out: the directory.
       dense: keep the original shapes, with zeros.
-      max_shard_bytes: of the tensors in a file (`CheckpointWriter.write`).
-      overwrite: replace a checkpoint that is there.
-      inputs: files that are read, which stay.
+      max_shard_bytes: limit on the tensors of a file (`CheckpointWriter.write`).
+      overwrite: replace an existing checkpoint.
+      inputs: files that are read and must stay.
 
     Raises:
-      WorkError: if ``out`` is taken (`CheckpointWriter`), or the stream's work directory is not
-        its own.
+      WorkError: if ``out`` is taken (`CheckpointWriter`), or the work directory is not the
+        stream's own.
       CheckpointError: if the checkpoint has changed, or a companion cannot be read.
     """
 
@@ -94,14 +94,14 @@ class Export:
         )  # fmt: skip
 
     def write(self, made: Sequence[records.LayerRecord]) -> list[str]:
-        """Write the checkpoint of a whole stream, its index last.
+        """Write the checkpoint of a complete stream, its index last.
 
         Returns:
-          What to say of it.
+          What to report about it.
         """
         writer = self.writer
         if writer.state == "whole":
-            return [f"{self.out} holds it already (delete it to write it again)"]
+            return [f"{self.out} already has it (delete it to write it again)"]
         model, dense = self.model, self.dense
         kept = [
             kept_units(self.work, record, shape)
@@ -174,27 +174,23 @@ class Export:
 
 
 def companions(directory: Path) -> dict[str, bytes]:
-    """The data files of a checkpoint that go along with it, by name, without what names code.
+    """The companion data files of a checkpoint, by name, without references to code.
 
-    Only regular files of the checkpoint, or links into the Hub cache that it is in: a link could
-    put a private file into what is published.
+    Only regular files of the checkpoint, or links into its own Hub cache: other links could publish
+    a private file.
 
     Raises:
       CheckpointError: if one of them is not what its name says.
     """
     found = {}
     if code := sorted({path.name for path in directory.glob("*.py")} - {*forms.LOADER_FILES}):
-        console.log.warning(
-            "%s: code, which does not go along: %s", directory, shown(", ".join(code))
-        )
+        console.log.warning("%s: code, which is not copied: %s", directory, shown(", ".join(code)))
     for name in (*COMPANIONS, *sorted(templates(directory))):
         path = directory / name
         if not path.exists():
             continue
         if not _belongs(path, directory):
-            console.log.warning(
-                "%s: a link out of the checkpoint, or not a file; it does not go along", path
-            )
+            console.log.warning("%s: a link out of the checkpoint, or not a file; not copied", path)
             continue
         found[name] = path.read_bytes()
         if name.endswith(".json") and name not in LARGE_FILES:
@@ -208,21 +204,21 @@ def companions(directory: Path) -> dict[str, bytes]:
 def with_tokenizer_class(
     along: Mapping[str, bytes], config: Mapping[str, Any]
 ) -> Mapping[str, bytes]:
-    """The companions of a model whose type transformers does not know.
+    """The companions for a model type that transformers does not know.
 
-    For a type that it knows, it knows the tokenizer's class. Here version 4 finds none if
-    tokenizer_config.json names none, and asks whether it may run the model's code.
+    For a known type it knows the tokenizer's class. Here version 4 finds none unless
+    tokenizer_config.json names one, and asks whether to run the model's code.
     """
     said = json.loads(along.get(TOKENIZER_CONFIG, b"{}"))
     if "tokenizer.json" not in along or said.get("tokenizer_class"):
         return along
     name = config.get("tokenizer_class") or READS_TOKENIZER_JSON
-    console.log.debug("%s: tokenizer_class is %s, for it named none", TOKENIZER_CONFIG, shown(name))
+    console.log.debug("%s: tokenizer_class set to %s; it named none", TOKENIZER_CONFIG, shown(name))
     return {**along, TOKENIZER_CONFIG: json_bytes({**said, "tokenizer_class": name})}
 
 
 def _belongs(path: Path, directory: Path) -> bool:
-    """Whether a file is the checkpoint's own: regular, or a Hub cache's link to its blobs."""
+    """Whether a file is the checkpoint's own: regular, or a Hub cache link to its blobs."""
     if not path.is_symlink():
         return path.is_file()
     blobs = directory.parent.parent / "blobs"  # of .../models--owner--name/snapshots/REVISION
@@ -234,7 +230,7 @@ def _belongs(path: Path, directory: Path) -> bool:
 def _densities(
     tensors: Mapping[str, np.ndarray], layer: int, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, int]]:
-    """Weights that are not zero, and all of the units kept, of each of the seven matrices."""
+    """Nonzero weights, and all weights of kept units, for each of the seven matrices."""
     return {
         part: (
             int(np.count_nonzero(tensors[tensor_name(layer, part)])), int(np.prod(shapes[part]))
@@ -250,7 +246,7 @@ def _kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
 def _pruned_layer(
     model: Model, work: Path, record: records.LayerRecord, units: dict[str, np.ndarray]
 ) -> Layer:
-    """The layer with only what it keeps, refitted where compensate came before; stored dtypes."""
+    """The layer with only what it keeps, refitted if compensate ran; in the stored dtypes."""
     shape = model.config.layer_shapes[record.index]
     layer = model.layer(record.index)
     masked = masks(model, work, record)

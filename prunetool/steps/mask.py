@@ -1,4 +1,4 @@
-"""Masks of single weights, matrix by matrix and layer by layer."""
+"""Mask single weights, matrix by matrix and layer by layer."""
 
 from collections.abc import Iterator
 from functools import cache, partial
@@ -18,12 +18,12 @@ from prunetool.steps.run import Run
 
 
 class Masking:
-    """One scoring of single weights: all that its layers share.
+    """One scoring of single weights: everything its layers share.
 
     Args:
       run: the run.
-      parts: the matrices, of `MATRICES`.
-      how: the command's other options, by their names.
+      parts: the matrices, from `MATRICES`.
+      how: the command's other options, by name.
     """
 
     def __init__(self, run: Run, parts: tuple[str, ...], how: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ class Masking:
         self._method = methods_of(parts)[how["method"]]
         self._scorer = self._method.load()
         self._turns = cache(partial(turn_of, run.model))
-        self.said: list[str] = []  # what was reached, once all layers are given
+        self.said: list[str] = []  # what was reached, after the last layer
 
     @property
     def _of_attention(self) -> bool:
@@ -43,7 +43,7 @@ class Masking:
         return self.how["method"] in QK
 
     def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
-        """Mask every layer, and give its record at once.
+        """Mask every layer, and yield its record at once.
 
         Raises:
           RecordError: before the first layer, if calibrate did not keep what the method needs.
@@ -60,7 +60,7 @@ class Masking:
             rows.append(self._row(record.index, values))
             worst.append(max(mask["loss"] or 0.0 for mask in values["masks"].values()))
             if not {"q", "k"} & set(self.parts):
-                del values["attention"]  # what an earlier step learned still holds
+                del values["attention"]  # what an earlier step learned remains valid
             values["masks"] = {**record.values.get("masks", {}), **values["masks"]}
             values |= self.run.profile.take("score", record.values)
             yield record.adding({f"mask.{part}": name for part in self.parts}, values)
@@ -72,7 +72,7 @@ class Masking:
         if total:
             self.said.append(
                 f"removes {lost:,} of {total:,} weights of {', '.join(self.parts)} "
-                f"({lost / total:.4%}; asked {self.how['sparsity']:.2%})"
+                f"({lost / total:.4%}; requested {self.how['sparsity']:.2%})"
             )
 
     def _check_kept(self, calibration: dict[str, Any]) -> None:
@@ -102,20 +102,21 @@ class Masking:
                 "removed": lost / size if size else 0.0,
                 "loss": None if np.isnan(loss) else loss,
             }
+        # Sorted as safetensors returns names, so that a resumed run writes the same bytes.
         attention = {
             name.removeprefix("attention."): float(array[0])
-            for name, array in sorted(arrays.items())  # as when they are read from the file
+            for name, array in sorted(arrays.items())
             if name.startswith("attention.")
         }
         return {"masks": masks, "attention": attention}
 
     def _make(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
-        """The masks of a layer and its numbers, as a file keeps them.
+        """The masks of a layer and its numbers, in the form of a file.
 
         Returns:
-          Of each part, ``kept`` and ``values`` (`pack_mask`), ``count`` (weights removed, and in
-          all, of the units kept) and ``loss`` (relative output error, NaN where not known); and
-          ``attention.…``, what was learned of it.
+          For each part, ``kept`` and ``values`` (`pack_mask`), ``count`` (removed and all weights,
+          of the kept units) and ``loss`` (relative output error, NaN if unknown); and
+          ``attention.…``, the numbers of the descent.
         """
         shape = self.model.config.layer_shapes[record.index]
         kept = extents(kept_units(self.work, record, shape), shape, self.model.config)
@@ -160,7 +161,7 @@ class Masking:
     def _attention(
         self, record: records.LayerRecord, kept: dict[str, Extent]
     ) -> AttentionLayer | None:
-        """The layer's attention, where q and k are masked and it is needed, or there to measure."""
+        """The layer's attention, if q and k are masked and it is needed, or stored to measure."""
         needed = self._learns or self.how["refine"]
         if not self._of_attention or not (needed or "attention" in record.files):
             return None
@@ -180,14 +181,14 @@ class Masking:
     def _learn(
         self, attention: AttentionLayer | None
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Scores of q and k by an attention method, and what the descent says of itself."""
+        """Scores of q and k by an attention method, and the numbers of the descent."""
         if attention is None or not self._learns or not self.how["sparsity"]:
             return {}, {}
         scores, said = self._scorer(attention, **self._method.given(self.how))
         return dict(zip(self.parts, map(np.asarray, scores), strict=True)), said
 
     def _gram(self, stats: Stats, part: str, kept: Extent, layer: int) -> np.ndarray | None:
-        """Gram matrix of a matrix's inputs of the units kept; None where not there nor needed."""
+        """Gram matrix of a matrix's inputs from kept units; None if neither stored nor needed."""
         name = f"{GIVEN[part]}.gram"
         if name in stats:
             A = gram.unpack(stats[name])
@@ -211,10 +212,10 @@ class Masking:
         sparsity, pattern = self.how["sparsity"], self.how["pattern"]
         if pattern == "2:4" and W.shape[1] % 4:
             raise NumericalError(
-                f"{W.shape[1]} inputs", "are no multiple of 4", "take another --pattern"
+                f"{W.shape[1]} inputs", "are not a multiple of 4", "choose another --pattern"
             )
         if self._learns:
-            # Nothing was learned if nothing is to go, or all KV groups are gone.
+            # Nothing was learned if there is nothing to remove, or no KV group is left.
             score = np.ones(W.shape) if learned is None else learned
         else:
             place = [layer, MATRICES.index(part)]

@@ -1,4 +1,4 @@
-"""The page of a run: what each layer keeps, what that costs, and the error of every head."""
+"""The report page of a run: what each layer keeps, at what cost, and every head's error."""
 
 import html
 import json
@@ -26,7 +26,7 @@ SUMMARY = "mean {mean:.4g}, worst {worst:.4g} (layer {worst_layer} head {worst_h
 
 
 class Cell(NamedTuple):
-    """A cell of a table; ``value``, 0 to 1, is its colour (NaN: grey)."""
+    """A table cell; ``value``, 0 to 1, sets its colour (NaN: grey)."""
 
     text: object
     value: float | None = None
@@ -36,12 +36,12 @@ class Cell(NamedTuple):
 NOTHING = Cell("–")
 Row = Sequence[object]
 Columns = dict[Any, Cell]  # a layer's row
-# File; lines of text; heat maps (caption, errors of heads by layer, NaN where there is none).
+# File; lines of text; heat maps (caption, errors of heads by layer, NaN if there is none).
 Evaluation = tuple[str, list[tuple[str, str]], list[tuple[str, list[list[float]]]]]
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read what ``prunetool evaluate`` printed.
+    """Read a result of ``prunetool evaluate``.
 
     Raises:
       RecordError: if it is something else.
@@ -68,7 +68,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _known(error: object) -> float:
-    """An error of an evaluation; NaN for null.
+    """An error value of an evaluation; NaN for null.
 
     Raises:
       TypeError: if it is not a number.
@@ -88,7 +88,7 @@ def _perplexity(of: dict[str, Any]) -> str:
 def make_page(
     header: records.Header, made: Sequence[records.LayerRecord], evaluations: Sequence[Evaluation]
 ) -> tuple[str, str]:
-    """The page of a whole stream and of evaluations, as HTML; and what to say of it."""
+    """The HTML page for a complete stream and evaluations; and what to report about it."""
     model, work = reopen(header), Path(header.work)
     sizes = [_sizes(model, work, r) for r in console.progress(made, header.layers)]
     kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
@@ -109,7 +109,7 @@ def make_page(
         '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n',
         f"<title>{title}</title>\n<style>{STYLE}</style>\n",
         f"<h1>{title}</h1>\n<p>{_text(shown(header.source))}</p>\n",
-        _table("What was asked", asked, "words"),
+        _table("What was requested", asked, "words"),
         _table("Weights of the decoder layers' seven matrices", counts),
         _by_layer("Units kept", [of[0] for of in sizes]),
         _by_layer("Weights kept, of those before", [of[1] for of in sizes]),
@@ -124,7 +124,7 @@ def make_page(
 def _sizes(
     model: Model, work: Path, record: records.LayerRecord
 ) -> tuple[Columns, Columns, list[int]]:
-    """What a layer keeps: units; weights; counts of weights kept, of units kept, and before."""
+    """What a layer keeps: units; weights; numbers of kept weights, of kept units, and before."""
     shape, weights = model.config.layer_shapes[record.index], {}
     units, masked = kept_units(work, record, shape), masks(model, work, record)
     for part, extent in extents(units, shape, model.config).items():
@@ -141,7 +141,7 @@ def _sizes(
 
 
 def _errors(values: dict[str, Any]) -> tuple[Columns, Columns, Columns]:
-    """A layer's errors by column: of plain removal, of refits, of attention."""
+    """A layer's errors by column: for plain removal, refits and attention."""
     plain = {f"{name}, removed": _error(loss) for name, loss in values.get("loss", {}).items()}
     for part, mask in values.get("masks", {}).items():
         plain[f"{part}_proj, masked"] = _error(mask["loss"])
@@ -158,7 +158,7 @@ def _errors(values: dict[str, Any]) -> tuple[Columns, Columns, Columns]:
 
 
 def _shown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """The tables of all evaluations; one scale for all maps, so that they can be compared."""
+    """The tables of all evaluations; all maps share one scale, for comparison."""
     every = (e for *_, maps in evaluations for _, rows in maps for row in rows for e in row)
     largest = max(filter(math.isfinite, every), default=0.0) or 1.0
 
@@ -175,7 +175,7 @@ def _shown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
 
 
 def _by_layer(caption: str, layers: Sequence[Columns], kind: str = "numbers") -> str:
-    """A table of the columns in which any layer has something; none without any."""
+    """A table of the columns in which any layer has an entry; empty if there are none."""
     every = dict.fromkeys(name for cells in layers for name in cells)
     names = [n for n in every if any(cells.get(n, NOTHING) != NOTHING for cells in layers)]
     rows = [[i, *(cells.get(n, NOTHING) for n in names)] for i, cells in enumerate(layers)]
@@ -199,10 +199,10 @@ def _cell(cell: object) -> str:
 
 
 def _colour(value: float) -> str:
-    """Background from light (0) to dark (1), and what can be read on it; grey for NaN."""
+    """Background from light (0) to dark (1), and a readable text colour; grey for NaN."""
     if not math.isfinite(value):
         return "background:#ddd"
-    ink = "#fff" if value > 0.8 else "#000"  # where white begins to stand out more
+    ink = "#fff" if value > 0.8 else "#000"  # above this, white is more legible
     return f"background:hsl(210 65% {96 - 62 * min(max(value, 0), 1):.1f}%);color:{ink}"
 
 
@@ -212,7 +212,7 @@ def _share(kept: int, of: int, text: str = "") -> Cell:
 
 
 def _error(*errors: float | None) -> Cell:
-    """Errors, one leading to the next; the last gives the colour."""
+    """Errors joined by arrows; the last one sets the colour."""
     known = [error for error in errors if error is not None]
     return Cell(" → ".join(f"{error:.4g}" for error in known), known[-1]) if known else NOTHING
 

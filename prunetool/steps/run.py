@@ -1,4 +1,4 @@
-"""What steps have in common: a model with text; a stream of records read, and another written."""
+"""Common parts of steps: a model with text; a stream of records read, and another written."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,15 +17,15 @@ from prunetool.profiling import Profile
 
 
 def reopen(header: records.Header) -> Model:
-    """Open the checkpoint of a stream, in whose work directory its steps read and write.
+    """Open the checkpoint of a stream, after checking its work directory.
 
     Raises:
       WorkError: if the work directory is not the stream's (`workdir.run_of`).
-      CheckpointError: if the checkpoint is no longer as it was calibrated. Of tensors beyond their
-        first rows, reading one raises it (`Model.read`).
+      CheckpointError: if the checkpoint has changed since it was calibrated. Changes beyond a
+        tensor's first rows are noticed when it is read (`Model.read`).
     """
     run = workdir.run_of(header)
-    if not Path(header.model).is_dir():  # a stream must not make anybody ask the Hub
+    if not Path(header.model).is_dir():  # a stream must not cause requests to the Hub
         raise CheckpointError(header.model, "no such directory", "calibrate again")
     model = open_model(header.model)
     now = model.identity()
@@ -35,19 +35,19 @@ def reopen(header: records.Header) -> Model:
             "restore it, or calibrate again",
         )  # fmt: skip
     if header.fingerprint != checksum.of_json(now) or header.layers != model.layers:
-        raise RecordError("header", "is of another checkpoint than its run", records.AGAIN)
+        raise RecordError("header", "is for a different checkpoint than its run", records.AGAIN)
     return replace(model, recorded=Path(header.work) / workdir.WEIGHTS_NAME)
 
 
 def recall_weights(model: Model, work: Path, *, overwrite: bool) -> bool:
-    """Take the checksums of the tensors that a killed run has read as known.
+    """Accept the checksums of the tensors that a killed run has read.
 
     Returns:
-      Whether the run can go on; if not, it starts again.
+      Whether the run can resume; if not, it starts again.
 
     Raises:
-      CheckpointError: if a tensor has changed since; with ``overwrite``, all that was made of it is
-        removed instead.
+      CheckpointError: if a tensor has changed since; with ``overwrite``, everything made from it
+        is removed instead.
     """
     path = work / workdir.WEIGHTS_NAME
     try:
@@ -61,7 +61,7 @@ def recall_weights(model: Model, work: Path, *, overwrite: bool) -> bool:
         except CheckpointError:
             if not overwrite:
                 raise
-    workdir.drop(work)  # what later steps made of other weights too
+    workdir.drop(work)  # including what later steps made from other weights
     model.checksums.clear()
     return False
 
@@ -73,12 +73,12 @@ def open_with_text(
 
     Args:
       model: a directory or Hub id.
-      revision: of the Hub model.
+      revision: revision of the Hub model.
       text: the text.
-      samples, shuffle: as `corpus.sequences`.
+      samples, shuffle: as in `corpus.sequences`.
 
     Returns:
-      The checkpoint; the sequences, (samples, N), int32; the BOS that each begins with, or None.
+      The checkpoint; the sequences, (samples, N), int32; the BOS that begins each, or None.
     """
     opened = open_model(model, revision)
     console.doing("reading text")
@@ -95,11 +95,11 @@ class Run:
     """One run of a step over the layers of a stream.
 
     Attributes:
-      header: of the stream that it writes, with the step in its history.
+      header: header of the output stream, with the step in its history.
       model: the dense checkpoint.
       work: the work directory.
-      directory: the name, below ``work``, of what this step makes there.
-      profile: takes the seconds.
+      directory: name of this step's directory below ``work``.
+      profile: collects the seconds.
       discard: delete a layer's stats once its record is written.
     """
 
@@ -124,12 +124,12 @@ class Run:
     def write(
         self, sink: IO[str], layers: Iterable[records.LayerRecord], needed_bytes: int
     ) -> None:
-        """Write the records of all layers, and a copy of them, while no other process does.
+        """Write the records of all layers, and a copy of them, under a lock.
 
         Args:
-          sink: where.
-          layers: makes them.
-          needed_bytes: of disk, for all that the step makes.
+          sink: where to write.
+          layers: yields them.
+          needed_bytes: disk space for everything the step makes.
         """
         with workdir.lock(self.work / self.directory), self.profile.trace():
             there = workdir.size_bytes(self.work, f"{self.directory}/*")
@@ -143,12 +143,12 @@ class Run:
         make: Callable[[records.LayerRecord], Arrays],
         what: str = "layer",
     ) -> Iterator[tuple[records.LayerRecord, str, Arrays]]:
-        """Give each layer's record, and the name and arrays of the file that the step makes of it.
+        """Yield each layer's record, and the name and arrays of the file made for it.
 
         Args:
           source: the records.
-          make: makes the arrays; not called if the file is there, and whole.
-          what: the word for a layer on the bar.
+          make: makes the arrays; not called if the file exists and is intact.
+          what: word for a layer on the bar.
         """
         for record in console.progress(source, self.header.layers, what=what):
             name = workdir.layer_file(self.directory, record.index)

@@ -1,4 +1,4 @@
-"""Scores of a layer's units, and the budget shared out between layers."""
+"""Score the layers' units, and share the budget out between layers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from prunetool.pruning import budget, compensation, gram, structural, units
 from prunetool.stats import Stats
 from prunetool.steps.run import Run
 
-MATRICES = ("o_proj", "down_proj")  # whose inputs the units make
+MATRICES = ("o_proj", "down_proj")  # their inputs come from the units
 
 
 @dataclass
 class _Units:
-    """A layer's units of one target: the order they go in, and what layers are compared by."""
+    """A layer's units of one target: the order of removal, and the scores to compare layers by."""
 
     order: np.ndarray
     compared: np.ndarray
@@ -37,12 +37,12 @@ class _Scored:
 
 
 class Scoring:
-    """One scoring: all that its layers share.
+    """One scoring: everything its layers share.
 
     Args:
       run: the run.
       targets: ``heads``, ``channels`` or both.
-      how: the command's other options, by their names.
+      how: the command's other options, by name.
     """
 
     def __init__(self, run: Run, targets: tuple[str, ...], how: dict[str, Any]) -> None:
@@ -50,10 +50,10 @@ class Scoring:
         self.model, self.work = run.model, run.work
         self._method = methods_of(targets)[how["method"]]
         self._rank_units = self._method.load()
-        self.said: list[str] = []  # what was reached, once all layers are given
+        self.said: list[str] = []  # what was reached, after the last layer
 
     def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
-        """Score every layer, share the budget out, then give each layer's record."""
+        """Score every layer, share the budget out, then yield each layer's record."""
         self._check_budget()
         scored = list(self._scored(source))
         counts = self._share_out([layer.units for layer in scored])
@@ -90,7 +90,7 @@ class Scoring:
         self._say_ratio(counts)
 
     def _scored(self, source: Iterator[records.LayerRecord]) -> Iterator[_Scored]:
-        """The scores of each layer. A sweep of sparsities makes them once, if they allow it."""
+        """The scores of each layer, made once for a sweep of sparsities if the method allows."""
         header = self.run.header
         shared = {
             key: self.how[key]
@@ -100,7 +100,7 @@ class Scoring:
         directory = f"scores-{workdir.digest([header.history[:-1], shared])}"
         for record in console.progress(source, header.layers):
             name = workdir.layer_file(directory, record.index)
-            # Several sparsities at once: the first to come makes the scores that all read.
+            # Several sparsities at once: the first one makes the scores that all read.
             with workdir.lock(self.work / name, wait=True):
                 arrays = workdir.make_once(self.work, name, partial(self._scores, record))
             yield _Scored(
@@ -149,7 +149,7 @@ class Scoring:
             )
         shapes = set(self.model.config.layer_shapes)
         if len(shapes) > 1:
-            raise ConfigError("--allocation uniform", "the layers differ", "give global")
+            raise ConfigError("--allocation uniform", "the layers differ in size", "give global")
         shape = shapes.pop()
         return budget.allocate_uniform(
             shape.kv_heads if HEADS in self.targets else 0,
@@ -158,7 +158,7 @@ class Scoring:
         )  # fmt: skip
 
     def _scores(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
-        """Scores of a layer's units of both targets, as a file keeps them."""
+        """Scores of a layer's units of both targets, in the form of a file."""
         stats = Stats(self.work, record, self.model.config)
         shape = self.model.config.layer_shapes[record.index]
         group_costs, channel_cost, _ = self._costs()
@@ -187,13 +187,13 @@ class Scoring:
         cost: int,
         place: tuple[int, bool],
     ) -> tuple[_Units, float]:
-        """Score the rows of W, or its ``blocks`` blocks of rows, by the method asked.
+        """Score the rows of W, or its ``blocks`` blocks of rows, by the requested method.
 
-        Token weighting: a diagonal method takes the weighted moments; another keeps its own order
+        Token weighting: a diagonal method uses the weighted moments; any other keeps its own order,
         and the weighted output energy splits the budget between layers.
 
         Returns:
-          The units, and the output energy of all together, ‖XW‖².
+          The units, and the output energy of all of them, ‖XW‖².
         """
         token = self.how["weighting"] == "token"
         A = gram.unpack_lower(stats[f"{matrix}.gram"])
@@ -206,7 +206,7 @@ class Scoring:
             weighted = structural.wanda(W, stats[f"{matrix}.token_diagonal"])
 
         weighted_gram = f"{matrix}.token_gram" if token else ""
-        # A method may give it in passing, where A is of plain tokens.
+        # Some methods return it as well, if A is of unweighted tokens.
         by_method = self._method.sums_energy and weighted_gram not in stats
         energy = None if by_method else compensation.output_energy(gram.mirror(A), W)
         if weighted_gram in stats:
@@ -224,7 +224,7 @@ class Scoring:
     def _lost(
         self, record: records.LayerRecord, kept: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Squared output error of both matrices when the units not kept are removed."""
+        """Squared output error of both matrices after plain removal of the pruned units."""
         stats = Stats(self.work, record, self.model.config)
         shape = self.model.config.layer_shapes[record.index]
         extent = extents(kept, shape, self.model.config)
@@ -242,7 +242,7 @@ class Scoring:
             counts.groups @ np.asarray(group_costs) + counts.channels.sum() * channel_cost
         )
         self.said += [
-            f"removes {removed:,} of {total:,} layer parameters ({removed / total:.4%}; asked "
+            f"removes {removed:,} of {total:,} layer parameters ({removed / total:.4%}; requested "
             f"{self.how['sparsity']:.2%})",
             f"{removed / self.model.parameters():.2%} of all parameters",
         ]

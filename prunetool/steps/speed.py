@@ -1,4 +1,4 @@
-"""How fast this machine is at what the steps do, from a second or two of each."""
+"""Measure this machine's speed at the steps' work, for a second or two each."""
 
 import os
 import tempfile
@@ -21,7 +21,7 @@ DISK_BYTES = 1 << 27
 
 
 class Speed(NamedTuple):
-    """Operations and bytes a second, the best of some rounds."""
+    """Operations and bytes per second, the best of several rounds."""
 
     products: float  # W x in the dtype of the forward, summed in float32
     solves: float  # float64 products and Cholesky factors
@@ -32,8 +32,8 @@ def measure(shape: tuple[int, int], dtype: str, directory: Path) -> Speed:
     """Measure this machine.
 
     Args:
-      shape: of the matrix of the products, (out, in).
-      dtype: of the products.
+      shape: shape of the matrix in the products, (out, in).
+      dtype: dtype of the products.
       directory: where to write.
     """
     out, size = shape
@@ -59,7 +59,7 @@ def measure(shape: tuple[int, int], dtype: str, directory: Path) -> Speed:
 
 
 def _best(work: Callable[[], object]) -> float:
-    """Seconds of the best round; the first is to warm up."""
+    """Seconds of the best round; the first one is a warm-up."""
     seconds = []
     for _ in range(ROUNDS + 1):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A checkpoint that export wrote, put on the Hub."""
+"""Upload a checkpoint that export wrote to the Hub."""
 
 import hashlib
 import json
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, HfApi
 
 CARD = "README.md"
-# "Llama 3.2 Community License Agreement", llama3.2, and such.
+# "Llama 3.2 Community License Agreement", llama3.2, and the like.
 LLAMA_LICENCE = re.compile(r"llama[ -]?([34](?:\.\d)?)\b", re.IGNORECASE)
 ABSENT = "is not on the Hub"
 FAILED = "is not uploaded"
 
 
 class Done(NamedTuple):
-    """Where an upload is to be seen, and whether it changed anything."""
+    """Where an upload can be seen, and whether it changed anything."""
 
     url: str
     changed: bool
 
 
 def contents(out: Path, repository: str, metrics: Sequence[Path]) -> dict[str, Path | bytes]:
-    """What goes to the Hub: the checkpoint's files by name, README.md as it is published.
+    """What goes to the Hub: the checkpoint's files by name, README.md in its published form.
 
-    All that the checkpoint's manifest names, and a licence or notice that was put beside.
+    All files in the checkpoint's manifest, and any licence or notice added beside them.
 
     Args:
       out: the checkpoint.
       repository: its id on the Hub, for README.md.
-      metrics: results of evaluate, of this checkpoint.
+      metrics: results of evaluate for this checkpoint.
 
     Raises:
-      WorkError: if it is no whole checkpoint of this tool, or its README.md cannot be read.
-      RecordError: if a file of ``metrics`` is something else, or of another model.
+      WorkError: if it is not a complete checkpoint of this tool, or its README.md cannot be read.
+      RecordError: if a file of ``metrics`` is something else, or for another model.
     """
     names = whole_files(out)
     beside = [out / name for name in LICENSE_FILES if name not in names]
@@ -60,10 +60,12 @@ def contents(out: Path, repository: str, metrics: Sequence[Path]) -> dict[str, P
             files[CARD] = published(card, repository, results).encode()
         except ValueError as error:
             raise WorkError(
-                out / CARD, f"has front matter that cannot be read ({error})", "correct it"
+                out / CARD, f"has front matter that cannot be read ({error})", "fix it"
             ) from error
     elif results:
-        raise WorkError(out / CARD, "no such file to put --metrics in", "write one, or leave them")
+        raise WorkError(
+            out / CARD, "no such file to put --metrics in", "write one, or omit --metrics"
+        )
     return files
 
 
@@ -73,12 +75,12 @@ def size_bytes(content: Path | bytes) -> int:
 
 
 def read_metrics(path: Path, model: Model) -> "list[EvalResult]":
-    """What ``prunetool evaluate`` printed of a model, as the Hub's pages hold it.
+    """Read a result of ``prunetool evaluate`` in the form of the Hub's model cards.
 
-    The text is called as the file is.
+    The text is named after the file.
 
     Raises:
-      RecordError: if it is something else, or of another model.
+      RecordError: if it is something else, or for another model.
     """
     from huggingface_hub import EvalResult
 
@@ -86,12 +88,12 @@ def read_metrics(path: Path, model: Model) -> "list[EvalResult]":
     value = json.loads(path.read_text("utf-8"))
     if value.get("parameters") != model.parameters():
         raise RecordError(
-            path, f"is of a model of {value.get('parameters')} parameters, and OUT has "
-            f"{model.parameters()}", "evaluate OUT, and give that",
+            path, f"is for a model of {value.get('parameters')} parameters, but OUT has "
+            f"{model.parameters()}", "evaluate OUT and give that result",
         )  # fmt: skip
     measured = {"perplexity": ("Perplexity", value["perplexity"])}
     if value["perplexity"] is None:
-        measured = {"loss": ("Loss, nats a token", value["loss"])}
+        measured = {"loss": ("Loss, nats per token", value["loss"])}
     if "against" in value:
         measured["kl_divergence"] = ("KL divergence from the base, nats", value["against"]["kl"])
     how = {
@@ -109,7 +111,7 @@ def read_metrics(path: Path, model: Model) -> "list[EvalResult]":
 
 
 def say_licence(out: Path, repository: str, names: Sequence[str]) -> None:
-    """Say what a Llama licence asks of who passes the model on; nothing of other licences."""
+    """Say what a Llama licence requires for redistribution; nothing for other licences."""
     front = front_matter(out)
     said = [str(front.get(key)) for key in ("license_name", "license")]
     texts = [name for name in names if name in LICENSE_FILES]
@@ -125,7 +127,7 @@ def say_licence(out: Path, repository: str, names: Sequence[str]) -> None:
         "a name that begins with “Llama”": repository.split("/")[-1].startswith("Llama"),
     }
     asked = ", ".join(f"{duty} ({'there' if met else 'NOT there'})" for duty, met in duties.items())
-    console.log.warning("Licence of Llama %s asks for: %s; see to it", found[1], asked)
+    console.log.warning("The Llama %s licence requires: %s", found[1], asked)
 
 
 def upload(
@@ -137,26 +139,26 @@ def upload(
     create_pr: bool,
     overwrite: bool,
 ) -> Done:
-    """Put files into a repository of the Hub, which is made if it is not there, in one commit.
+    """Put files into a Hub repository, created if missing, in one commit.
 
-    What an upload before has brought to the Hub is not sent again.
+    Files that an earlier upload brought to the Hub are not sent again.
 
     Args:
       files: `contents`.
-      repository: id.
-      private: make it so that nobody else sees it.
-      revision: branch, which is made if it is not there; of a pull request, the branch it is to.
+      repository: id of the repository.
+      private: create it so that nobody else can see it.
+      revision: branch, created if missing; for a pull request, its target branch.
       create_pr: open a pull request instead.
-      overwrite: replace another checkpoint that is there; its files go.
+      overwrite: replace an existing other checkpoint; its files are deleted.
 
     Raises:
-      HubError: if the Hub does not take it; or holds another checkpoint, or a public repository
-        where ``private`` is asked for.
+      HubError: if the Hub does not accept it, or has another checkpoint there, or a public
+        repository although ``private`` is requested.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if get_token() is None:
-        raise HubError(repository, "needs a token that may write, and there is none", LOGIN)
+        raise HubError(repository, "needs a token with write access, but there is none", LOGIN)
     api = HfApi()
     with asking(repository, "is not there and cannot be made", ABSENT):
         api.create_repo(repository, private=private or None, exist_ok=True)
@@ -164,7 +166,7 @@ def upload(
         if private and not api.repo_info(repository).private:
             raise HubError(
                 repository,
-                "is there and public",
+                "exists and is public",
                 "make it private in its settings, or name another",
             )
         if revision and not create_pr:
@@ -192,9 +194,9 @@ def upload(
 def _other_checkpoint(
     api: "HfApi", repository: str, revision: str | None, files: Mapping[str, Path | bytes]
 ) -> list[str]:
-    """Files of a repository that a program would load, and that are of other weights than these.
+    """Files of a repository that a program would load but that belong to other weights.
 
-    Weights of the same name and other content, and what these lack: it would be mixed with them.
+    Weights of the same name with other content, and names that these lack: they would get mixed.
     """
     from huggingface_hub.hf_api import RepoFile
 

@@ -202,7 +202,7 @@ def test_rope_scaling_comes_back(tmp_path):
 def test_what_is_not_converted_is_refused_by_name(tmp_path, run):
     write_gguf(tmp_path / "q.gguf", tiny_config(), architecture="gpt2")
     line = error_of(run("convert", tmp_path / "q.gguf", tmp_path / "out", ok=False))
-    assert "architecture 'gpt2'; known: llama, qwen2, qwen3" in line
+    assert "architecture 'gpt2'; supported: llama, qwen2, qwen3" in line
     (tmp_path / "junk.gguf").write_bytes(b"junk" * 9)
     line = error_of(run("convert", tmp_path / "junk.gguf", tmp_path / "out", ok=False))
     assert "junk.gguf: cannot be read as GGUF" in line
@@ -217,7 +217,7 @@ def test_what_is_not_converted_is_refused_by_name(tmp_path, run):
 
     write_gguf(tmp_path / "t.gguf", tiny_config(), tokenizer=unknown)
     line = error_of(run("convert", tmp_path / "t.gguf", tmp_path / "out", ok=False))
-    assert "pre-tokenizer 'unheard-of'; known: gpt-2, llama-bpe" in line
+    assert "pre-tokenizer 'unheard-of'; supported: gpt-2, llama-bpe" in line
 
     def torn(writer):
         writer.add_tokenizer_model("gpt2")
@@ -227,7 +227,7 @@ def test_what_is_not_converted_is_refused_by_name(tmp_path, run):
 
     write_gguf(tmp_path / "m.gguf", tiny_config(), tokenizer=torn)
     line = error_of(run("convert", tmp_path / "m.gguf", tmp_path / "out", ok=False))
-    assert "is not of its vocabulary" in line
+    assert "is not in its vocabulary" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -312,10 +312,10 @@ def test_parts_that_do_not_make_one_model_are_refused_by_file(tmp_path):
         keys={"split.no": 2}
     )
     assert f"{second}: says that it is part 2 of 4" in line(keys={"split.count": 4})
-    assert f"{second}: says that the parts hold 9 tensors, and they hold 30" in line(
+    assert f"{second}: says that the parts hold 9 tensors, but they hold 30" in line(
         keys={"split.tensors.count": 9}
     )
-    assert f"{first}: says that the parts hold 30 tensors, and they hold 29" in line(
+    assert f"{first}: says that the parts hold 30 tensors, but they hold 29" in line(
         keys={"split.tensors.count": 29}, tensors={"blk.1.ffn_norm.weight": None}
     )
     assert f"{second}: is of another model: general.name is not that of {first.name}" in line(
@@ -324,7 +324,7 @@ def test_parts_that_do_not_make_one_model_are_refused_by_file(tmp_path):
     write_parts(tmp_path)
     third.rename(tmp_path / "third.gguf")
     assert f"{third}: no such file; download all 3 parts" in refusal(first)
-    assert "third.gguf: is one of 3 parts, and its name does not say which" in refusal(
+    assert "third.gguf: is one of 3 parts, but its name does not say which" in refusal(
         tmp_path / "third.gguf"
     )
 
@@ -338,7 +338,7 @@ def test_a_tensor_that_two_parts_hold_is_refused(tmp_path):
     write_parts(tmp_path, change=change)
     line = refusal(tmp_path / "m-00002-of-00003.gguf")
     assert (
-        "m-00003-of-00003.gguf: tensor output_norm.weight is in m-00001-of-00003.gguf too" in line
+        "m-00003-of-00003.gguf: tensor output_norm.weight is also in m-00001-of-00003.gguf" in line
     )
 
 
@@ -361,7 +361,7 @@ def test_what_a_model_needs_is_there_in_its_shape_before_anything_is_written(tmp
     assert "tensor blk.01.ffn_up.weight is unknown" in line(
         tensors=[("blk.01.ffn_up.weight", ones)]
     )
-    assert "blk.1.ffn_down.weight is of shape (96, 64), and its header asks for (64, 96)" in line(
+    assert "blk.1.ffn_down.weight is of shape (96, 64), but its header requires (64, 96)" in line(
         tensors=[("blk.1.ffn_down.weight", ones)]
     )
     assert "blk.0.ffn_up.weight is of shape (0, 64)" in line(
@@ -371,7 +371,7 @@ def test_what_a_model_needs_is_there_in_its_shape_before_anything_is_written(tmp
         tensors=[("blk.0.attn_q.bias", np.ones(64, np.float32))]
     )
     for claimed in (2, 4, 4_000_000, 0):
-        assert f"llama.block_count = {claimed}, but there are tensors of 3 blocks" in line(
+        assert f"llama.block_count = {claimed}, but there are tensors for 3 blocks" in line(
             values=[("llama.block_count", claimed)]
         )
     assert "4 heads over 3 KV heads" in line(values=[("llama.attention.head_count_kv", 3)])
@@ -518,15 +518,15 @@ def test_keys_and_their_defaults_are_read_as_llama_cpp_reads_them(tmp_path, valu
         ([("llama.attention.head_count", [4, 4])], "head_count is not the same number in every"),
         ([("llama.feed_forward_length", [96, 96, 32])], "feed_forward_length is not the same"),
         ([("llama.attention.head_count_kv", [2, 1, 2])], "head_count_kv is not the same number"),
-        ([("llama.expert_count", 8)], "llama.expert_count = 8 is not computed here; known: 0"),
-        ([("llama.attention.causal", False)], "llama.attention.causal = False is not computed"),
-        ([("llama.attention.clamp_kqv", 8.0)], "llama.attention.clamp_kqv = 8.0 is not computed"),
-        ([("llama.logit_scale", 0.5)], "llama.logit_scale = 0.5 is not computed here; known: 0.0"),
-        ([("llama.embedding_scale", 12.0)], "llama.embedding_scale = 12.0 is not computed here"),
-        ([("llama.residual_scale", 0.5)], "llama.residual_scale = 0.5 is not computed here"),
-        ([("llama.attention.scale", 0.5)], "llama.attention.scale = 0.5 is not computed here"),
+        ([("llama.expert_count", 8)], "llama.expert_count = 8 is not supported; supported: 0"),
+        ([("llama.attention.causal", False)], "llama.attention.causal = False is not supported"),
+        ([("llama.attention.clamp_kqv", 8.0)], "llama.attention.clamp_kqv = 8.0 is not supported"),
+        ([("llama.logit_scale", 0.5)], "llama.logit_scale = 0.5 is not supported; supported: 0.0"),
+        ([("llama.embedding_scale", 12.0)], "llama.embedding_scale = 12.0 is not supported"),
+        ([("llama.residual_scale", 0.5)], "llama.residual_scale = 0.5 is not supported"),
+        ([("llama.attention.scale", 0.5)], "llama.attention.scale = 0.5 is not supported"),
         ([("llama.attention.sliding_window", 64)], "llama.attention.sliding_window = 64 is not"),
-        ([("llama.of_the_future", 1)], "llama.of_the_future = 1 is not computed here; not a key"),
+        ([("llama.of_the_future", 1)], "llama.of_the_future = 1 is not supported; unknown key"),
         ([("llama.rope.scaling.type", "longrope")], "rope scaling 'longrope'"),
         ([("llama.rope.scaling.attn_factor", 0.5)], "attn_factor = 0.5 with rope scaling 'linear'"),
         ([*YARN, ("llama.rope.scaling.yarn_ext_factor", 0.5)], "yarn_ext_factor = 0.5"),
@@ -926,7 +926,7 @@ TEXTS = byte_level()["tokenizer.ggml.tokens"]
     ("key", "value", "says"),
     [
         ("tokens", None, "has no tokenizer.ggml.tokens"),
-        ("tokens", TEXTS[:-1], "has 259 tokens and 260 rows of token_embd.weight"),
+        ("tokens", TEXTS[:-1], "has 259 tokens but 260 rows of token_embd.weight"),
         ("tokens", ["a", *TEXTS[1:]], "token 'a' has the ids 0 and"),
         ("tokens", [b"\xff\xfe", *TEXTS[1:]], "tokenizer.ggml.tokens cannot be read"),
         ("tokens", list(range(260)), "tokenizer.ggml.tokens is not an array of type string"),
@@ -934,17 +934,21 @@ TEXTS = byte_level()["tokenizer.ggml.tokens"]
         ("token_type", [1] * 259, "tokenizer.ggml.token_type has 259 values for 260 tokens"),
         ("token_type", [1.0] * 260, "tokenizer.ggml.token_type is not an array of type integer"),
         ("merges", None, "has no tokenizer.ggml.merges"),
-        ("merges", ["h e", "h zz"], "merge 'h zz' is not of its vocabulary"),
-        ("merges", ["he"], "merge 'he' is not of its vocabulary"),
-        ("merges", ["l h"], "merge 'l h' is not of its vocabulary"),
+        ("merges", ["h e", "h zz"], "merge 'h zz' is not in its vocabulary"),
+        ("merges", ["he"], "merge 'he' is not in its vocabulary"),
+        ("merges", ["l h"], "merge 'l h' is not in its vocabulary"),
         ("merges", [b"h \xff"], "tokenizer.ggml.merges cannot be read"),
         ("model", None, "has no tokenizer.ggml.model"),
-        ("model", "bert", "tokenizer 'bert'; known: gpt2, llama"),
+        ("model", "bert", "tokenizer 'bert'; supported: gpt2, llama"),
         ("model", 5, "tokenizer.ggml.model = 5; it must be of type string"),
         ("pre", 5, "tokenizer.ggml.pre = 5; it must be of type string"),
-        ("bos_token_id", 260, "tokenizer.ggml.bos_token_id = 260 of 260 tokens"),
-        ("eos_token_id", -1, "tokenizer.ggml.eos_token_id = -1 of 260 tokens"),
-        ("unknown_token_id", 1000, "tokenizer.ggml.unknown_token_id = 1000 of 260 tokens"),
+        ("bos_token_id", 260, "tokenizer.ggml.bos_token_id = 260, outside the vocabulary of 260"),
+        ("eos_token_id", -1, "tokenizer.ggml.eos_token_id = -1, outside the vocabulary of 260"),
+        (
+            "unknown_token_id",
+            1000,
+            "tokenizer.ggml.unknown_token_id = 1000, outside the vocabulary of 260",
+        ),
         ("padding_token_id", 1.5, "padding_token_id = 1.5; it must be of type integer"),
         ("add_bos_token", 1, "add_bos_token = 1; it must be of type boolean"),
     ],
@@ -959,7 +963,7 @@ def test_bos_that_is_to_be_added_must_be_named(tmp_path):
     values = byte_level(add_bos_token=True, bos_token_id=None)
     write_gguf(tmp_path / "a.gguf", tiny_config(), values=values)
     line = refusal(tmp_path / "a.gguf")
-    assert "adds BOS, and has no tokenizer.ggml.bos_token_id" in line
+    assert "adds BOS, but has no tokenizer.ggml.bos_token_id" in line
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_tensor_not_where_the_index_lists_it(checkpoint):
     here = value["weight_map"][name]
     value["weight_map"][name] = next(s for s in value["weight_map"].values() if s != here)
     index.write_text(json.dumps(value))
-    says(model, f"no tensor {name}, which the index lists here; get the shard again")
+    says(model, f"no tensor {name}, which the index lists here; download the shard again")
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -160,7 +160,7 @@ def test_a_head_that_a_tied_model_lists_and_does_not_store_is_the_embedding(chec
     model = checkpoint(shards=2)
     for shard in model.glob("*.safetensors"):
         rewrite(shard, **{"lm_head.weight": None})
-    says(model, "no tensor lm_head.weight, which the index lists here; get the shard again")
+    says(model, "no tensor lm_head.weight, which the index lists here; download the shard again")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     theirs = same_as_transformers(model)
@@ -227,13 +227,13 @@ def test_a_shape_wrong(checkpoint):
     model = checkpoint()
     name = "model.layers.0.self_attn.k_proj.weight"
     rewrite(model / "model.safetensors", **{name: np.zeros((16, 64), np.float32)})
-    says(model, f"{name} is (16, 64), and config.json makes it (32, 64)")
+    says(model, f"{name} is (16, 64), but config.json requires (32, 64)")
 
 
 def test_a_dtype_not_read(checkpoint):
     model = checkpoint()
     rewrite(model / "model.safetensors", **{"model.norm.weight": np.zeros(64, np.int8)})
-    says(model, "stores I8; give an unquantised checkpoint")
+    says(model, "stores the dtype I8; give an unquantised checkpoint")
 
 
 def test_a_tensor_too_many(checkpoint):

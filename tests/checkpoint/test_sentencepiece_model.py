@@ -141,8 +141,8 @@ def test_a_checkpoint_with_tokenizer_model_alone_goes_through_all_steps(tmp_path
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"model_type": "word"}, "is a model of words; known are BPE and unigram"),
-        ({"model_type": "char"}, "is a model of characters; known are BPE and unigram"),
+        ({"model_type": "word"}, "is of model type word; supported: BPE and unigram"),
+        ({"model_type": "char"}, "is of model type char; supported: BPE and unigram"),
         ({"treat_whitespace_as_suffix": True}, "does not write a space as the beginning"),
     ],
 )
@@ -165,11 +165,11 @@ def field(number, value):
         (b"\xff" * 12, "no number at byte 0"),
         (b"\x0b", "no field at byte 1"),
         (field(1, field(1, b"\xff")), "can't decode byte"),
-        (field(1, b"\x08\x01"), "a field holds what it cannot"),
-        (field(1, field(1, b"a")) * 2, "a piece is there twice"),
+        (field(1, b"\x08\x01"), "a field has an invalid value"),
+        (field(1, field(1, b"a")) * 2, "a piece appears twice"),
         (field(1, field(1, b"a") + b"\x15\0\0\xc0\x7f"), "piece 0 has the score nan"),
-        (field(1, field(1, b"a")) + field(2, field(3, b"")), "its settings are none"),
-        (b"\x08\x01", "a field holds what it cannot"),
+        (field(1, field(1, b"a")) + field(2, field(3, b"")), "its settings are invalid"),
+        (b"\x08\x01", "a field has an invalid value"),
     ],
 )
 def test_a_damaged_model_is_one_line(tmp_path, model, says):

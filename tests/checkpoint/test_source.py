@@ -93,7 +93,7 @@ def test_a_hub_out_of_reach(process, tmp_path):
     done = process("inspect", "me/tiny", ok=False, HF_ENDPOINT="http://127.0.0.1:9",
                HF_HOME=str(tmp_path / "hf"), HF_TOKEN="")  # fmt: skip
     line = error_of(done)
-    assert "me/tiny: no such directory, and the Hub did not give it" in line
+    assert "me/tiny: no such directory, and the Hub did not provide it" in line
     assert "(no answer from http://127.0.0.1:9); check the connection" in line
 
 
@@ -161,7 +161,7 @@ class TestCache:
         shard.unlink()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         for name in ("me/tiny", "me/other"):
-            says(name, f"{name}: no such directory, and the Hub did not give it "
+            says(name, f"{name}: no such directory, and the Hub did not provide it "
                  "(HF_HUB_OFFLINE is set, and the cache does not hold all of it); unset",
                  kind=errors.HubError)  # fmt: skip
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -220,7 +220,7 @@ class TestCache:
             raise OSError(28, "No space left on device", "/hub/blobs/x.incomplete")
 
         monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
-        says("me/tiny", "did not give it (the disk is full); make room and run again")
+        says("me/tiny", "did not provide it (the disk is full); make room and run again")
 
 
 class TestRefusals:
@@ -253,13 +253,13 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("status", "said"),
-        [(403, "the token lacks the right"), (500, "a fault of the Hub, status 500"),
+        [(403, "the token lacks permission"), (500, "a fault of the Hub, status 500"),
          (503, "a fault of the Hub, status 503"), (418, "status 418: tea … …=x")],
     )  # fmt: skip
     def test_other_answers(self, answers, monkeypatch, status, said):
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         answers(status, message=f"tea {SECRET} https://u:{SECRET}@hub/?token={SECRET}")
-        line = says("me/tiny", "me/tiny: no such directory, and the Hub did not give it (")
+        line = says("me/tiny", "me/tiny: no such directory, and the Hub did not provide it (")
         assert said.split(" …")[0] in line
         assert SECRET not in line
         assert "http" not in line.replace("https://…hub", "")
@@ -299,12 +299,10 @@ class TestOtherThings:
     def test_repositories_without_safetensors(self, server):
         config = {"config.json": json.dumps(tiny_config()).encode()}
         server.publish("me/a", {"a.Q4_0.gguf": b"GGUF", "README.md": b""})
-        says(
-            "me/a", "me/a: holds GGUF files, no safetensors; make one a checkpoint: prunetool conv"
-        )
+        says("me/a", "me/a: holds GGUF files and no safetensors; convert one to a checkpoint: pr")
         server.publish("me/b", {**config, "pytorch_model-00001-of-00002.bin": b"", "x/y.gguf": b""})
-        says("me/b", "me/b: holds neither model.safetensors.index.json nor model.safetensors, but "
-             "pickled files, never read; load it in transformers")  # fmt: skip
+        says("me/b", "me/b: holds neither model.safetensors.index.json nor model.safetensors, "
+             "only pickled files (never read); load it in transformers")  # fmt: skip
         server.publish("me/c", config)
         says("me/c", "me/c: holds neither model.safetensors.index.json nor model.safetensors; give")
         server.publish("me/d", {"notes.txt": b""})
@@ -315,10 +313,13 @@ class TestOtherThings:
         (tmp_path / "gguf").mkdir()
         for name in ("gguf/a.gguf", "dense/pytorch_model.bin", "notes"):
             (tmp_path / name).write_bytes(b"x")
-        says(tmp_path / "gguf/a.gguf", "is a GGUF file; make it a checkpoint: prunetool convert a.")
+        says(
+            tmp_path / "gguf/a.gguf",
+            "is a GGUF file; convert it to a checkpoint: prunetool convert a.",
+        )
         says(
             tmp_path / "gguf",
-            "holds GGUF files, no safetensors; make one a checkpoint: prunetool c",
+            "holds GGUF files and no safetensors; convert one to a checkpoint: pru",
         )
         for name in ("model.safetensors", "config.json"):
             says(model / name, "is one file of a checkpoint; give its directory: ")

@@ -38,7 +38,7 @@ def test_a_step_that_fails_keeps_no_records(checkpoint, text, call, tmp_path):
     (tmp_path / "cut.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(Exception, match="cut off"):
         call("score", "--sparsity", ".3", "cut.jsonl", "-o", "b.jsonl")
-    with pytest.raises(WorkError, match="w: holds no records of score or compensate; run score"):
+    with pytest.raises(WorkError, match="w: has no records of score or compensate; run score"):
         call("report", "w")
 
 
@@ -66,7 +66,7 @@ def test_clean_refuses_what_is_not_its_own(finished, call, checkpoint, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/run.json").write_text('{"a": 1}')
     for place in (tmp_path / "mine", checkpoint("other"), tmp_path / "nowhere"):
-        with pytest.raises(WorkError, match="is neither a work directory nor a checkpoint of"):
+        with pytest.raises(WorkError, match="is neither a work directory nor a checkpoint that"):
             call("clean", place)
     manifest = json.loads((out / ".prunetool.json").read_text()) | {"work": str(tmp_path / "mine")}
     del manifest["checksum"]

@@ -110,7 +110,7 @@ def test_what_is_there_already_is_said_and_not_written_again(tmp_path, gguf_path
     out = tmp_path / "out"
     run("convert", gguf_path, out)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert "out holds it already" in run("convert", gguf_path, out).stderr
+    assert "out already has it" in run("convert", gguf_path, out).stderr
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 

@@ -132,7 +132,8 @@ def test_a_model_against_itself_has_no_error(checkpoint, run, tmp_path, held_out
     done = run("evaluate", dense, "--against", other, "--tokens", tmp_path / "ids.npy",
                "--sequence-length", 48, ok=False)  # fmt: skip
     line = (
-        "--against: its vocab_size is 300 and the model's 260; name the checkpoint that was pruned"
+        "--against: its vocab_size is 300 but the model's is 260; name the checkpoint that was "
+        "pruned"
     )
     assert line in error_of(done)
 
@@ -312,7 +313,7 @@ def test_what_cannot_be_learned_is_one_line(calibrated, run, tmp_path):
     assert error_of(done).endswith("lower --learning-rate")
     done = run("score", records, *words, "--method", "magnitude", "--pattern", "2:4", ok=False)
     assert error_of(done) == (
-        "Error: layer 0: q_proj: 62 inputs: are no multiple of 4; take another --pattern"
+        "Error: layer 0: q_proj: 62 inputs: are not a multiple of 4; choose another --pattern"
     )
     name = "stats/layer-00001.attention.safetensors"
     samples = workdir.load(tmp_path / "kept.work", name)

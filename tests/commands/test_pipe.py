@@ -335,7 +335,7 @@ def test_scores_of_two_steps_join(calibrated, run, tmp_path):
     run("export", tmp_path / "out", stdin=refitted)
     # A score behind the refit would make it one of other units.
     done = run("score", "--target", "channels", "--sparsity", ".3", stdin=refitted, ok=False)
-    assert "put compensate behind the last score" in error_of(done)
+    assert "run compensate after the last score" in error_of(done)
 
 
 def steps(model, text, out):
@@ -446,7 +446,7 @@ def test_export_refuses_what_it_would_destroy(calibrated, run, tmp_path):
 def test_steps_out_of_order_say_what_is_missing(calibrated, run, tmp_path):
     _, records = calibrated()
     done = run("compensate", records, ok=False)
-    assert "put prunetool score before this step" in error_of(done)
+    assert "run prunetool score before this step" in error_of(done)
     (tmp_path / "dense.work" / "stats" / "layer-00001.stats.safetensors").unlink()
     line = error_of(run("score", "--sparsity", ".1", records, ok=False))
     assert "layer-00001.stats.safetensors: cannot be read" in line
@@ -456,7 +456,7 @@ def test_without_held_out_tokens_the_damping_must_be_given(calibrated, run):
     _, records = calibrated(held_out=0)
     kept = run("score", "--sparsity", ".3", records).stdout
     line = error_of(run("compensate", stdin=kept, ok=False))
-    assert "--damping: no tokens were held out to choose it on; give one number" in line
+    assert "--damping: no tokens were held out to choose it with; give one number" in line
     run("compensate", "--damping", "0.01", stdin=kept)
 
 

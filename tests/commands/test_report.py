@@ -119,7 +119,7 @@ def test_every_count_is_what_the_files_and_the_export_hold(calibrated, run, tmp_
         assert loss["down_proj, removed"][0] == f"{values['loss']['down_proj']:.4g}"
         assert loss["o_proj, masked"][0] == f"{values['masks']['o']['loss']:.4g}"
         assert "v_proj, masked" not in loss  # calibrate kept no sums of its inputs
-    assert page.tables["What was asked"][-1][0][0] == "compensate"
+    assert page.tables["What was requested"][-1][0][0] == "compensate"
     assert not any(name.startswith("Relative error of the attention") for name in page.tables)
     assert "script" not in page.seen
 
@@ -208,7 +208,7 @@ def test_a_cut_stream_makes_no_page(calibrated, run, tmp_path):
     for lines, seen in ((4, 3), (2, 1)):
         cut = "".join(records.read_text().splitlines(True)[:lines])
         line = error_of(run("report", stdin=cut, ok=False))
-        assert f"cut off after {seen} of 3 layers; run the step before again" in line
+        assert f"cut off after {seen} of 3 layers; run the previous step again" in line
     assert (tmp_path / "report.html").read_text() == "before"
     assert not list(tmp_path.glob(".*"))
 
@@ -227,7 +227,7 @@ def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, pro
     assert done.stdout.isascii()
     page = Page(done.stdout)
     assert page.tables["Evaluation e.json"][2][1][0] == f"{'y' * 49}…{'y' * 50}"
-    asked = page.tables["What was asked"][-1][1][0]
+    asked = page.tables["What was requested"][-1][1][0]
     assert r"shuffle z\x1bz\x1b" in asked
     assert asked.count("z") < 50
     assert done.stdout.count("&#27169;") == 3 * 99  # title, heading and line below

@@ -105,7 +105,7 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(
     first.kill()
     first.wait()
     said = run(*words).stderr
-    assert f"process {first.pid}, which wrote it, is gone; this one goes on" in said
+    assert f"process {first.pid}, which wrote it, is gone; continuing" in said
     assert not list(tmp_path.rglob("*.lock"))
 
 
@@ -231,7 +231,7 @@ def test_an_export_that_failed_half_way_goes_on(checkpoint, text, run, tmp_path)
     run("export", "out", "d.jsonl", *size)
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert "out holds it already" in run("export", "out", "d.jsonl", *size).stderr
+    assert "out already has it" in run("export", "out", "d.jsonl", *size).stderr
     for others in (["b.jsonl", *size], ["d.jsonl"]):
         assert "is not empty" in error_of(run("export", "out", *others, ok=False))
 

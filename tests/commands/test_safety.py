@@ -185,7 +185,7 @@ class TestDamage:
             else:
                 flipped = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
                 path.write_bytes(data[:-1] if kind == "cut" else flipped)
-            with pytest.raises(WorkError, match=f"{name}: is damaged or gone; give --overwrite"):
+            with pytest.raises(WorkError, match=f"{name}: is damaged or missing; give --overwrite"):
                 call("export", "out", "c.jsonl")
             call("export", "out", "c.jsonl", "--overwrite")
             assert contents(tmp_path / "out") == expected
@@ -423,7 +423,7 @@ class TestOverwrite:
         path = tmp_path / "out/.prunetool.json"
         run = checksum.read_sealed(path)["run"]
         path.write_text(json.dumps(checksum.sealed({"run": run, "files": files})))
-        with pytest.raises(WorkError, match=r"out.* is (damaged or gone|not empty)"):
+        with pytest.raises(WorkError, match=r"out.* is (damaged or missing|not empty)"):
             call("export", "out", "c.jsonl")
         assert (tmp_path / "private").read_text() == "mine"
 

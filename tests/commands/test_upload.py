@@ -163,7 +163,7 @@ class TestWhatGoes:
     @pytest.mark.parametrize("kind", ["damaged", "gone", "unfinished", "foreign", "none", "file"])
     def test_what_is_no_whole_checkpoint_is_refused(self, out, server, upload, tmp_path, kind):
         shard = out / "model-00002-of-00005.safetensors"
-        said = "model-00002-of-00005.safetensors: is damaged or gone; write the checkpoint again"
+        said = "model-00002-of-00005.safetensors: is damaged or missing; write the checkpoint again"
         if kind == "damaged":
             data = shard.read_bytes()
             shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -174,7 +174,7 @@ class TestWhatGoes:
             said = "out: was not finished; run the command that writes it again"
         elif kind == "foreign":
             (out / writer.MANIFEST).unlink()
-            said = "out: has no .prunetool.json that tells whether it is whole; name a checkpoint"
+            said = "out: has no .prunetool.json to check it against; name a checkpoint"
         else:
             shutil.rmtree(out)
             said = "out: no such directory; name one that export wrote"
@@ -212,7 +212,9 @@ class TestPlaces:
         upload(out, "me/y")
         assert not server.repositories["me/y"].private
         before = server.files("me/y")
-        with pytest.raises(HubError, match="me/y: is there and public; make it private in its set"):
+        with pytest.raises(
+            HubError, match="me/y: exists and is public; make it private in its set"
+        ):
             upload(out, "me/y", "--private")
         assert server.files("me/y") == before
 
@@ -246,8 +248,8 @@ class TestPlaces:
 class TestRefusals:
     def test_no_token(self, out, server, upload, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "")
-        with pytest.raises(HubError, match="me/x: needs a token that may write, and there is none; "
-                           "set HF_TOKEN, or run: hf auth login"):  # fmt: skip
+        with pytest.raises(HubError, match="me/x: needs a token with write access, but there is "
+                           "none; set HF_TOKEN, or run: hf auth login"):  # fmt: skip
             upload(out, "me/x")
         assert not server.asked
 
@@ -268,10 +270,10 @@ class TestRefusals:
     def test_a_token_that_may_only_read(self, out, server, upload, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", READER)
         with pytest.raises(HubError, match=r"me/x: is not there and cannot be made \(the token lac"
-                           r"ks the right\); use one that has it"):  # fmt: skip
+                           r"ks permission\); use one that has it"):  # fmt: skip
             upload(out, "me/x")
         server.publish("me/x", {"notes.md": b""})
-        with pytest.raises(HubError, match=r"me/x: is not uploaded \(the token lacks the right\)"):
+        with pytest.raises(HubError, match=r"me/x: is not uploaded \(the token lacks permission\)"):
             upload(out, "me/x")
         assert set(server.files("me/x")) == {"notes.md"}
 
@@ -279,7 +281,9 @@ class TestRefusals:
         with pytest.raises(HubError, match="you/x: is not there and cannot be made"):
             upload(out, "you/x")
         server.publish("you/x", {"notes.md": b""})
-        with pytest.raises(HubError, match=r"you/x: is not uploaded \(the token lacks the right\)"):
+        with pytest.raises(
+            HubError, match=r"you/x: is not uploaded \(the token lacks permission\)"
+        ):
             upload(out, "you/x")
 
     @pytest.mark.parametrize("name", ["x", "me/x/y", "me/x y", "https://me:p@hub/x", "me/a--b", ""])
@@ -342,7 +346,7 @@ def test_killed_half_way_it_sends_what_is_missing(out, server, start, process, s
     output, error = started.communicate()
     assert started.returncode == (-9 if signal == 9 else 130)
     if signal == 2:
-        assert error == "Interrupted; run the same command again to go on\n"
+        assert error == "Interrupted; run the same command again to resume\n"
     assert output == ""
     server.during = lambda path: False
     kept = list(server.stored)
@@ -379,7 +383,9 @@ class TestMetrics:
     def test_of_another_model_or_of_nothing(self, made, out, server, upload, capsys, tmp_path):
         measured = evaluated(capsys, made / "tiny", made / "text.txt")
         (tmp_path / "m.json").write_text(json.dumps(measured))
-        with pytest.raises(RecordError, match=r"m\.json: is of a model of \d+ parameters, and OUT"):
+        with pytest.raises(
+            RecordError, match=r"m\.json: is for a model of \d+ parameters, but OUT"
+        ):
             upload(out, "me/x", "--metrics", "m.json")
         (tmp_path / "m.json").write_text("[]")
         with pytest.raises(RecordError, match=r"m\.json: is not an evaluation"):
@@ -391,24 +397,26 @@ class TestMetrics:
 
 class TestLicence:
     def said(self, upload, out, name):
-        return [line for line in upload(out, name, "--dry-run").err.splitlines() if "asks" in line]
+        return [
+            line for line in upload(out, name, "--dry-run").err.splitlines() if "requires" in line
+        ]
 
     def test_what_a_llama_licence_asks_for_is_said(self, out, upload):
         assert self.said(upload, out, "me/x") == []
         (out / "LICENSE.txt").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n")
         assert self.said(upload, out, "me/x") == [
-            "Licence of Llama 3.1 asks for: a copy of the licence (there), a Notice file (NOT "
+            "The Llama 3.1 licence requires: a copy of the licence (there), a Notice file (NOT "
             "there), “Built with Llama” on the page (NOT there), a name that begins with “Llama” "
-            "(NOT there); see to it"
+            "(NOT there)"
         ]
         (out / "LICENSE.txt").unlink()
         (out / "NOTICE").write_text("Llama 3.2 is licensed …")
         text = (out / "README.md").read_text() + "\nBuilt with Llama\n"
         (out / "README.md").write_text(text.replace("---\n", "---\nlicense: llama3.2\n", 1))
         assert self.said(upload, out, "me/Llama-3.2-x") == [
-            "Licence of Llama 3.2 asks for: a copy of the licence (NOT there), a Notice file (there"
-            "), “Built with Llama” on the page (there), a name that begins with “Llama” (there); "
-            "see to it"
+            "The Llama 3.2 licence requires: a copy of the licence (NOT there), a Notice file "
+            "(there), “Built with Llama” on the page (there), a name that begins with “Llama” "
+            "(there)"
         ]
 
     @pytest.mark.parametrize("licence", ["apache-2.0", "llama2", "llama"])

@@ -46,24 +46,25 @@ REFUSED = {
     "a pruned family": ({"model_type": "pruned_llama", "family": "gpt2"}, "family 'gpt2'; prunet"),
     "a pruned family in a list": ({"model_type": "pruned_llama", "family": []}, "family []; prune"),
     "a window of a pruned llama": (
-        {"model_type": "pruned_llama", "sliding_window": 64}, "sliding_window = 64 is not computed"
+        {"model_type": "pruned_llama", "sliding_window": 64}, "sliding_window = 64 is not supported"
     ),
     "biases of o of qwen2": (
-        {"model_type": "qwen2", "attention_bias": True}, "attention_bias = True is not computed"
+        {"model_type": "qwen2", "attention_bias": True}, "attention_bias = True is not supported"
     ),
     "mlp biases of qwen3": (
-        {"model_type": "qwen3", "mlp_bias": True}, "mlp_bias = True is not computed here"
+        {"model_type": "qwen3", "mlp_bias": True}, "mlp_bias = True is not supported"
     ),
     "a window of some layers of qwen2": (
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
-        "max_window_layers = 2 of 3 layers is not computed here; a window is of all layers (0) or",
+        "max_window_layers = 2 of 3 layers is not supported; the window must be on all "
+        "layers (0) or on none (3)",
     ),
     "windows of some layers of qwen3": (
         {
             "model_type": "qwen3", "use_sliding_window": True,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
-        "layer_types = ['full_attention', 'sliding_attention', 'full_attention'] is not computed",
+        "layer_types = ['full_attention', 'sliding_attention', 'full_attention'] is not supported",
     ),
     "windows of layers that are off": (
         {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "layer_types = ['slid"
@@ -102,10 +103,10 @@ REFUSED = {
     ),
     "a 1 for true": ({"attention_bias": 1}, "attention_bias = 1; it must be true or false"),
     "a 0 for false": ({"mlp_bias": 0}, "mlp_bias = 0; it must be true or false"),
-    "a 1 for true, elsewhere": ({"use_qk_norm": 0}, "use_qk_norm = 0 is not computed here"),
-    "true for a 1": ({"num_local_experts": True}, "num_local_experts = True is not computed here"),
-    "a list": ({"logit_scale": [1.0]}, "logit_scale = [1.0] is not computed here"),
-    "an object": ({"hidden_act": {"a": 1}}, "hidden_act = {'a': 1} is not computed here"),
+    "a 1 for true, elsewhere": ({"use_qk_norm": 0}, "use_qk_norm = 0 is not supported"),
+    "true for a 1": ({"num_local_experts": True}, "num_local_experts = True is not supported"),
+    "a list": ({"logit_scale": [1.0]}, "logit_scale = [1.0] is not supported"),
+    "an object": ({"hidden_act": {"a": 1}}, "hidden_act = {'a': 1} is not supported"),
     "a model type that is a list": ({"model_type": ["llama"]}, "model_type ['llama']"),
     "an absent count": ({"vocab_size": "absent"}, "model without vocab_size; download config.json"),
     "a null count": ({"hidden_size": None}, "model without hidden_size; download config.json"),
@@ -140,20 +141,20 @@ REFUSED = {
     "theta beyond floats": ({"rope_theta": 10**400}, "it must be a number from 2 to 1e+15"),
     "biases of mistral": (
         {"model_type": "mistral", "sliding_window": None, "attention_bias": True},
-        "attention_bias = True is not computed here",
+        "attention_bias = True is not supported",
     ),
     "KV heads of mistral": (
         {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": "absent"},
         "layer 0: 4 heads over 8 KV heads",
     ),
-    "both directions": ({"is_causal": False}, "is_causal = False is not computed here"),
+    "both directions": ({"is_causal": False}, "is_causal = False is not supported"),
     "other weights": ({"transformers_weights": "a.safetensors"}, "transformers_weights = 'a.safe"),
     # Layers.
     "too few layer types": (
         {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']"
     ),
     "layer types as text": ({"layer_types": "full_attention"}, "layer_types = 'full_attention' is"),
-    "layer types as object": ({"layer_types": {}}, "layer_types = {} is not computed here"),
+    "layer types as object": ({"layer_types": {}}, "layer_types = {} is not supported"),
     "layer types in lists": ({"layer_types": [["a"], {}, 1]}, "layer_types = [['a'], {}, 1] is"),
     "sparse layers": ({"mlp_layer_types": ["sparse"] * 3}, "mlp_layer_types = ['sparse', 'sp"),
     "layers as list": ({"per_layer_config": []}, "per_layer_config = []; it must be an object"),
@@ -164,7 +165,7 @@ REFUSED = {
     ),
     "a layer too many": (
         {"per_layer_config": {"3": {}}},
-        "per_layer_config of layer 3; each layer, from 0 to 2, may stand there once",
+        "per_layer_config of layer 3; each layer, from 0 to 2, may appear once",
     ),
     "a layer twice": (
         {"per_layer_config": {"1": {}, "01": {}}}, "per_layer_config of layer 01; each"
@@ -174,7 +175,7 @@ REFUSED = {
         {"per_layer_config": {"-1": {}}}, "per_layer_config of layer -1; each layer"
     ),
     "eps of a layer": (
-        own(rms_norm_eps=1e-3), "per_layer_config of layer 1: rms_norm_eps = 0.001 is not computed"
+        own(rms_norm_eps=1e-3), "per_layer_config of layer 1: rms_norm_eps = 0.001 is not supported"
     ),
     "head_dim of a layer": (own(head_dim=8), "per_layer_config of layer 1: head_dim = 8 is not"),
     "null of a layer": (own(intermediate_size=None), "layer 1 without intermediate_size; download"),
@@ -186,13 +187,13 @@ REFUSED = {
     # Rotary embedding.
     "rope a list": ({"rope_scaling": []}, "rope_scaling = []; it must be an object"),
     "rope false": ({"rope_parameters": False}, "rope_parameters = False; it must be an object"),
-    "rope type a list": ({"rope_scaling": {"type": ["linear"]}}, "rope type ['linear']; known"),
+    "rope type a list": ({"rope_scaling": {"type": ["linear"]}}, "rope type ['linear']; supported"),
     "rope of each layer type": (
         {"rope_parameters": {"full_attention": LINEAR}, "layer_types": ["full_attention"] * 3},
-        "rope_parameters: full_attention = {'factor': 4.0, 'rope_type': 'linear'} is not computed",
+        "rope_parameters: full_attention = {'factor': 4.0, 'rope_type': 'linear'} is not supported",
     ),
     "rope list": (
-        scaled(LINEAR, factor=[4.0]), "rope_scaling: factor = [4.0] is not computed here"
+        scaled(LINEAR, factor=[4.0]), "rope_scaling: factor = [4.0] is not supported"
     ),
     "rope part": (
         scaled(LINEAR, partial_rotary_factor=0.5), "rope_scaling: partial_rotary_factor = 0.5 is"

@@ -67,7 +67,7 @@ def test_no_layer_loses_its_last_group_or_channels():
     )  # fmt: skip
     assert counts.groups.tolist() == [0, 0]
     assert counts.channels.tolist() == [32, 32]
-    with pytest.raises(ConfigError, match="at most 12,288 can go"):
+    with pytest.raises(ConfigError, match="but at most 12,288 can be removed"):
         budget.allocate_global(
             [np.zeros(1)] * 2, [np.zeros(64)] * 2, [GROUP_COST] * 2, CHANNEL_COST,
             65 * CHANNEL_COST, budget.Limits(32, 32),
