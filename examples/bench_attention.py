@@ -40,7 +40,7 @@ import jax, jax.numpy as jnp
 from prunetool.pruning import attention_loss as al
 from prunetool.steps.attention import turn_of
 turn, w = turn_of(model, length), tuple(map(jnp.asarray, weights))
-inputs = al.Inputs(jnp.asarray(x), None, None)
+inputs = al.AttentionInputs(jnp.asarray(x), None, None)
 dense = al.queries_keys(turn, w, inputs)
 M = tuple(0.9 * jnp.ones_like(W) for W in w)
 one = lambda M: al.descend_mask(turn, M, w, inputs, dense, jnp.float32(0), jnp.float32(1), steps=1)

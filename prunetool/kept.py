@@ -12,10 +12,12 @@ import numpy as np
 from prunetool import records, workdir
 from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
-from prunetool.llama.weights import MATRICES, PARTS, part_shapes, unit_axes
+from prunetool.llama.parts import MATRICES, PARTS
+from prunetool.llama.weights import part_shapes, unit_axes
+from prunetool.methods import UNIT_TARGETS
 from prunetool.model import Model
 
-HEADS, CHANNELS = TARGETS = ("heads", "channels")
+GROUPS, CHANNELS = UNIT_TARGETS
 
 
 def _array(work: Path, name: str, key: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -42,7 +44,7 @@ def kept_units(work: Path, record: records.LayerRecord, shape: LayerShape) -> di
     Raises:
       RecordError: if a file is missing, damaged, or of another layer's shape.
     """
-    kept = {HEADS: np.ones(shape.kv_heads, bool), CHANNELS: np.ones(shape.channels, bool)}
+    kept = {GROUPS: np.ones(shape.kv_heads, bool), CHANNELS: np.ones(shape.channels, bool)}
     for target, every in kept.items():
         if name := record.files.get(f"kept.{target}"):
             kept[target] = _array(work, name, target, bool, every.shape)
@@ -66,7 +68,7 @@ def extents(
     """The extent of each of the seven matrices, from the kept units (`kept_units`)."""
     axes = {
         "hidden": np.ones(config.hidden_size, bool),
-        **unit_axes(kept[HEADS], kept[CHANNELS], shape, config.head_dim),
+        **unit_axes(kept[GROUPS], kept[CHANNELS], shape, config.head_dim),
     }
     return {part: Extent(*(axes[axis] for axis in PARTS[part].axes)) for part in MATRICES}
 

@@ -79,13 +79,14 @@ QK = {
     ),
     "attention-diag": Method("steps.attention:saliency"),
 }
+UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
 NAMES = tuple(dict.fromkeys((*UNITS, *QK, *WEIGHTS)))
 
 
 def methods_of(targets: Sequence[str]) -> dict[str, Method]:
     """The methods that score these targets of ``score``, by name."""
-    if {"heads", "channels"} & set(targets):
+    if set(UNIT_TARGETS) & set(targets):
         return UNITS
     return WEIGHTS | QK if set(targets) == {"q", "k"} else WEIGHTS
 

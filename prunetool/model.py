@@ -15,17 +15,8 @@ from prunetool.checkpoint.source import fetch_weights, locate
 from prunetool.checkpoint.writer import write_json
 from prunetool.errors import CheckpointError, shown
 from prunetool.llama.config import LayerShape, LlamaConfig, parse_config
-from prunetool.llama.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    MATRICES,
-    Layer,
-    part_shapes,
-    scatter,
-    tensor_name,
-    tensor_shapes,
-)
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES
+from prunetool.llama.weights import Layer, part_shapes, scatter, tensor_name, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -139,7 +130,7 @@ class Model:
 
     def head(self) -> np.ndarray:
         """lm_head, or the embedding if tied, (V, D)."""
-        return self.read(EMBEDDING if self.config.tied else HEAD)
+        return self.read(EMBEDDING if self.config.tied else LM_HEAD)
 
     def layer_parameters(self, shape: LayerShape) -> int:
         """Parameters of the seven matrices of a layer of this shape."""
@@ -178,7 +169,7 @@ def open_model(name: str, revision: str | None = None) -> Model:
     config_path = directory / "config.json"
     config = parse_config(read_json(config_path), config_path)
     fetch_weights(name, directory)  # only once it is clear that they are usable
-    index = read_index(directory, unstored=[HEAD] if config.tied else [])
+    index = read_index(directory, unstored=[LM_HEAD] if config.tied else [])
     if config.tied and _has_own_head(index):
         config = replace(config, tied=False)
     expected = tensor_shapes(config)
@@ -195,7 +186,7 @@ def open_model(name: str, revision: str | None = None) -> Model:
         dtype_of(info)
     for tensor in index:
         # A tied model may carry a copy of its head, and old checkpoints their rotary frequencies.
-        harmless = tensor == HEAD or tensor.endswith("rotary_emb.inv_freq")
+        harmless = tensor == LM_HEAD or tensor.endswith("rotary_emb.inv_freq")
         if tensor not in expected and not harmless:
             raise CheckpointError(
                 index[tensor].shard,
@@ -210,4 +201,8 @@ def _has_own_head(index: Index) -> bool:
 
     As in transformers since version 5.
     """
-    return HEAD in index and EMBEDDING in index and not same_values(index[HEAD], index[EMBEDDING])
+    return (
+        LM_HEAD in index
+        and EMBEDDING in index
+        and not same_values(index[LM_HEAD], index[EMBEDDING])
+    )

@@ -12,21 +12,22 @@ import numpy as np
 from prunetool import records, workdir
 from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
-from prunetool.llama.weights import PARTS, axis_sizes
+from prunetool.llama.parts import PARTS
+from prunetool.llama.weights import axis_sizes
 
 if TYPE_CHECKING:
     import jax
 
-    from prunetool.llama.forward import Inputs
+    from prunetool.llama.forward import Taps
     from prunetool.pruning.gram import Sums
 
 
 class Site(NamedTuple):
-    """An input of a layer that is summed, named after its field of `forward.Inputs`.
+    """An input of a layer that is summed, named after its field of `forward.Taps`.
 
     Attributes:
       matrices: the matrices that take this input.
-      joins: field of `forward.Inputs` with the residual stream that their output joins.
+      joins: field of `forward.Taps` with the residual stream that their output joins.
       of_units: its features are produced by units, so scores and refits need it. Others are summed
         only for ``--stats all``.
       blocks: keep the token-weighted diagonal blocks of KV groups.
@@ -76,7 +77,7 @@ def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> "dict[str, Sums]":
     }  # fmt: skip
 
 
-def given(inputs: "Inputs", name: str) -> "tuple[jax.Array, jax.Array]":
+def given(inputs: "Taps", name: str) -> "tuple[jax.Array, jax.Array]":
     """The input at a site, and the residual stream that its output joins."""
     return getattr(inputs, name), getattr(inputs, SITES[name].joins)
 
@@ -146,8 +147,8 @@ class Stats:
       config: the model's config.
 
     Attributes:
-      parts: kinds of the files: the tokens to fit (``stats``), and any held out (``held_out``).
-        All requested arrays are summed over ``parts``.
+      splits: kinds of the files: the tokens to fit (``stats``), and any held out (``held_out``).
+        All requested arrays are summed over ``splits``.
 
     Raises:
       RecordError: if the stream does not come from calibrate.
@@ -158,14 +159,14 @@ class Stats:
         work: Path,
         record: records.LayerRecord,
         config: LlamaConfig,
-        parts: tuple[str, ...] = ("stats", "held_out"),
+        splits: tuple[str, ...] = ("stats", "held_out"),
     ) -> None:
         if "stats" not in record.files:
             raise RecordError(
                 f"layer {record.index}", "has no stats", "run prunetool calibrate before this step"
             )
-        self.parts = tuple(part for part in parts if part in record.files)
-        self._files = [workdir.TensorFile(work, record.files[part]) for part in self.parts]
+        self.splits = tuple(split for split in splits if split in record.files)
+        self._files = [workdir.TensorFile(work, record.files[split]) for split in self.splits]
         self._where = work / record.files["stats"]
         self._shapes = array_shapes(config, config.layer_shapes[record.index])
 

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from prunetool import stats
 from prunetool.llama.config import parse_config
-from prunetool.llama.weights import MATRICES
+from prunetool.llama.parts import MATRICES
 from prunetool.records import LayerRecord
 from prunetool.stats import GIVEN, SITES, Site, Stats
 from tests.conftest import tiny_config

@@ -8,13 +8,21 @@ from click.core import ParameterSource
 
 from prunetool import __version__, console, options, records
 from prunetool.errors import RecordError
-from prunetool.methods import NAMES, PATTERNS, QK, UNITS, WEIGHTS, default_of, methods_of
+from prunetool.llama.parts import MATRICES
+from prunetool.methods import (
+    NAMES,
+    PATTERNS,
+    QK,
+    UNIT_TARGETS,
+    UNITS,
+    WEIGHTS,
+    default_of,
+    methods_of,
+)
 
 OF_UNITS = ("allocation", "weighting", "multiple_of", "min_channels", "newton_iterations")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "published", "refine")
-UNIT_TARGETS = ("heads", "channels")
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-GROUPS = {"qk": MATRICES[:2], "weights": MATRICES}
+SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 
 
 @click.command(cls=options.Command)
@@ -144,13 +152,13 @@ def score(
 
 def _targets(target: str) -> tuple[str, ...]:
     """The units, or the matrices in the order of a layer, that a --target names."""
-    named = [part for name in target.split(",") for part in GROUPS.get(name, (name,))]
+    named = [part for name in target.split(",") for part in SHORTHANDS.get(name, (name,))]
     for known in (UNIT_TARGETS, MATRICES):
         if set(named) <= set(known) and len(set(named)) == len(named):
             return tuple(part for part in known if part in named)
     raise click.BadParameter(
         f"{target!r}: give some of {', '.join(UNIT_TARGETS)}, or some of "
-        f"{', '.join((*MATRICES, *GROUPS))}, separated by commas"
+        f"{', '.join((*MATRICES, *SHORTHANDS))}, separated by commas"
     )
 
 
@@ -166,7 +174,7 @@ def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
         "newton_iterations" not in takes or how["lam"] == float("inf")
     ):
         raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
-    if how["refine"] and targets != GROUPS["qk"]:
+    if how["refine"] and targets != SHORTHANDS["qk"]:
         raise click.UsageError("--refine goes with --target qk")
     if how["published"] and ("published" not in takes or how["lam"] or how["learning_rate"]):
         raise click.UsageError("--published goes with --method attention-gd, and sets λ and η")

@@ -40,8 +40,8 @@ class Rotation(NamedTuple):
     s: jax.Array
 
 
-class Inputs(NamedTuple):
-    """Inputs of a layer's matrices, and the residual stream that their outputs join."""
+class Taps(NamedTuple):
+    """Taps of a layer's matrices, and the residual stream that their outputs join."""
 
     attention: jax.Array  # x, input of q, k and v, (D, B, N)
     o: jax.Array  # a, (H d, B, N)
@@ -262,7 +262,7 @@ def decoder_layer(
     head_dim: int,
     eps: float,
     window: int | None = None,
-) -> tuple[jax.Array, Inputs]:
+) -> tuple[jax.Array, Taps]:
     """One decoder layer: h + attention(norm(h)), then + mlp(norm(·)).
 
     Args:
@@ -288,7 +288,7 @@ def decoder_layer(
     gate, up = linear(w.gate, w.gate_bias, y), linear(w.up, w.up_bias, y)
     z = (jax.nn.silu(gate) * up).astype(dtype)
     out = after + linear(w.down, w.down_bias, z)
-    return out, Inputs(x, a, y, z, h, after)
+    return out, Taps(x, a, y, z, h, after)
 
 
 def logits(h: jax.Array, norm: jax.Array, head: jax.Array, *, eps: float) -> jax.Array:

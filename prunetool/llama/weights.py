@@ -14,51 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prunetool.llama.config import LayerShape, LlamaConfig
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, PARTS, UNIT_MATRICES
 
 Array = Any  # np.ndarray on the host, jax.Array on the device
-
-
-class Part(NamedTuple):
-    """A tensor of a decoder layer.
-
-    Attributes:
-      name: its name in the checkpoint, relative to its layer.
-      axes: what each of its axes counts (`axis_sizes`); a matrix is (out, in).
-      needs: settings of `LlamaConfig`, any of which adds this part; empty: always present.
-    """
-
-    name: str
-    axes: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-
-
-PARTS = {
-    "input_norm": Part("input_layernorm.weight", ("hidden",)),
-    "q": Part("self_attn.q_proj.weight", ("heads", "hidden")),
-    "k": Part("self_attn.k_proj.weight", ("groups", "hidden")),
-    "v": Part("self_attn.v_proj.weight", ("groups", "hidden")),
-    "o": Part("self_attn.o_proj.weight", ("hidden", "heads")),
-    "post_norm": Part("post_attention_layernorm.weight", ("hidden",)),
-    "gate": Part("mlp.gate_proj.weight", ("channels", "hidden")),
-    "up": Part("mlp.up_proj.weight", ("channels", "hidden")),
-    "down": Part("mlp.down_proj.weight", ("hidden", "channels")),
-    "q_bias": Part("self_attn.q_proj.bias", ("heads",), ("attention_bias", "qkv_bias")),
-    "k_bias": Part("self_attn.k_proj.bias", ("groups",), ("attention_bias", "qkv_bias")),
-    "v_bias": Part("self_attn.v_proj.bias", ("groups",), ("attention_bias", "qkv_bias")),
-    "o_bias": Part("self_attn.o_proj.bias", ("hidden",), ("attention_bias",)),
-    "gate_bias": Part("mlp.gate_proj.bias", ("channels",), ("mlp_bias",)),
-    "up_bias": Part("mlp.up_proj.bias", ("channels",), ("mlp_bias",)),
-    "down_bias": Part("mlp.down_proj.bias", ("hidden",), ("mlp_bias",)),
-    "q_norm": Part("self_attn.q_norm.weight", ("head",), ("qk_norm",)),
-    "k_norm": Part("self_attn.k_norm.weight", ("head",), ("qk_norm",)),
-}
-# The seven over which sparsity is counted, and the two whose inputs the units produce.
-MATRICES = tuple(part for part, (_, axes, _) in PARTS.items() if len(axes) == 2)
-UNIT_MATRICES = tuple(part for part in MATRICES if PARTS[part].axes[0] == "hidden")
 
 
 class Layer(NamedTuple):
@@ -123,7 +81,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             shapes[tensor_name(layer, part)] = extent
     shapes[FINAL_NORM] = (D,)
     if not config.tied:
-        shapes[HEAD] = (V, D)
+        shapes[LM_HEAD] = (V, D)
     return shapes
 
 

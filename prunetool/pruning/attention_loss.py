@@ -35,7 +35,7 @@ Turn = Callable[..., Pair]  # (z_q, z_k, *norms) -> (q, k)
 Residual = Callable[..., jax.Array]
 
 
-class Inputs(NamedTuple):
+class AttentionInputs(NamedTuple):
     """The inputs of a layer's attention."""
 
     x: jax.Array  # normalised input, (D, B, N)
@@ -85,7 +85,7 @@ def _unflat(x: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(like.shape[-2], -1, *x.shape[1:]), 0, -2)
 
 
-def project(w: Pair, inputs: Inputs) -> Pair:
+def project(w: Pair, inputs: AttentionInputs) -> Pair:
     """z_q and z_k."""
 
     def one(W: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -96,7 +96,7 @@ def project(w: Pair, inputs: Inputs) -> Pair:
     return one(w[0], inputs.q_bias), one(w[1], inputs.k_bias)
 
 
-def _turned(turn: Turn, w: Pair, inputs: Inputs) -> Pair:
+def _turned(turn: Turn, w: Pair, inputs: AttentionInputs) -> Pair:
     """Q and k of the weights."""
     return turn(*project(w, inputs), *inputs.norms)
 
@@ -110,7 +110,7 @@ def pull_back(
       q, k: the point at which P is computed.
       residual: ``residual(P, block, q, k, *given)`` returns R of one block.
       given: further arguments of ``residual``, arrays with a leading axis B · n_kv.
-      window: as in `Inputs`.
+      window: as in `AttentionInputs`.
 
     Returns:
       ‖R‖² over all blocks, and (dq, dk) in the shapes of q and k.
@@ -149,7 +149,9 @@ def _signs(P: jax.Array, block: _Block, _q: Any, _k: Any, key: jax.Array) -> jax
     return jax.random.rademacher(jax.random.fold_in(key, block.start), P.shape, P.dtype)
 
 
-def value_and_gradient(turn: Turn, w: Pair, inputs: Inputs, dense: Pair) -> tuple[Any, Pair]:
+def value_and_gradient(
+    turn: Turn, w: Pair, inputs: AttentionInputs, dense: Pair
+) -> tuple[Any, Pair]:
     """L without regularisation, and its gradient with respect to the weights.
 
     Args:
@@ -165,7 +167,7 @@ def value_and_gradient(turn: Turn, w: Pair, inputs: Inputs, dense: Pair) -> tupl
     return 0.5 * energy / count, back((dq / count, dk / count))[0]
 
 
-def hessian_product(turn: Turn, V: Pair, w: Pair, inputs: Inputs) -> Pair:
+def hessian_product(turn: Turn, V: Pair, w: Pair, inputs: AttentionInputs) -> Pair:
     """The Hessian of L without regularisation times V, at the dense weights w.
 
     There P̃ = P, so the Hessian is its Gauss-Newton form: J_P applied twice.
@@ -184,7 +186,7 @@ def hessian_product(turn: Turn, V: Pair, w: Pair, inputs: Inputs) -> Pair:
 
 @partial(jax.jit, static_argnames=("turn", "probes"))
 def hessian_diagonal(
-    turn: Turn, w: Pair, inputs: Inputs, key: jax.Array, *, probes: int = PROBES
+    turn: Turn, w: Pair, inputs: AttentionInputs, key: jax.Array, *, probes: int = PROBES
 ) -> Pair:
     """The diagonal of the Hessian of L at the dense weights w, estimated without bias.
 
@@ -218,7 +220,7 @@ def squared_errors(candidates: Sequence[Pair], dense: Pair, window: int | None) 
     Args:
       candidates: q and k of each candidate.
       dense: q and k that produce P.
-      window: as in `Inputs`.
+      window: as in `AttentionInputs`.
 
     Returns:
       (len(candidates), n_kv, g) and (n_kv, g).
@@ -242,13 +244,13 @@ def squared_errors(candidates: Sequence[Pair], dense: Pair, window: int | None) 
 
 
 @partial(jax.jit, static_argnames="turn")
-def queries_keys(turn: Turn, w: Pair, inputs: Inputs) -> Pair:
+def queries_keys(turn: Turn, w: Pair, inputs: AttentionInputs) -> Pair:
     """Q and k of the weights."""
     return _turned(turn, w, inputs)
 
 
 @partial(jax.jit, static_argnames="turn")
-def measure(turn: Turn, w: Pair, inputs: Inputs, dense: Pair) -> Pair:
+def measure(turn: Turn, w: Pair, inputs: AttentionInputs, dense: Pair) -> Pair:
     """L without regularisation, a scalar; and ‖P̃ − P‖_F/‖P‖_F of each head, (n_kv, g)."""
     q, k = _turned(turn, w, inputs)
     (error,), energy = squared_errors([(q, k)], dense, inputs.window)
@@ -261,7 +263,7 @@ def _count(q: jax.Array) -> float:
 
 
 @partial(jax.jit, static_argnames="turn")
-def mask_curvature(turn: Turn, w: Pair, inputs: Inputs) -> jax.Array:
+def mask_curvature(turn: Turn, w: Pair, inputs: AttentionInputs) -> jax.Array:
     """λ_max of the Hessian with respect to the masks at M = 1, without λ."""
 
     def on_masks(V: Pair) -> Pair:
@@ -276,7 +278,15 @@ def _times(a: Pair, b: Pair) -> Pair:
 
 @partial(jax.jit, static_argnames=("turn", "steps"))
 def descend_mask(
-    turn: Turn, M: Pair, w: Pair, inputs: Inputs, dense: Pair, lam: Any, rate: Any, *, steps: int
+    turn: Turn,
+    M: Pair,
+    w: Pair,
+    inputs: AttentionInputs,
+    dense: Pair,
+    lam: Any,
+    rate: Any,
+    *,
+    steps: int,
 ) -> tuple[Pair, jax.Array]:
     """Steps of Algorithm 1 on both masks; returns the loss, with λ, before each step, (steps,)."""
 
@@ -309,7 +319,7 @@ def refine(
     turn: Turn,
     state: Refining,
     support: Pair,
-    inputs: Inputs,
+    inputs: AttentionInputs,
     dense: Pair,
     rates: Pair,
     start: jax.Array,

@@ -14,7 +14,7 @@ from prunetool.errors import NumericalError, RecordError
 from prunetool.llama import forward
 from prunetool.model import Model
 from prunetool.pruning import attention_loss, attention_mask
-from prunetool.pruning.attention_loss import Inputs, Pair, Turn
+from prunetool.pruning.attention_loss import AttentionInputs, Pair, Turn
 
 # Measured on layers 5, 10 and 20 of SmolLM2-135M, 8 sequences of 256 tokens: held-out error.
 RELATIVE_LAMBDA = 1e-3  # of λ_max; 1e-4 … 1e-2 within 0.002 of it
@@ -79,7 +79,9 @@ class AttentionLayer:
             None if b is None else jnp.asarray(b, jnp.float32) for b in (*biases, *norms)
         )
         self.fit, self.held_out = (
-            Inputs(jnp.asarray(samples[part], jnp.float32), b_q, b_k, tuple(weights), window)
+            AttentionInputs(
+                jnp.asarray(samples[part], jnp.float32), b_q, b_k, tuple(weights), window
+            )
             for part in ("fit", "held_out")
         )
         self._targets = [

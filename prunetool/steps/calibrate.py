@@ -18,16 +18,8 @@ from prunetool.checkpoint.writer import need_room
 from prunetool.devices import Team, local_mesh, own_terms, spec
 from prunetool.errors import ConfigError, RecordError
 from prunetool.llama import forward
-from prunetool.llama.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    MATRICES,
-    PARTS,
-    Layer,
-    part_shapes,
-    tensor_name,
-)
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES, PARTS
+from prunetool.llama.weights import Layer, part_shapes, tensor_name
 from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruning import gram
@@ -161,11 +153,11 @@ class Calibration:
 
     def _shares(self) -> dict[str, tuple[int, int]]:
         """Start and stop of this process's share of each part of the samples."""
-        return {kind: self.team.share(*part) for kind, part in self._parts().items()}
+        return {kind: self.team.share(*part) for kind, part in self._splits().items()}
 
     def _read_ends(self) -> None:
         """Read the tensors not used here that still belong to the run, for their checksums."""
-        if not {FINAL_NORM, EMBEDDING if self.model.config.tied else HEAD} <= (
+        if not {FINAL_NORM, EMBEDDING if self.model.config.tied else LM_HEAD} <= (
             self.model.checksums.keys()
         ):
             self.model.final_norm(), self.model.head()
@@ -203,7 +195,10 @@ class Calibration:
         stream = self._stream(self._hidden(done))
         if done == 0:
             streaming.embed(self.model, self.tokens[mine], stream)
-        step, head_dim = Step(self.model, self.attention.length), self.model.config.head_dim
+        step, head_dim = (
+            LayerFunction(self.model, self.attention.length),
+            self.model.config.head_dim,
+        )
         rope = step.placed(streaming.rotation(self.model, self.tokens.shape[1]))
         layers = self.model.padded_layers(done)
         console.doing("compiling")
@@ -248,7 +243,7 @@ class Calibration:
             streaming.return_free_memory()
             yield self._record(number).adding({}, self.profile.take("calibrate", {}))
 
-    def _parts(self) -> dict[str, tuple[int, int]]:
+    def _splits(self) -> dict[str, tuple[int, int]]:
         """Start and stop of each part of the samples, by the kind of its stats."""
         fit = len(self.tokens) - self.held_out
         parts = {"stats": (0, fit), "held_out": (fit, len(self.tokens))}
@@ -271,7 +266,7 @@ class Calibration:
 
     def _write_sums(self, layer: int, kind: str, sums: dict[str, Any]) -> None:
         """Write the sums over all sequences of a part of the samples."""
-        first, last = self._parts()[kind]
+        first, last = self._splits()[kind]
         tokens = (last - first) * self.tokens.shape[1]
         with self.profile.phase("write"):
             config = self.model.config
@@ -293,7 +288,7 @@ class Calibration:
 
     def _kinds(self) -> list[str]:
         """Kinds of a layer's files."""
-        return [*self._parts(), *(["attention"] if self.attention.samples else [])]
+        return [*self._splits(), *(["attention"] if self.attention.samples else [])]
 
     def _hidden(self, layer: int) -> Path:
         return streaming.path_before(self.work, layer, self.team.suffix)
@@ -344,7 +339,7 @@ def padded_sizes(layer: Layer) -> dict[str, int]:
     return dict(axes)
 
 
-class Step:
+class LayerFunction:
     """The layer and the sums over its inputs, compiled once for all layers and devices.
 
     The sequences of a batch are split over this process's devices; each has its own sums, along

@@ -10,7 +10,7 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
 from prunetool.kept import Extent, extents, kept_units, masks, used_weight
-from prunetool.llama.weights import UNIT_MATRICES
+from prunetool.llama.parts import UNIT_MATRICES
 from prunetool.model import Model
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.pruning.gram import Partition
@@ -91,8 +91,8 @@ def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> di
             with run.profile.phase("read"):
                 W = used_weight(model, record.index, matrix)
                 sums = [
-                    _Sums.of(Stats(work, record, model.config, (p,)), matrix, rows)
-                    for p in stats.parts
+                    _Sums.of(Stats(work, record, model.config, (split,)), matrix, rows)
+                    for split in stats.splits
                 ]
                 bias = model.part_if_any(record.index, f"{matrix}_bias")
                 bias = None if bias is None else bias.astype(np.float64)

@@ -23,18 +23,11 @@ from prunetool.checkpoint.writer import (
     templates,
 )
 from prunetool.errors import RecordError, WorkError, shown
-from prunetool.kept import CHANNELS, HEADS, kept_units, masks
+from prunetool.kept import CHANNELS, GROUPS, kept_units, masks
 from prunetool.llama import forms
 from prunetool.llama.config import LayerShape, LlamaConfig
-from prunetool.llama.weights import (
-    MATRICES,
-    Layer,
-    part_shapes,
-    scatter,
-    select,
-    tensor_chunks,
-    tensor_name,
-)
+from prunetool.llama.parts import MATRICES
+from prunetool.llama.weights import Layer, part_shapes, scatter, select, tensor_chunks, tensor_name
 from prunetool.model import Model
 from prunetool.steps.run import reopen
 
@@ -125,7 +118,7 @@ class Export:
             if n not in range(model.layers):
                 return {name: model.read(name) for name in chunks[number]}
             if dense:
-                places = [np.flatnonzero(kept[n][unit]) for unit in (HEADS, CHANNELS)]
+                places = [np.flatnonzero(kept[n][unit]) for unit in (GROUPS, CHANNELS)]
             else:
                 places = [np.arange(shapes[n].kv_heads), np.arange(shapes[n].channels)]
             layer = _pruned_layer(model, self.work, made[n], kept[n])
@@ -157,7 +150,7 @@ class Export:
         said = [f"{kind}, {now:,} of {before:,} parameters ({1 - now / before:.2%} fewer)"]
         if densities:
             filled, size = np.sum([list(layer.values()) for layer in densities], axis=(0, 1))
-            said.append(f"{filled:,} of {size:,} layer weights not zero ({filled / size:.2%})")
+            said.append(f"{filled:,} of {size:,} layer weights nonzero ({filled / size:.2%})")
         return [*said, f"{self.writer.size_bytes / 1e6:,.1f} MB in {self.out}"]
 
     def _put_files(self, target: LlamaConfig, kind: str) -> None:
@@ -240,7 +233,7 @@ def _densities(
 
 
 def _kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
-    return shape.keeping(int(units[HEADS].sum()), int(units[CHANNELS].sum()))
+    return shape.keeping(int(units[GROUPS].sum()), int(units[CHANNELS].sum()))
 
 
 def _pruned_layer(
@@ -251,7 +244,7 @@ def _pruned_layer(
     layer = model.layer(record.index)
     masked = masks(model, work, record)
     layer = layer._replace(**{part: mask.on(getattr(layer, part)) for part, mask in masked.items()})
-    layer = select(layer, shape, np.flatnonzero(units[HEADS]), np.flatnonzero(units[CHANNELS]))
+    layer = select(layer, shape, np.flatnonzero(units[GROUPS]), np.flatnonzero(units[CHANNELS]))
     if "refit" not in record.files:
         return layer
     refit = workdir.load(work, record.files["refit"])

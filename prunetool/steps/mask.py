@@ -9,7 +9,7 @@ import numpy as np
 from prunetool import console, records
 from prunetool.errors import NumericalError, RecordError, naming
 from prunetool.kept import Extent, Mask, extents, kept_units, pack_mask
-from prunetool.llama.weights import MATRICES
+from prunetool.llama.parts import MATRICES
 from prunetool.methods import QK, methods_of
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.stats import GIVEN, SITES, Stats

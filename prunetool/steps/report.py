@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from prunetool import console, records
 from prunetool.errors import RecordError, shown
-from prunetool.kept import CHANNELS, HEADS, extents, kept_units, masks
+from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, masks
 from prunetool.model import Model
 from prunetool.steps.run import reopen
 
@@ -20,7 +20,7 @@ caption { text-align: left; font-weight: bold; padding: .3em 0; white-space: now
 th, td { padding: .2em .6em; text-align: right; border: 1px solid #eee; font-weight: normal }
 .words td, .words th { text-align: left } .map td, .map th { font-size: 75%; padding: .3em }
 """
-UNITS = ("query heads", "KV heads", "MLP channels")
+COLUMNS = ("query heads", "KV heads", "MLP channels")
 MAPS = {"own": "each model's own input", "same_input": "the dense model's input"}
 SUMMARY = "mean {mean:.4g}, worst {worst:.4g} (layer {worst_layer} head {worst_head})"
 
@@ -132,9 +132,9 @@ def _sizes(
         kept = int(extent.of(masked[part].kept).sum()) if part in masked else stored
         weights[part] = [kept, stored, extent.rows.size * extent.columns.size]
     weights["all"] = [sum(counts) for counts in zip(*weights.values(), strict=True)]
-    groups, channels = int(units[HEADS].sum()), int(units[CHANNELS].sum())
+    groups, channels = int(units[GROUPS].sum()), int(units[CHANNELS].sum())
     now = (groups * shape.group_size, groups, channels)
-    of = zip(UNITS, now, (shape.heads, shape.kv_heads, shape.channels), strict=True)
+    of = zip(COLUMNS, now, (shape.heads, shape.kv_heads, shape.channels), strict=True)
     cells = {unit: _share(kept, before, f"{kept} / {before}") for unit, kept, before in of}
     shares = {part: _share(kept, dense) for part, (kept, _, dense) in weights.items()}
     return cells, shares, weights["all"]

@@ -9,21 +9,21 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
-from prunetool.kept import CHANNELS, HEADS, extents, kept_units, used_weight
+from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, used_weight
 from prunetool.methods import methods_of
 from prunetool.pruning import budget, compensation, gram, structural, units
 from prunetool.stats import Stats
 from prunetool.steps.run import Run
 
-MATRICES = ("o_proj", "down_proj")  # their inputs come from the units
+OUTPUT_MATRICES = ("o_proj", "down_proj")  # their inputs come from the units
 
 
 @dataclass
 class _Units:
     """A layer's units of one target: the order of removal, and the scores to compare layers by."""
 
-    order: np.ndarray
-    compared: np.ndarray
+    score: np.ndarray
+    between_layers: np.ndarray
 
 
 @dataclass
@@ -57,12 +57,12 @@ class Scoring:
         self._check_budget()
         scored = list(self._scored(source))
         counts = self._share_out([layer.units for layer in scored])
-        lost = {HEADS: counts.groups, CHANNELS: counts.channels}
+        lost = {GROUPS: counts.groups, CHANNELS: counts.channels}
 
         def kept(record: records.LayerRecord) -> dict[str, np.ndarray]:
             units = scored[record.index].units
             return {
-                target: budget.keep(units[target].order, int(lost[target][record.index]))
+                target: budget.keep(units[target].score, int(lost[target][record.index]))
                 for target in self.targets
             }
 
@@ -74,18 +74,20 @@ class Scoring:
         for record, name, arrays in self.run.layers(records_in, make, "loss of layer"):
             layer, shape = scored[record.index], self.model.config.layer_shapes[record.index]
             masks = self._masks(record) | kept(record)
-            losses = {m: float(arrays[f"{m}.lost"][0]) / (layer.energy[m] or 1.0) for m in MATRICES}
-            groups, channels = int(masks[HEADS].sum()), int(masks[CHANNELS].sum())
+            losses = {
+                m: float(arrays[f"{m}.lost"][0]) / (layer.energy[m] or 1.0) for m in OUTPUT_MATRICES
+            }
+            groups, channels = int(masks[GROUPS].sum()), int(masks[CHANNELS].sum())
             heads = groups * shape.group_size
             now = {"heads": heads, "kv_heads": groups, "channels": channels}
             worst.append(max(losses.values()))
             ratios = [f"{heads}/{shape.heads}", f"{channels}/{shape.channels}"]
-            rows.append([record.index, *ratios, *(f"{losses[m]:.4f}" for m in MATRICES)])
+            rows.append([record.index, *ratios, *(f"{losses[m]:.4f}" for m in OUTPUT_MATRICES)])
             yield record.adding(
                 {f"kept.{t}": name for t in self.targets},
                 {"kept": now, "loss": losses, "energy": layer.energy, **layer.seconds},
             )
-        columns = ["layer", "heads", "channels", *MATRICES]
+        columns = ["layer", "heads", "channels", *OUTPUT_MATRICES]
         console.table("Relative output error by plain removal", columns, rows, by=worst)
         self._say_ratio(counts)
 
@@ -106,7 +108,7 @@ class Scoring:
             yield _Scored(
                 record,
                 {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets},
-                {m: float(arrays[f"{m}.energy"][0]) for m in MATRICES},
+                {m: float(arrays[f"{m}.energy"][0]) for m in OUTPUT_MATRICES},
                 self.run.profile.take("score", record.values),
             )
 
@@ -118,7 +120,7 @@ class Scoring:
         """Refuse an impossible sparsity before any layer is scored."""
         empty = [
             {
-                t: _Units(*[np.zeros(shape.kv_heads if t == HEADS else shape.channels)] * 2)
+                t: _Units(*[np.zeros(shape.kv_heads if t == GROUPS else shape.channels)] * 2)
                 for t in self.targets
             }
             for shape in self.model.config.layer_shapes
@@ -142,8 +144,8 @@ class Scoring:
         limits = budget.Limits(self.how["multiple_of"], self.how["min_channels"])
         if self.how["allocation"] == "global":
             empty = np.zeros(0)
-            groups = [u[HEADS].compared if HEADS in u else empty for u in ranked]
-            channels = [u[CHANNELS].compared if CHANNELS in u else empty for u in ranked]
+            groups = [u[GROUPS].between_layers if GROUPS in u else empty for u in ranked]
+            channels = [u[CHANNELS].between_layers if CHANNELS in u else empty for u in ranked]
             return budget.allocate_global(
                 groups, channels, group_costs, channel_cost, target, limits
             )
@@ -152,7 +154,7 @@ class Scoring:
             raise ConfigError("--allocation uniform", "the layers differ in size", "give global")
         shape = shapes.pop()
         return budget.allocate_uniform(
-            shape.kv_heads if HEADS in self.targets else 0,
+            shape.kv_heads if GROUPS in self.targets else 0,
             shape.channels if CHANNELS in self.targets else 0,
             self.model.layers, group_costs[0], channel_cost, target, limits,
         )  # fmt: skip
@@ -164,7 +166,7 @@ class Scoring:
         group_costs, channel_cost, _ = self._costs()
         out = {}
         for kind, matrix, blocks, cost in (
-            (HEADS, "o", shape.kv_heads, group_costs[record.index]),
+            (GROUPS, "o", shape.kv_heads, group_costs[record.index]),
             (CHANNELS, "down", 0, channel_cost),
         ):
             W = used_weight(self.model, record.index, matrix)
@@ -174,7 +176,7 @@ class Scoring:
                     W, stats, matrix, blocks, cost, (record.index, blocks > 0)
                 )
             console.within(1 if blocks else 2, 2, "matrix")
-            out[f"{kind}.order"], out[f"{kind}.compared"] = found.order, found.compared
+            out[f"{kind}.order"], out[f"{kind}.compared"] = found.score, found.between_layers
             out[f"{matrix}_proj.energy"] = np.array([energy])
         return out
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from prunetool.llama.weights import MATRICES, tensor_name
+from prunetool.llama.parts import MATRICES
+from prunetool.llama.weights import tensor_name
 from prunetool.steps import report
 from tests.conftest import error_of
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from prunetool.llama.config import LayerShape
-from prunetool.llama.weights import PARTS, Layer, scatter, select
+from prunetool.llama.parts import PARTS
+from prunetool.llama.weights import Layer, scatter, select
 from prunetool.model import open_model
 
 

@@ -46,7 +46,7 @@ def problem(B=2, N=9, biased=False, normed=False, window=None, seed=0):
     biases = [jnp.asarray(random.standard_normal(len(W))) if biased else None for W in w]
     moved = tuple(W + 0.3 * jnp.asarray(random.standard_normal(W.shape)) for W in w)
     norms = tuple(jnp.asarray(random.uniform(0.5, 2, HEAD_DIM)) for _ in w) if normed else ()
-    return w, moved, al.Inputs(x, *biases, norms, window)
+    return w, moved, al.AttentionInputs(x, *biases, norms, window)
 
 
 def matrices(w, inputs):
