@@ -44,9 +44,12 @@ def summed_in(dtype: str) -> object:
         kind = jnp.promote_types(x.dtype, dtype) if dtype == "float64" else x.dtype
         dimensions = (((x.ndim - 1,), (x.ndim - 1,)), (batch, batch))
         return lax.dot_general(
-            x.astype(kind), y.astype(kind), dimensions, precision=lax.Precision.HIGHEST,
+            x.astype(kind),
+            y.astype(kind),
+            dimensions,
+            precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.dtype(dtype),
-        )  # fmt: skip
+        )
 
     return product
 
@@ -101,11 +104,13 @@ def main() -> None:
             masks = kept(given.model, score)
         first = first or masks
         changed = [
-            f"{int((a & ~b).sum())} of {int(a.sum()):,}"
-            for a, b in zip(first, masks, strict=True)
-        ]  # fmt: skip
-        print(f"| {forward} | {summed} | {stored} | {' | '.join(changed)} | "
-              f"{loss['perplexity']:.4f} |", flush=True)  # fmt: skip
+            f"{int((a & ~b).sum())} of {int(a.sum()):,}" for a, b in zip(first, masks, strict=True)
+        ]
+        print(
+            f"| {forward} | {summed} | {stored} | {' | '.join(changed)} | "
+            f"{loss['perplexity']:.4f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -100,9 +100,13 @@ def curvature_at(case: Case) -> tuple[float, np.ndarray]:
 def descended(case: Case, lam: float, learning_rate: float) -> np.ndarray:
     X, _, W = problem(case)
     M, _ = am.gradient_descent_mask(
-        X, W, lam=lam, learning_rate=learning_rate, causal=False,
+        X,
+        W,
+        lam=lam,
+        learning_rate=learning_rate,
+        causal=False,
         steps=am.PUBLISHED_SYNTHETIC.iterations,
-    )  # fmt: skip
+    )
     return np.asarray(M)
 
 

@@ -43,9 +43,11 @@ def measure(command: list[str]) -> tuple[float, float]:
     """Wall seconds and peak resident MB of a process."""
     started = time.monotonic()
     child = os.posix_spawn(
-        command[0], command, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        command[0],
+        command,
+        {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
         file_actions=[(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)],
-    )  # fmt: skip
+    )
     _, status, usage = os.wait4(child, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command[:4])}")

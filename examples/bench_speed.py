@@ -95,8 +95,9 @@ def calibration(model: Model, samples: int, length: int, work: Path) -> Calibrat
 def achieved(directory: Path, tokens: int) -> None:
     """Arithmetic a second of the steps over the machine's own."""
     length = 2048
-    make_checkpoint(directory / "wide", {**SHAPES["llama-2-7b"], "num_hidden_layers": 3,
-                                         "vocab_size": 1024})  # fmt: skip
+    make_checkpoint(
+        directory / "wide", {**SHAPES["llama-2-7b"], "num_hidden_layers": 3, "vocab_size": 1024}
+    )
     model = open_model(str(directory / "wide"))
     work, layers = directory / "work", model.layers
     job = calibration(model, tokens // length, length, work)
@@ -113,9 +114,11 @@ def achieved(directory: Path, tokens: int) -> None:
             flush=True,
         )
 
-    print("products, bfloat16 (GFLOP/s):", ", ".join(
-        f"{size}: {bfloat16_peak(size) / 1e9:.0f}" for size in (1024, 2048, 4096)
-    ), flush=True)  # fmt: skip
+    print(
+        "products, bfloat16 (GFLOP/s):",
+        ", ".join(f"{size}: {bfloat16_peak(size) / 1e9:.0f}" for size in (1024, 2048, 4096)),
+        flush=True,
+    )
     wide, narrow = [], []
 
     def measure_peaks() -> None:

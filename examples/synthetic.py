@@ -41,9 +41,13 @@ def random_matrix(random: np.random.Generator, shape: tuple[int, ...]) -> np.nda
 def make_checkpoint(out: Path, shape: dict[str, object]) -> CheckpointWriter:
     """Write a checkpoint of these entries of config.json."""
     raw = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", **shape,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        **shape,
+    }
     chunks = [
         {name: TensorSpec("bfloat16", shape) for name, shape in chunk.items()}
         for chunk in tensor_chunks(parse_config(raw, out / "config.json"))

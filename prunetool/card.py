@@ -86,9 +86,12 @@ def _how_dense(densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
     if not densities:
         return []
     lines = [
-        "", "## Nonzero weights, of those stored", "",
-        f"| layer | {' | '.join(densities[0])} |", f"|---:|{'---:|' * len(densities[0])}",
-    ]  # fmt: skip
+        "",
+        "## Nonzero weights, of those stored",
+        "",
+        f"| layer | {' | '.join(densities[0])} |",
+        f"|---:|{'---:|' * len(densities[0])}",
+    ]
     for layer, of in enumerate(densities):
         cells = (
             f"{filled:,} / {size:,} ({filled / (size or 1):.2%})" for filled, size in of.values()
@@ -183,9 +186,11 @@ def _front_matter(header: Header, dense: Model) -> "ModelCardData":
         key: found[0] if len(found) == 1 else found or None for key, found in fields.items()
     }
     return ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation",
-        tags=["pruned", "prunetool", *tags], **known,
-    )  # fmt: skip
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "prunetool", *tags],
+        **known,
+    )
 
 
 def _words(value: object) -> list[str]:
@@ -193,9 +198,11 @@ def _words(value: object) -> list[str]:
     return [
         word
         for word in (value if isinstance(value, list) else [value])[:100]
-        if isinstance(word, str) and word and shown(word, FIELD_SHOWN) == word
+        if isinstance(word, str)
+        and word
+        and shown(word, FIELD_SHOWN) == word
         and not ABSOLUTE.fullmatch(word)
-    ]  # fmt: skip
+    ]
 
 
 def _without_paths(value: Any) -> Any:

@@ -174,10 +174,14 @@ class _Step:
         left = self.left()
         rest = "" if left is None else f", {tqdm.format_interval(left)} left"
         meter: str = tqdm.format_meter(
-            min(self.done, self.total), self.total, self.worked(), ncols=columns, prefix=said,
+            min(self.done, self.total),
+            self.total,
+            self.worked(),
+            ncols=columns,
+            prefix=said,
             ascii="utf" not in (sys.stderr.encoding or "").lower(),
             bar_format=f"{{desc}} {{percentage:3.0f}}% |{{bar}}| {clock}{rest}",
-        )  # fmt: skip
+        )
         return meter[:columns]
 
 

@@ -88,9 +88,10 @@ def read_tokens(path: Path) -> np.ndarray:
         raise CorpusError(path, f"cannot be read ({why})", "check --tokens") from error
     except Exception as error:  # NumPy's header parser can raise anything
         raise CorpusError(
-            path, f"cannot be read as token ids ({str(error) or type(error).__name__})",
+            path,
+            f"cannot be read as token ids ({str(error) or type(error).__name__})",
             "write the ids with numpy.save('ids.npy', ids); give text with --text",
-        ) from error  # fmt: skip
+        ) from error
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
         raise CorpusError(
             path, f"is {ids.dtype} of shape {ids.shape}", "give whole numbers, (n,) or (n, length)"
@@ -198,9 +199,10 @@ def _whole(ids: np.ndarray, length: int, bos: int | None, where: object) -> np.n
     """Sequences used as stored in a file."""
     if bos is not None:
         raise CorpusError(
-            where, "holds whole sequences, which a BOS would lengthen",
+            where,
+            "holds whole sequences, which a BOS would lengthen",
             "put it into the file, or give --bos auto",
-        )  # fmt: skip
+        )
     if ids.shape[1] != length:
         raise CorpusError(
             where,

@@ -180,14 +180,18 @@ def _join(coordinator: str, processes: int | None, index: int | None) -> None:
                 _need_free(coordinator, address)
             with signals.at_once(signals.GO_ON):
                 jax.distributed.initialize(
-                    coordinator, processes, index, initialization_timeout=JOIN_SECONDS,
+                    coordinator,
+                    processes,
+                    index,
+                    initialization_timeout=JOIN_SECONDS,
                     coordinator_bind_address=address,
-                )  # fmt: skip
+                )
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
-            "--coordinator", f"the processes did not connect ({error})",
+            "--coordinator",
+            f"the processes did not connect ({error})",
             "start all of them with the same HOST:PORT, and each with its own --process-id",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _numeric(address: str) -> str:

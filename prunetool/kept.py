@@ -29,9 +29,10 @@ def _array(work: Path, name: str, key: str, dtype: Any, shape: tuple[int, ...]) 
     array = workdir.TensorFile(work, name)[key]
     if array.dtype != dtype or array.shape != shape:
         raise RecordError(
-            work / name, f"{key} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}",
+            work / name,
+            f"{key} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}",
             workdir.AGAIN,
-        )  # fmt: skip
+        )
     return array
 
 

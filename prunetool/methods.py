@@ -66,12 +66,15 @@ UNITS = {
 WEIGHTS = {
     "wanda": Method("pruning.unstructured:wanda", needs_gram=True, pattern="per-output"),
     "sparsegpt": Method(
-        "pruning.unstructured:chosen_by_sparsegpt", ("sparsity", "pattern", "damping"),
-        needs_gram=True, cuts=True, damping=1e-2,
+        "pruning.unstructured:chosen_by_sparsegpt",
+        ("sparsity", "pattern", "damping"),
+        needs_gram=True,
+        cuts=True,
+        damping=1e-2,
     ),
     "magnitude": Method("pruning.unstructured:magnitude"),
     "random": Method("pruning.unstructured:random", ("seed",)),
-}  # fmt: skip
+}
 # For q and k together: functions of `steps.attention.AttentionLayer` that return scores of both.
 QK = {
     "attention-gd": Method(

@@ -56,9 +56,10 @@ class Model:
             self.checksums.update(read_weights(self.recorded)["tensors"])
         if self.checksums.setdefault(name, found) != found:
             raise CheckpointError(
-                self.index[name].shard, f"{shown(name)} has changed since the run began",
+                self.index[name].shard,
+                f"{shown(name)} has changed since the run began",
                 "restore it, or start again with --overwrite or another --work",
-            )  # fmt: skip
+            )
         return array
 
     def remember(self, path: Path) -> None:

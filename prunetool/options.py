@@ -124,9 +124,13 @@ output_opt = click.option(
 )  # fmt: skip
 revision_opt = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 length_opt = click.option(
-    "--sequence-length", "length", default=2048, show_default=True,
-    type=click.IntRange(2, 1 << 20), help="Tokens per sequence.",
-)  # fmt: skip
+    "--sequence-length",
+    "length",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(2, 1 << 20),
+    help="Tokens per sequence.",
+)
 TEXT = (
     click.option(
         "--text", "texts", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
@@ -169,10 +173,13 @@ def text_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 dtype_opt = click.option(
-    "--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
-    show_default=True, help="Precision of matrix products; sums are float32. auto: bfloat16 "
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Precision of matrix products; sums are float32. auto: bfloat16 "
     "if the checkpoint is, else float32.",
-)  # fmt: skip
+)
 overwrite_opt = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 max_shard_size_opt = click.option(
     "--max-shard-size", "max_shard_bytes", metavar="SIZE", callback=_size_bytes, default="5GB",
@@ -180,24 +187,35 @@ max_shard_size_opt = click.option(
     "a larger one gets its own shard, as does a larger embedding or head.",
 )  # fmt: skip
 damping_opt = click.option(
-    "--damping", "dampings", default="auto", show_default=True, callback=_dampings,
+    "--damping",
+    "dampings",
+    default="auto",
+    show_default=True,
+    callback=_dampings,
     help="Damping of the refit, as a fraction of the Gram matrix's mean diagonal. auto tries "
     "1e-4 … 1 on the held-out tokens; a comma-separated list is tried the same way.",
-)  # fmt: skip
+)
 
 
 device_opt = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True,
+    "--device",
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    default="auto",
+    show_default=True,
     help="Where JAX computes; auto uses a GPU if there is one.",
-)  # fmt: skip
+)
 profile_opt = click.option(
-    "--profile", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+    "--profile",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
     help="Write JAX's trace here (.json.gz, for Perfetto), and seconds per phase to the records.",
-)  # fmt: skip
+)
 discard_opt = click.option(
-    "--discard", is_flag=True, help="Delete a layer's stats once it is done, to save disk "
+    "--discard",
+    is_flag=True,
+    help="Delete a layer's stats once it is done, to save disk "
     "space. Another sparsity then needs another calibration.",
-)  # fmt: skip
+)
 
 
 def product_dtype(asked: str, stored: str) -> str:

@@ -124,9 +124,10 @@ def read(source: IO[str]) -> tuple[Header, Iterator[LayerRecord]]:
         raise RecordError(where, "no header record", "pipe in the records of a prunetool step")
     if value.get("format") != FORMAT:
         raise RecordError(
-            where, f"format {shown(value.get('format'))}, but this prunetool reads {FORMAT}",
+            where,
+            f"format {shown(value.get('format'))}, but this prunetool reads {FORMAT}",
             "run all steps with one version",
-        )  # fmt: skip
+        )
     types: dict[str, type] = {
         "model": str, "source": str, "fingerprint": str, "work": str, "layers": int, "history": list
     }  # fmt: skip

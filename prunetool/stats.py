@@ -68,13 +68,14 @@ def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> "dict[str, Sums]":
 
     return {
         name: gram.zeros(
-            sizes[site.axis], blocks=sizes["groups"] // head_dim if site.blocks else 0,
+            sizes[site.axis],
+            blocks=sizes["groups"] // head_dim if site.blocks else 0,
             diagonal=site.diagonal,
             full=site.of_units and kept == "token",
         )
         for name, site in SITES.items()
         if site.of_units or kept == "all"
-    }  # fmt: skip
+    }
 
 
 def given(inputs: "Taps", name: str) -> "tuple[jax.Array, jax.Array]":
@@ -180,9 +181,10 @@ class Stats:
         for array in (first, *others):
             if array.dtype.kind not in "fi" or array.shape != due:
                 raise RecordError(
-                    self._where, f"{name} is {array.dtype} {array.shape}, not of shape {due}",
+                    self._where,
+                    f"{name} is {array.dtype} {array.shape}, not of shape {due}",
                     workdir.AGAIN,
-                )  # fmt: skip
+                )
         out = first.astype(np.float64)
         for other in others:
             out += other

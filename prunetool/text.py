@@ -151,19 +151,22 @@ def _decoded(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
         except UnicodeDecodeError as error:
             if path.suffix.lower() == ".br":  # Brotli data has no magic number
                 raise CorpusError(
-                    path, "is compressed by Brotli",
+                    path,
+                    "is compressed by Brotli",
                     "decompress it first: brotli -dc FILE > FILE.txt",
-                ) from error  # fmt: skip
+                ) from error
             raise CorpusError(
-                path, f"is not UTF-8 ({error.reason} at byte "
-                f"{position - len(waiting) + error.start:,})", "convert it first",
-            ) from error  # fmt: skip
+                path,
+                f"is not UTF-8 ({error.reason} at byte {position - len(waiting) + error.start:,})",
+                "convert it first",
+            ) from error
         position += len(data or b"")
         if "\0" in text:
             raise CorpusError(
-                path, "has NUL bytes: a binary file, or UTF-16 without its mark",
+                path,
+                "has NUL bytes: a binary file, or UTF-16 without its mark",
                 "give plain UTF-8 text or JSON lines",
-            )  # fmt: skip
+            )
         if text:
             yield text
 
@@ -171,11 +174,15 @@ def _decoded(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
 # Magic bytes, name, padding, and decompressor of one stream.
 COMPRESSED: list[tuple[re.Pattern[bytes], str, bytes, Callable[[], Any]]] = [
     (re.compile(rb"\x1f\x8b\x08"), "gzip", b"\0", lambda: zlib.decompressobj(wbits=31)),
-    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "Zstandard", b"",
-     lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()),
+    (
+        re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+        "Zstandard",
+        b"",
+        lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+    ),
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2", b"", bz2.BZ2Decompressor),
     (re.compile(rb"\xfd7zXZ\0"), "xz", b"\0", lzma.LZMADecompressor),
-]  # fmt: skip
+]
 
 
 def _decompressed(path: Path, source: _Bytes) -> Iterator[bytes]:
@@ -315,20 +322,23 @@ def _json_lines(
         if field not in fields:
             names = shown(", ".join(map(str, fields)), 80) or "none"
             raise CorpusError(
-                where, f"has no text field {shown(field, 40)!r} (its fields: {names})",
+                where,
+                f"has no text field {shown(field, 40)!r} (its fields: {names})",
                 "name it with --text-field",
-            )  # fmt: skip
+            )
         value = fields[field]
         if not isinstance(value, str):
             raise CorpusError(
-                where, f"has no text in field {shown(field, 40)!r}: {shown(json.dumps(value), 40)}",
+                where,
+                f"has no text in field {shown(field, 40)!r}: {shown(json.dumps(value), 40)}",
                 "name another with --text-field, or delete the line",
-            )  # fmt: skip
+            )
         if half := re.search("[\ud800-\udfff]", value):
             raise CorpusError(
-                where, f"has half of a surrogate pair ({half[0]}), which is not a character",
+                where,
+                f"has half of a surrogate pair ({half[0]}), which is not a character",
                 "write that text again from its source",
-            )  # fmt: skip
+            )
         yield between + value
         between = "\n\n"
 

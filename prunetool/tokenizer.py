@@ -47,7 +47,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             path,
             f"is {path.stat().st_size >> 20:,} MiB, but at most {TOKENIZER_BYTES >> 20} are read",
             "download it again",
-        )  # fmt: skip
+        )
     try:
         document = json.loads(
             path.read_bytes() if path.suffix == ".json" else _sentencepiece(path).to_str()
@@ -66,7 +66,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             f"has rules that turn one character into {growth:,.4g}; at most {MOST_GROWTH} are "
             "allowed",
             "download it again, or give token ids with --tokens",
-        )  # fmt: skip
+        )
     document |= {"truncation": None, "padding": None}
     with _library(path, "is not a tokenizer"):
         document["model"].pop("dropout", None)
@@ -245,9 +245,10 @@ def bos_id(
             )
     if found is not None and not 0 <= found < vocab_size:
         raise CorpusError(
-            directory, f"has BOS token {found}, outside the vocabulary of {vocab_size}",
+            directory,
+            f"has BOS token {found}, outside the vocabulary of {vocab_size}",
             "give --bos never, or the model's own tokenizer",
-        )  # fmt: skip
+        )
     return found
 
 

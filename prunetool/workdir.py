@@ -88,9 +88,10 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         _wait(held, path, advice)
     except OSError as error:
         raise WorkError(
-            held.lock_file, f"cannot be written ({error.strerror})",
+            held.lock_file,
+            f"cannot be written ({error.strerror})",
             "make room, or check the permissions",
-        ) from error  # fmt: skip
+        ) from error
     else:
         if holder is not None:
             console.log.warning("%s: process %d, which wrote it, is gone; continuing", path, holder)
@@ -171,9 +172,10 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
                 )
             if not overwrite:
                 raise WorkError(
-                    work, f"holds another run: {_in_words(changes)}",
+                    work,
+                    f"holds another run: {_in_words(changes)}",
                     "give --overwrite to delete it, or another --work",
-                )  # fmt: skip
+                )
             drop(work)  # run.json is replaced last: it says whose this is
     else:
         old = {}
@@ -182,9 +184,10 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
                 raise WorkError(work, "is not a work directory of prunetool", "give another --work")
             if not overwrite:
                 raise WorkError(
-                    work, "holds a run without its run.json",
+                    work,
+                    "holds a run without its run.json",
                     "give --overwrite to start again, or another --work",
-                )  # fmt: skip
+                )
             drop(work)
         work.mkdir(parents=True, exist_ok=True)
     for directory in (work, work / STATS):
@@ -217,9 +220,10 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 # Descriptions of keys with checksums as values; and of keys that differ from their option's name.
 CHECKSUMS = {
-    "tensors": "the tensors of the checkpoint", "tokenizer": "the tokenizer of the checkpoint",
+    "tensors": "the tensors of the checkpoint",
+    "tokenizer": "the tokenizer of the checkpoint",
     "tokens": "the token ids of the text",
-}  # fmt: skip
+}
 NAMES = {"version": "prunetool", "attention": "--attention-samples with --attention-length"}
 
 
@@ -354,9 +358,10 @@ def of(place: Path) -> Path:
         return work
     if work != place.absolute():
         raise WorkError(
-            place, f"its work directory {work} is gone",
+            place,
+            f"its work directory {work} is gone",
             "a report or another sparsity needs another calibration",
-        )  # fmt: skip
+        )
     raise WorkError(
         place, "is neither a work directory nor a checkpoint that export wrote", "name one of these"
     )
@@ -369,9 +374,10 @@ def last_records(work: Path) -> Path:
       WorkError: if no such step has finished there.
     """
     made = [
-        path for path in work.glob(f"*/{RECORDS_NAME}")
+        path
+        for path in work.glob(f"*/{RECORDS_NAME}")
         if DIRECTORIES.fullmatch(path.parent.name) and path.parent.name != STATS
-    ]  # fmt: skip
+    ]
     if not made:
         raise WorkError(work, "has no records of score or compensate", "run score to its end")
     return max(made, key=lambda path: path.stat().st_mtime_ns)

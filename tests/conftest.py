@@ -26,9 +26,7 @@ from prunetool.llama.config import FAMILIES, parse_config
 from prunetool.llama.weights import tensor_shapes
 
 # A runner in the background has them ignored, which the processes of tests would inherit.
-for number, usual in (
-    (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)
-):  # fmt: skip
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
 # Idle threads of torch's and NumPy's products would spin, on the cores of the other tests.
@@ -201,9 +199,13 @@ def process(tmp_path):
 
     def call(*words, stdin="", ok=True, cwd=tmp_path, **environment):
         done = subprocess.run(
-            command(words), capture_output=True, text=True, cwd=cwd, input=stdin,
+            command(words),
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            input=stdin,
             env={**os.environ, **environment},
-        )  # fmt: skip
+        )
         assert not ok or done.returncode == 0, done.stderr
         return done
 

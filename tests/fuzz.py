@@ -48,13 +48,17 @@ from tests.conftest import tiny_config, write_checkpoint
 
 SECONDS = 5.0  # of computing for one case, and six times that of waiting; most take a hundredth
 TIMERS = (
-    (signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, 6 * SECONDS)
-)  # fmt: skip
+    (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
+    (signal.SIGALRM, signal.ITIMER_REAL, 6 * SECONDS),
+)
 
 CONFIG = tiny_config(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    head_dim=4,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 CORPUS = ["--samples", "4", "--sequence-length", "16"]
 CALIBRATE = ["calibrate", "model", "--text", "texts/a.txt", *CORPUS, "--held-out", "1", "--stats",
              "all", "--attention-samples", "1", "--work", "w"]  # fmt: skip
@@ -283,8 +287,9 @@ def damage_gguf(random: Random, data: bytes) -> tuple[bytes, str]:
     for _ in range(random.choice([1, 1, 2])):
         key = f"llama.{random.choice(GGUF_KEYS)}".encode()
         at = data.index(struct.pack("<Q", len(key)) + key) + 8 + len(key) + 4  # behind the type
-        value = random.choice([0, 1, 2, 3, 5, 6, 7, 255, 10**6, 2**31 - 1, 2**31, 2**32 - 1,
-                               0x7F800000, 0x7FC00000])  # fmt: skip
+        value = random.choice(
+            [0, 1, 2, 3, 5, 6, 7, 255, 10**6, 2**31 - 1, 2**31, 2**32 - 1, 0x7F800000, 0x7FC00000]
+        )
         out[at : at + 4] = struct.pack("<I", value)
         said.append(f"{key.decode()} {value}")
     return bytes(out), ", ".join(said)
@@ -329,8 +334,9 @@ def read_corpus(random: Random, path: str) -> None:
 def read_stream(random: Random, path: str) -> None:
     """Any step on a stream, by options that it was run with before or by others."""
     stream = path if path in STREAMS else random.choice(STREAMS)
-    unit_method = random.choice(["newton", "newton-box", "newton-tied", "obs", "flap", "wanda-sp",
-                                 "magnitude", "random"])  # fmt: skip
+    unit_method = random.choice(
+        ["newton", "newton-box", "newton-tied", "obs", "flap", "wanda-sp", "magnitude", "random"]
+    )
     weight_method = random.choice(["magnitude", "wanda", "sparsegpt", "random"])
     target = random.choice(["weights", "qk", "v,o", "down"])
     made = ["-o", "made"]
@@ -414,9 +420,11 @@ def _hang(*_: object) -> None:
 def _as_by_hand() -> Iterator[None]:
     """Without what the tests ask of warnings and of JAX, and without what is said on stderr."""
     with (
-        warnings.catch_warnings(), redirect_stderr(io.StringIO()),
-        jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"),
-    ):  # fmt: skip
+        warnings.catch_warnings(),
+        redirect_stderr(io.StringIO()),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         warnings.simplefilter("ignore")
         console.setup_logging(0)
         yield
@@ -437,10 +445,13 @@ class Fuzzer:
             make_inputs()
         self.case.rename(self.pristine)
         self.files = {
-            name: sorted(path.relative_to(self.pristine) for path in self.pristine.glob(kind.files)
-                         if path.is_file())
+            name: sorted(
+                path.relative_to(self.pristine)
+                for path in self.pristine.glob(kind.files)
+                if path.is_file()
+            )
             for name, kind in KINDS.items()
-        }  # fmt: skip
+        }
 
     def run(self, seed: int, number: int, kind: str = "") -> tuple[str, BaseException | None]:
         """Run one case; what was done, and what it failed with that it may not."""

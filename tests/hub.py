@@ -271,8 +271,9 @@ class Handler(BaseHTTPRequestHandler):
                     }
                 answer["actions"] = {"upload": upload}
             answers.append(answer)
-        self.send({"transfer": "basic", "objects": answers},
-                  Content_Type="application/vnd.git-lfs+json")  # fmt: skip
+        self.send(
+            {"transfer": "basic", "objects": answers}, Content_Type="application/vnd.git-lfs+json"
+        )
 
     def store(self, body, sha, part):
         if part == "whole":

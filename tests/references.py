@@ -57,10 +57,7 @@ def objective(K, y, s, lam):
 def best_blocks(K, remove):
     """The set of units whose joint removal costs least, by trying all."""
     D = len(K)
-    return min(
-        itertools.combinations(range(D), remove),
-        key=lambda p: K[np.ix_(p, p)].sum(),
-    )
+    return min(itertools.combinations(range(D), remove), key=lambda p: K[np.ix_(p, p)].sum())
 
 
 def refit(X, W, kept, damping):

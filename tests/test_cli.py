@@ -247,8 +247,9 @@ class TestOutput:
     @pytest.mark.skipif(sys.platform != "linux", reason="links to what is open")
     def test_dev_stdout_stays_a_device(self):
         write = "from prunetool import options\nwith options.open_sink('/dev/stdout') as sink: "
-        done = subprocess.run([sys.executable, "-c", f"{write}sink.write('records')"],
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", f"{write}sink.write('records')"], capture_output=True, text=True
+        )
         assert (done.stdout, done.stderr) == ("records", "")
         assert Path("/dev/stdout").is_symlink()
 
@@ -347,8 +348,9 @@ def closed(redirection, *words):
     line = f'exec "$@" {redirection}'
     return subprocess.run(
         ["sh", "-c", line, "sh", sys.executable, "-m", "prunetool", *map(str, words)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
 
 
 class TestClosedStreams:
@@ -361,9 +363,12 @@ class TestClosedStreams:
     @pytest.mark.parametrize("name", cli.COMMANDS)
     def test_stdout_is_an_error_if_the_command_writes_there(self, calibrated, tmp_path, name):
         words = {
-            "convert": ["m.gguf", "out"], "export": ["out", "c.jsonl"], "score": ["--sparsity", 0],
-            "calibrate": ["m", "--text", "t"], "evaluate": ["m", "--text", "t"],
-        }  # fmt: skip
+            "convert": ["m.gguf", "out"],
+            "export": ["out", "c.jsonl"],
+            "score": ["--sparsity", 0],
+            "calibrate": ["m", "--text", "t"],
+            "evaluate": ["m", "--text", "t"],
+        }
         line = error_of(closed(">&-", name, *words.get(name, ["m"])))
         if name in ("convert", "export"):
             assert line.startswith(f"Error: {words[name][-1 if name == 'export' else 0]}: ")
@@ -569,8 +574,7 @@ def test_it_starts_again_with_huge_pages_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("library", "known_to"),
-    [("click", r"commands/\w+|cli|options"), ("torch", r"loaders/\w+")],
+    ("library", "known_to"), [("click", r"commands/\w+|cli|options"), ("torch", r"loaders/\w+")]
 )
 def test_only_some_modules_know(library, known_to):
     for path in PACKAGE.rglob("*.py"):

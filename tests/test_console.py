@@ -291,8 +291,11 @@ class TestPipe:
         *lines, load, measure, report, upload, clean = lines
         assert "from_pretrained" in load
         for line, name in {
-            measure: "evaluate", report: "report", upload: "upload", clean: "clean"
-        }.items():  # fmt: skip
+            measure: "evaluate",
+            report: "report",
+            upload: "upload",
+            clean: "clean",
+        }.items():
             assert f": prunetool {name} out" in line
         assert max(map(len, (line for line in lines if not line[0].isascii()))) <= COLUMNS
         text = "".join(f"{line}\n" for line in lines)

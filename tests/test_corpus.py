@@ -122,13 +122,16 @@ def test_json_lines_are_known_by_their_content_and_end_at_newlines_alone(tmp_pat
 @pytest.mark.parametrize(
     "compress",
     [
-        gzip.compress, bz2.compress, lzma.compress, zstandard.compress,
+        gzip.compress,
+        bz2.compress,
+        lzma.compress,
+        zstandard.compress,
         lambda data: zstandard.compress(data[:9]) + zstandard.compress(data[9:]),
         lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]),
         lambda data: bz2.compress(data[:9]) + bz2.compress(data[9:]),
         lambda data: lzma.compress(data[:9]) + lzma.compress(data[9:]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["a.JSON.gz", "a.txt", "a.jsonl.zst"])
 def test_compression_is_known_by_its_content_and_a_cut_file_is_refused(tmp_path, compress, name):
     data = compress(JSON_LINES)
@@ -138,9 +141,11 @@ def test_compression_is_known_by_its_content_and_a_cut_file_is_refused(tmp_path,
 
 
 COMPRESSORS = {
-    "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress,
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
     "Zstandard": zstandard.compress,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
@@ -534,9 +539,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path, compress):
 
 def test_memory_for_windows_does_not_grow_with_the_text(tmp_path, monkeypatch):
     for module, name, size in (
-        (text, "HEAD", 4000), (text, "READ_BYTES", 4000), (pieces, "PIECE", 2000),
+        (text, "HEAD", 4000),
+        (text, "READ_BYTES", 4000),
+        (pieces, "PIECE", 2000),
         (pieces, "OVERLAP", 200),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(module, name, size)
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     peaks = {}

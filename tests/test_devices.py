@@ -69,21 +69,27 @@ class Processes:
             if slurm:  # what srun sets; the port comes from the job's number
                 found = ["--coordinator", "auto"]
                 environment = {
-                    "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1",
-                    "SLURM_NTASKS": "2", "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
+                    "SLURM_JOB_ID": str(port),
+                    "SLURM_STEP_NODELIST": "127.0.0.1",
+                    "SLURM_NTASKS": "2",
+                    "SLURM_PROCID": str(i),
+                    "SLURM_LOCALID": str(i),
                     "SLURM_STEP_NUM_NODES": "1",
-                }  # fmt: skip
+                }
             else:
                 found = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
                 found += ["--process-id", str(i)]
                 environment = {}
             self.running.append(
                 subprocess.Popen(
-                    command([*words, *found, *more[i]], first[i]), cwd=cwd, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    command([*words, *found, *more[i]], first[i]),
+                    cwd=cwd,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
                     env={**os.environ, **environment},
                 )
-            )  # fmt: skip
+            )
 
     def finish(self):
         """The exit code, output and errors of each."""
@@ -126,9 +132,10 @@ def listening(pid):
         with suppress(OSError):  # closed since
             sockets.add(str(entry.readlink()))
     lines = [
-        line.split() for name in ("tcp", "tcp6")
+        line.split()
+        for name in ("tcp", "tcp6")
         for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
-    ]  # fmt: skip
+    ]
     found = [of[1].split(":") for of in lines if of[3] == "0A" and f"socket:[{of[9]}]" in sockets]
     return {int(port, 16): address for address, port in found}
 
@@ -229,8 +236,9 @@ def test_a_gpu_that_is_not_there_is_one_line(checkpoint, text, process):
 
 def test_a_process_that_fails_ends_the_others_at_once(checkpoint, text, process, tmp_path):
     model = checkpoint()
-    process("calibrate", model, "--text", text, "--samples", 2, "--work", "two",
-        "--sequence-length", 32)  # fmt: skip
+    process(
+        "calibrate", model, "--text", text, "--samples", 2, "--work", "two", "--sequence-length", 32
+    )
     (code, _, said), (other, _, more) = Processes(calibrate(model, text, "two"), tmp_path).finish()
     assert (code, other) == (1, 1)
     assert "holds another run" in said
@@ -257,9 +265,13 @@ def test_processes_with_other_weights_say_so(checkpoint, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["--processes", 2], ["--coordinator", "h:1", "--processes", 2],
-              ["--coordinator", "auto", "--process-id", 0]],
-)  # fmt: skip
+    "words",
+    [
+        ["--processes", 2],
+        ["--coordinator", "h:1", "--processes", 2],
+        ["--coordinator", "auto", "--process-id", 0],
+    ],
+)
 def test_processes_need_their_address(checkpoint, text, process, words):
     done = process("calibrate", checkpoint(), "--text", text, *words, ok=False)
     assert done.returncode == 2

@@ -20,9 +20,13 @@ def shell(tmp_path):
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         given = {**os.environ, "PATH": path, **variables}
         done = subprocess.run(
-            list(map(str, words)), cwd=tmp_path, env=given, capture_output=True, text=True,
+            list(map(str, words)),
+            cwd=tmp_path,
+            env=given,
+            capture_output=True,
+            text=True,
             timeout=300,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -92,8 +92,11 @@ def test_what_is_pruned_loads_in_transformers_and_means_the_same(
         pruned = open_model(str(tmp_path / form)).config
         assert pruned.layer_shapes != dense.layer_shapes
         assert (pruned.window, pruned.qk_norm, pruned.qkv_bias, pruned.attention_bias) == (
-            dense.window, dense.qk_norm, dense.qkv_bias, dense.attention_bias
-        )  # fmt: skip
+            dense.window,
+            dense.qk_norm,
+            dense.qkv_bias,
+            dense.attention_bias,
+        )
         assert json.loads(call("inspect", form))["model_type"] == pruned.raw["model_type"]
 
 

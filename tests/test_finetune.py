@@ -26,8 +26,9 @@ def loss(call, model, text):
 
 
 def test_a_pruned_model_is_fine_tuned_measured_and_pruned_again(checkpoint, text, call, tmp_path):
-    model = checkpoint(num_hidden_layers=11, num_attention_heads=8, num_key_value_heads=4,
-                       head_dim=8)  # fmt: skip
+    model = checkpoint(
+        num_hidden_layers=11, num_attention_heads=8, num_key_value_heads=4, head_dim=8
+    )
     prune(call, model, text, tmp_path / "pruned")
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path / "pruned", text, tmp_path / "tuned", "--steps", "20",

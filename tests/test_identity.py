@@ -83,8 +83,9 @@ def test_each_option_of_a_run_is_in_its_identity():
     assert workdir.differing(run, {**run, "bos": 1}) == [("bos", None, 1)]
     assert workdir.differing(run, run) == []
     assert workdir.differing({"a": True, "b": {"c": 1}}, {"a": 1, "b": {}}) == [
-        ("a", True, 1), ("b.c", 1, None)
-    ]  # fmt: skip
+        ("a", True, 1),
+        ("b.c", 1, None),
+    ]
 
 
 def calibration(model, text, *more):
@@ -93,12 +94,16 @@ def calibration(model, text, *more):
 
 
 OPTIONS = {
-    "samples": ["--samples", 5], "sequence_length": ["--sequence-length", 17],
-    "held_out": ["--held-out", 2], "stats": ["--stats", "all"],
-    "attention": ["--attention-samples", 1], "dtype": ["--dtype", "bfloat16"],
-    "stats_dtype": ["--stats-dtype", "float64"], "bos": ["--bos", "always"],
+    "samples": ["--samples", 5],
+    "sequence_length": ["--sequence-length", 17],
+    "held_out": ["--held-out", 2],
+    "stats": ["--stats", "all"],
+    "attention": ["--attention-samples", 1],
+    "dtype": ["--dtype", "bfloat16"],
+    "stats_dtype": ["--stats-dtype", "float64"],
+    "bos": ["--bos", "always"],
     "shuffle": ["--shuffle", 1],
-}  # fmt: skip
+}
 
 
 def test_each_option_that_matters_makes_another_calibration(checkpoint, text, call, tmp_path):
@@ -126,8 +131,12 @@ def test_no_step_goes_on_with_a_checkpoint_that_has_changed(checkpoint, text, ca
     call("score", "--sparsity", ".3", "a.jsonl", "-o", "b.jsonl")
     call("compensate", "b.jsonl", "-o", "c.jsonl")
     CHANGES[what](model)
-    for words in (["score", "--sparsity", ".2", "a.jsonl"], ["compensate", "b.jsonl"],
-                  ["export", "out", "c.jsonl"], ["report", "c.jsonl"]):  # fmt: skip
+    for words in (
+        ["score", "--sparsity", ".2", "a.jsonl"],
+        ["compensate", "b.jsonl"],
+        ["export", "out", "c.jsonl"],
+        ["report", "c.jsonl"],
+    ):
         with pytest.raises(CheckpointError, match=f"its {what} has changed since it was"):
             call(*words)
     known = f"{what}.* was .* and is" if "." in what else workdir.CHECKSUMS[what]

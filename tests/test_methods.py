@@ -35,8 +35,9 @@ def toy(monkeypatch):
 
 def test_a_row_is_all_that_a_method_of_units_needs(toy, calibrated, call, tmp_path):
     _, records = calibrated()
-    *_, last, _ = call("score", records, "--method", "toy", "--sparsity", ".3",
-                       "--multiple-of", 1).splitlines()  # fmt: skip
+    *_, last, _ = call(
+        "score", records, "--method", "toy", "--sparsity", ".3", "--multiple-of", 1
+    ).splitlines()
     kept = load_file(tmp_path / "dense.work" / json.loads(last)["files"]["kept.channels"])
     gone = np.flatnonzero(kept["channels"] == 0)
     assert 0 < len(gone) < 96

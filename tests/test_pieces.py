@@ -17,9 +17,13 @@ SPACE = "\u2581"
 LETTERS = "abAé\u0301漢1 \n"  # \u0301 makes é of the e before it
 MERGES = [("a", "b"), ("ab", "a"), ("b", "b"), ("1", "1"), ("a", "a"), ("ab", "ab"), ("bb", "a")]
 FLAGS = [
-    {}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True},
+    {},
+    {"lstrip": True},
+    {"rstrip": True},
+    {"single_word": True},
+    {"normalized": True},
     {"lstrip": True, "rstrip": True, "normalized": True},
-]  # fmt: skip
+]
 
 
 def merging(space=" ", **options):
@@ -72,10 +76,11 @@ def word_piece():
     texts = ["[UNK]", *"abA1", "##a", "##b", "##1", "ab", "##ab"]
     tokenizer = Tokenizer(
         models.WordPiece(
-            {text: number for number, text in enumerate(texts)}, unk_token="[UNK]",
+            {text: number for number, text in enumerate(texts)},
+            unk_token="[UNK]",
             max_input_chars_per_word=6,
         )
-    )  # fmt: skip
+    )
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer
@@ -143,19 +148,24 @@ CHOICES = st.lists(
         st.sampled_from(["<x>", "<xx>", " <x> ", "a b a", "   ", "111", "\n\n", "Ab", SPACE]),
         st.text(LETTERS + "<x>" + SPACE, max_size=6),
     ),
-    min_size=6, max_size=60,
-)  # fmt: skip
+    min_size=6,
+    max_size=60,
+)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(
     words=CHOICES,
     added=st.lists(
-        st.tuples(st.sampled_from(["<x>", "<xx>", "a b a", "Ab", "11", " "]),
-                  st.sampled_from(FLAGS)), max_size=3,
+        st.tuples(
+            st.sampled_from(["<x>", "<xx>", "a b a", "Ab", "11", " "]), st.sampled_from(FLAGS)
+        ),
+        max_size=3,
     ),
-    piece=st.integers(1, 40), overlap=st.sampled_from([6, 12, 24]), part=st.integers(1, 30),
-)  # fmt: skip
+    piece=st.integers(1, 40),
+    overlap=st.sampled_from([6, 12, 24]),
+    part=st.integers(1, 30),
+)
 @settings(max_examples=60)
 def test_pieces_give_the_ids_of_the_whole_text(name, words, added, piece, overlap, part):
     text = "".join(words)

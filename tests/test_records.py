@@ -61,9 +61,11 @@ def test_any_text_gives_a_record_error(text):
 
 keys = st.sampled_from(["record", "format", "index", "layers", "files", "values", "history"])
 values = st.one_of(
-    st.integers(-1, 3), st.sampled_from(["header", "layer", "end", None]), st.builds(list),
+    st.integers(-1, 3),
+    st.sampled_from(["header", "layer", "end", None]),
+    st.builds(list),
     st.builds(dict),
-)  # fmt: skip
+)
 
 
 @given(st.lists(st.dictionaries(keys, values), max_size=5))
@@ -87,10 +89,11 @@ VALUES = {
     "masks": {"q": MASK, "down": {**MASK, "loss": 0.1}},
     "attention": {"calibration": 0.1},
     "refit": {
-        "o_proj": dict.fromkeys(records.REFIT, 0.5), "q_proj.masked": dict.fromkeys(records.REFIT)
+        "o_proj": dict.fromkeys(records.REFIT, 0.5),
+        "q_proj.masked": dict.fromkeys(records.REFIT),
     },
     "seconds": {"score": {"mask": 0.5}},
-}  # fmt: skip
+}
 
 
 def test_the_values_that_the_steps_write_are_read():
@@ -153,10 +156,7 @@ def test_records_are_ascii_whatever_a_path_holds():
         (changed(1, values={"attention": {"held_out": None}}), "attention is"),
         (changed(2, record="end"), "line 3: ends after 1 of 2 layers"),
         (changed(2, record="what"), "line 3: record 'what' is unknown"),
-        (
-            changed(3, record="layer", index=2, files={}, values={}),
-            "layer 2 after 2 of 2 layers",
-        ),
+        (changed(3, record="layer", index=2, files={}, values={}), "layer 2 after 2 of 2 layers"),
         (written() + written(), "records follow the end record"),
         ("".join(written().splitlines(True)[:3]), "cut off after 2 of 2 layers"),
     ],

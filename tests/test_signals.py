@@ -91,9 +91,10 @@ def test_a_pipe_that_is_ended_says_it_once(slow, popen, tmp_path, number, code):
     pipe = [command(slow, at_layer(4, STAND)), *(command(words, PATIENT) for words in steps)]
     line = " | ".join(map(shlex.join, pipe))
     running = popen(
-        ["bash", "-c", f"trap : INT TERM HUP; {line}; exit ${{PIPESTATUS[3]}}"], cwd=tmp_path,
+        ["bash", "-c", f"trap : INT TERM HUP; {line}; exit ${{PIPESTATUS[3]}}"],
+        cwd=tmp_path,
         start_new_session=True,
-    )  # fmt: skip
+    )
     until(lambda: list(tmp_path.glob("w/stats/layer-00003.*")), running)
     until(lambda: len(list(tmp_path.glob("ready-*"))) == 3, running)
     os.killpg(running.pid, number)

@@ -61,9 +61,13 @@ def test_truncation_padding_and_dropout_in_the_file_change_nothing(tmp_path):
 
 def test_padding_to_more_than_all_memory_is_never_done(tmp_path):
     padding = {
-        "strategy": {"Fixed": 1 << 40}, "direction": "Right", "pad_to_multiple_of": None,
-        "pad_id": 0, "pad_type_id": 0, "pad_token": "<bos>",
-    }  # fmt: skip
+        "strategy": {"Fixed": 1 << 40},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<bos>",
+    }
     save_tokenizer(tmp_path, padding=padding)
     assert tokenize("ab", tmp_path).size == 2
 
@@ -121,8 +125,11 @@ def test_the_usual_tokenizers_pass(tmp_path, request):
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["some words of text", "and some more text"] * 20),
-        model_writer=trained, vocab_size=40, hard_vocab_limit=False, minloglevel=9,
-    )  # fmt: skip
+        model_writer=trained,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=9,
+    )
     proto = trained.getvalue()
     start = proto.index(b"nmt_nfkc") + len(b"nmt_nfkc") + 1  # field 2 of the normalizer: bytes
     size, shift = 0, 0
@@ -144,8 +151,12 @@ def test_the_usual_tokenizers_pass(tmp_path, request):
         (chain(precompiled, two_spaces), metaspace),  # T5
         (
             chain(
-                *quotes, {"type": "NFKD"}, {"type": "StripAccents"}, {"type": "Lowercase"},
-                precompiled, two_spaces,
+                *quotes,
+                {"type": "NFKD"},
+                {"type": "StripAccents"},
+                {"type": "Lowercase"},
+                precompiled,
+                two_spaces,
             ),
             metaspace,
         ),  # ALBERT
@@ -153,7 +164,7 @@ def test_the_usual_tokenizers_pass(tmp_path, request):
             chain({"type": "NFC"}, replace(r"\s+", " ", "Regex"), {"type": "Lowercase"}),
             byte_level,
         ),  # CLIP
-    ):  # fmt: skip
+    ):
         save_tokenizer(tmp_path, normalizer=normalizer, pre_tokenizer=pre_tokenizer)
         prunetool.tokenizer.load_tokenizer(tmp_path)
 
@@ -265,10 +276,13 @@ def test_a_llama_2_tokenizer_gives_the_ids_and_the_bos_that_it_does_in_transform
     vocabulary = {letter: i for i, letter in enumerate([*letters, "ab", "▁ab"])}
     tokenizer = Tokenizer(
         models.BPE(
-            vocabulary, [("a", "b"), ("▁", "ab")], unk_token="<unk>", fuse_unk=True,
+            vocabulary,
+            [("a", "b"), ("▁", "ab")],
+            unk_token="<unk>",
+            fuse_unk=True,
             byte_fallback=True,
         )
-    )  # fmt: skip
+    )
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )

@@ -48,8 +48,10 @@ LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 # Most that a damaged or forged count may make the reader hold; no model comes near.
 MOST_TENSORS, MOST_STRINGS = 1 << 17, 1 << 21
 FLOATS = (
-    gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
-)  # fmt: skip
+    gguf.GGMLQuantizationType.F32,
+    gguf.GGMLQuantizationType.F16,
+    gguf.GGMLQuantizationType.BF16,
+)
 CHECKED_VALUES = 1 << 22  # values of a tensor checked at a time
 
 # Architecture keys that are read here, and those that do not change the result.
@@ -346,9 +348,10 @@ class GGUFModel:
         key = "rope.scaling.original_context_length"
         context = self._count("context_length")
         scaling: dict[str, Any] = {
-            "rope_type": "yarn", "factor": factor,
+            "rope_type": "yarn",
+            "factor": factor,
             "original_max_position_embeddings": self.value(self.key(key), int, context) or context,
-        }  # fmt: skip
+        }
         if stretch != 1.0:  # times what llama.cpp and transformers apply themselves
             scaling["attention_factor"] = stretch * (0.1 * math.log(max(factor, 1.0)) + 1.0)
         for beta in ("beta_fast", "beta_slow"):
@@ -375,9 +378,12 @@ class GGUFModel:
                 self.path, f"{ROPE_FACTORS} is not Llama 3's scaling", "cannot be converted"
             )
         return {
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": LLAMA3_LOW,
-            "high_freq_factor": LLAMA3_HIGH, "original_max_position_embeddings": LLAMA3_ORIGINAL,
-        }  # fmt: skip
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": LLAMA3_LOW,
+            "high_freq_factor": LLAMA3_HIGH,
+            "original_max_position_embeddings": LLAMA3_ORIGINAL,
+        }
 
     def fingerprint(self) -> list[str]:
         """Checksums of the bytes of all parts, in order."""
@@ -535,9 +541,10 @@ def _open_parts(path: Path) -> dict[Path, _Reader]:
     named = PART_NAME.fullmatch(path.name)
     if not named or int(named[3]) != count:
         raise ConfigError(
-            path, f"is one of {count} parts, but its name does not say which",
+            path,
+            f"is one of {count} parts, but its name does not say which",
             f"restore its name: NAME-00001-of-{count:05d}.gguf",
-        )  # fmt: skip
+        )
     parts: dict[Path, _Reader] = {}
     for number in range(count):
         part = path.with_name(f"{named[1]}-{number + 1:05d}-of-{count:05d}.gguf")

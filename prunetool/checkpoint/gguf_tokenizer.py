@@ -114,9 +114,10 @@ def _ends_added(model: GGUFModel) -> tuple[int | None, int | None]:
         number = model.special_id(name)
         if stated and number is None:
             raise ConfigError(
-                model.path, f"adds {name.upper()}, but has no tokenizer.ggml.{name}_token_id",
+                model.path,
+                f"adds {name.upper()}, but has no tokenizer.ggml.{name}_token_id",
                 "download it again",
-            )  # fmt: skip
+            )
         ids.append(number if (default if stated is None else stated) else None)
     return ids[0], ids[1]
 
@@ -127,16 +128,18 @@ def _vocabulary(model: GGUFModel) -> Vocabulary:
     texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(model.values(key, str))]
     if len(texts) != model.vocab_size:
         raise ConfigError(
-            model.path, f"has {len(texts)} tokens but {model.vocab_size} rows of token_embd.weight",
+            model.path,
+            f"has {len(texts)} tokens but {model.vocab_size} rows of token_embd.weight",
             "download it again",
-        )  # fmt: skip
+        )
     ids: dict[str, int] = {}
     for number, text in enumerate(texts):
         if ids.setdefault(text, number) != number:
             raise ConfigError(
-                model.path, f"token {text!r} has the ids {ids[text]} and {number}",
+                model.path,
+                f"token {text!r} has the ids {ids[text]} and {number}",
                 "download it again",
-            )  # fmt: skip
+            )
     key = "tokenizer.ggml.token_type"
     stated = model.has(key)
     types = _of_each_token(model, key, len(texts), int) if stated else [NORMAL] * len(texts)

@@ -136,9 +136,10 @@ def read_index(directory: Path, unstored: Container[str] = ()) -> Index:
     for name, shard in listed.items():
         if name not in headers[shard] and name not in unstored:
             raise CheckpointError(
-                shard, f"no tensor {shown(name)}, which the index lists here",
+                shard,
+                f"no tensor {shown(name)}, which the index lists here",
                 "download the shard again",
-            )  # fmt: skip
+            )
     return Index(directory, tensors)
 
 

@@ -122,18 +122,21 @@ def build_tokenizer(path: Path, model: SentencePieceModel, bos: str | None) -> T
         steps.insert(0, normalizers.Prepend(" "))
     if model.remove_extra_spaces:  # only spaces: other white space is up to the charsmap
         steps[:0] = [
-            normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " "),
-        ]  # fmt: skip
+            normalizers.Replace(Regex(r"\A +"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
         steps.append(normalizers.Replace(Regex(rf"{SPACE}+\z"), ""))
     with refusals(path):
         if model.kind == BPE:
             tokenizer = Tokenizer(
                 models.BPE(
-                    ids, merges_by_score(model.vocabulary, model.scores), fuse_unk=True,
+                    ids,
+                    merges_by_score(model.vocabulary, model.scores),
+                    fuse_unk=True,
                     unk_token=None if unknown is None else texts[unknown],
                     byte_fallback=model.byte_fallback,
                 )
-            )  # fmt: skip
+            )
         else:
             scored = list(zip(texts, model.scores, strict=True))
             tokenizer = Tokenizer(models.Unigram(scored, unknown, model.byte_fallback))

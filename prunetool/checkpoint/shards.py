@@ -68,8 +68,10 @@ def layout(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     for name, spec in sorted(tensors.items(), key=lambda item: (codes.index(item[1].dtype), item)):
         starts[name], end = end, end + spec.size_bytes
         header[name] = {
-            "dtype": CODES[spec.dtype], "shape": spec.shape, "data_offsets": [starts[name], end]
-        }  # fmt: skip
+            "dtype": CODES[spec.dtype],
+            "shape": spec.shape,
+            "data_offsets": [starts[name], end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % HEADER_MULTIPLE)
     data = len(text).to_bytes(8, "little") + text

@@ -13,9 +13,13 @@ from prunetool.errors import CheckpointError, ConfigError, HubError
 
 # Files that may be read from a checkpoint's directory.
 NEEDED_FILES = [
-    "*.safetensors", "*.json", *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja", *LICENSE_FILES,
+    "*.safetensors",
+    "*.json",
+    *TOKENIZER_FILES,
+    f"{TEMPLATES}/*.jinja",
+    *LICENSE_FILES,
     "README.md",
-]  # fmt: skip
+]
 ADAPTER_NAME = "adapter_config.json"
 SMALL_FILES = (
     *DATA_FILES, f"{TEMPLATES}/*.jinja", *LICENSE_FILES, INDEX_NAME, ADAPTER_NAME, "README.md",
@@ -199,9 +203,10 @@ def _refuse_quantised(model: str, directory: Path) -> None:
     for key in ("quantization_config", "quantization", "compression_config"):
         if config.get(key) is not None:
             raise ConfigError(
-                model, f"is quantised{_method(config[key])}",
+                model,
+                f"is quantised{_method(config[key])}",
                 f"give the unquantised original{_original(directory)}",
-            )  # fmt: skip
+            )
 
 
 def _method(config: object) -> str:

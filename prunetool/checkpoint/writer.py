@@ -238,9 +238,10 @@ class CheckpointWriter:
                 return "whole"
             if not overwrite:
                 raise WorkError(
-                    directory / damaged[0], "is damaged or missing",
+                    directory / damaged[0],
+                    "is damaged or missing",
                     "give --overwrite to write it again",
-                )  # fmt: skip
+                )
         elif not overwrite:
             raise WorkError(directory, "is not empty", "name another directory or give --overwrite")
         if not _owned(directory) and not (directory / UNFINISHED).exists():
@@ -275,9 +276,10 @@ class CheckpointWriter:
         # Never write through a link; what it leads to would be loaded.
         for path in filter(_is_there, [*foreign, self.directory / TEMPLATES]):
             raise WorkError(
-                path, "would be replaced or out of place, but is not part of the checkpoint there",
+                path,
+                "would be replaced or out of place, but is not part of the checkpoint there",
                 "move it away, or name another directory",
-            )  # fmt: skip
+            )
 
     def _begin(self) -> None:
         """Claim the directory for this run."""
@@ -417,9 +419,10 @@ def whole_files(directory: Path) -> list[str]:
     sums = _sealed(directory / MANIFEST)["files"]
     if INDEX_NAME not in sums:
         raise WorkError(
-            directory, f"has no {MANIFEST} to check it against",
+            directory,
+            f"has no {MANIFEST} to check it against",
             "name a checkpoint that this version of prunetool wrote",
-        )  # fmt: skip
+        )
     for name, total in sums.items():
         path = directory / name
         edited = name == "README.md" and path.is_file() and not path.is_symlink()

@@ -21,53 +21,79 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     "--samples", default=128, show_default=True, type=click.IntRange(1), help="Sequences to use."
 )
 @click.option(
-    "--shuffle", type=click.IntRange(0), metavar="SEED",
+    "--shuffle",
+    type=click.IntRange(0),
+    metavar="SEED",
     help="Draw windows at random positions of all the text (which tokenises all of it) instead of "
     "consecutive ones from the start.",
-)  # fmt: skip
+)
 @click.option(
-    "--held-out", type=click.IntRange(0), show_default="an eighth of --samples, at least 1 of 2",
+    "--held-out",
+    type=click.IntRange(0),
+    show_default="an eighth of --samples, at least 1 of 2",
     help="How many samples, the last ones, only choose the damping of the refit.",
-)  # fmt: skip
+)
 @click.option(
-    "--stats", type=click.Choice(["structural", "token", "all"]), default="structural",
-    show_default=True, help="structural: sums over the inputs of o_proj and down_proj. token: also "
+    "--stats",
+    type=click.Choice(["structural", "token", "all"]),
+    default="structural",
+    show_default=True,
+    help="structural: sums over the inputs of o_proj and down_proj. token: also "
     "their full token-weighted Gram matrices. all: also the inputs of q, k, v and of gate, up.",
-)  # fmt: skip
+)
 @click.option(
-    "--attention-samples", default=0, show_default=True, type=click.IntRange(0), metavar="A",
+    "--attention-samples",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    metavar="A",
     help="Keep the attention inputs of the first A sequences (to learn masks) and the last A (to "
     "validate them), for score --target qk.",
-)  # fmt: skip
+)
 @click.option(
-    "--attention-length", type=click.IntRange(2), metavar="N", show_default="512, or all",
+    "--attention-length",
+    type=click.IntRange(2),
+    metavar="N",
+    show_default="512, or all",
     help="Keep the first N tokens of each such sequence.",
-)  # fmt: skip
+)
 @click.option(
-    "--stats-dtype", type=click.Choice(["float32", "float64"]), default="float32",
-    show_default=True, help="Precision of the stored stats; sums are float64.",
-)  # fmt: skip
+    "--stats-dtype",
+    type=click.Choice(["float32", "float64"]),
+    default="float32",
+    show_default=True,
+    help="Precision of the stored stats; sums are float64.",
+)
 @options.dtype_opt
 @click.option(
-    "--batch-size", "batch", type=click.IntRange(1), metavar="SEQUENCES",
-    show_default="about 2048 tokens for each device", help="Sequences at a time: more are faster "
+    "--batch-size",
+    "batch",
+    type=click.IntRange(1),
+    metavar="SEQUENCES",
+    show_default="about 2048 tokens for each device",
+    help="Sequences at a time: more are faster "
     "but take more memory. Stats differ by rounding (about 1e-6).",
-)  # fmt: skip
+)
 @options.device_opt
 @click.option(
-    "--coordinator", metavar="HOST:PORT", help="Share the sequences with other processes that run "
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="Share the sequences with other processes that run "
     "this command: the address of process 0, which writes. auto: this and the next two from "
     "SLURM, Open MPI or Kubernetes.",
-)  # fmt: skip
+)
 @click.option("--processes", type=click.IntRange(1), help="Number of processes.")
 @click.option("--process-id", type=click.IntRange(0), help="Number of this process, from 0.")
 @options.profile_opt
 @options.revision_opt
 @click.option(
-    "--work", type=click.Path(path_type=Path), callback=options.named, metavar="DIR",
+    "--work",
+    type=click.Path(path_type=Path),
+    callback=options.named,
+    metavar="DIR",
     show_default="NAME.prunetool",
     help="Work directory of this run; rerun the same command to resume there.",
-)  # fmt: skip
+)
 @options.overwrite_opt
 @options.output_opt
 def calibrate(

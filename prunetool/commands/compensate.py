@@ -17,11 +17,7 @@ COLUMNS = ("layer", "matrix", "removed → refitted", "held out", "damping")
 @options.profile_opt
 @options.output_opt
 def compensate(
-    source: str,
-    dampings: tuple[float, ...] | None,
-    discard: bool,
-    profile: Path | None,
-    sink: str,
+    source: str, dampings: tuple[float, ...] | None, discard: bool, profile: Path | None, sink: str
 ) -> None:
     """Refit o_proj and down_proj so that the layer's output moves least.
 

@@ -11,9 +11,12 @@ from prunetool import console, options
 @click.argument("gguf_path", metavar="GGUF", type=click.Path(path_type=Path))
 @options.out_arg
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16",
-    show_default=True, help="Precision of the written tensors.",
-)  # fmt: skip
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Precision of the written tensors.",
+)
 @options.max_shard_size_opt
 @options.overwrite_opt
 def convert(gguf_path: Path, out: Path, dtype: str, max_shard_bytes: int, overwrite: bool) -> None:

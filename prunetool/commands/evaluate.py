@@ -18,20 +18,27 @@ if TYPE_CHECKING:
 @options.model_arg
 @options.text_options
 @click.option(
-    "--samples", type=click.IntRange(1), show_default="as many as the text has",
+    "--samples",
+    type=click.IntRange(1),
+    show_default="as many as the text has",
     help="Windows to measure, from the start, without overlap.",
-)  # fmt: skip
+)
 @options.dtype_opt
 @options.device_opt
 @options.revision_opt
 @click.option(
-    "--against", metavar="DENSE", help="Compare with the checkpoint before pruning: its "
+    "--against",
+    metavar="DENSE",
+    help="Compare with the checkpoint before pruning: its "
     "perplexity, KL divergence of the next token, error of each head's attention matrices.",
-)  # fmt: skip
+)
 @click.option(
-    "--work", type=click.Path(path_type=Path), callback=options.named, metavar="DIR",
+    "--work",
+    type=click.Path(path_type=Path),
+    callback=options.named,
+    metavar="DIR",
     help="Keep the residual stream there; if killed, the same command resumes.",
-)  # fmt: skip
+)
 @options.overwrite_opt
 def evaluate(
     model: str,
@@ -69,9 +76,11 @@ def evaluate(
         opened, tokens, bos_id = open_with_text(model, revision, text, samples)
         dtype = options.product_dtype(dtype, opened.dtype)
         how = {
-            "samples": tokens.shape[0], "sequence_length": tokens.shape[1], "bos": bos_id,
+            "samples": tokens.shape[0],
+            "sequence_length": tokens.shape[1],
+            "bos": bos_id,
             "dtype": dtype,
-        }  # fmt: skip
+        }
         token_ids = corpus.fingerprint(tokens)
         if work:
             work = work.absolute()

@@ -12,10 +12,14 @@ from prunetool import __version__, console, options, records
 @options.out_arg
 @options.source_arg
 @click.option(
-    "--format", "form", type=click.Choice(["auto", "dense"]), default="auto", show_default=True,
+    "--format",
+    "form",
+    type=click.Choice(["auto", "dense"]),
+    default="auto",
+    show_default=True,
     help="auto: smaller matrices, as a stock architecture if the layers are alike, else "
     "with a loader file. dense: the original shapes with zeros, loadable everywhere.",
-)  # fmt: skip
+)
 @options.max_shard_size_opt
 @options.overwrite_opt
 def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: bool) -> None:
@@ -38,9 +42,13 @@ def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: b
         inputs = [] if source == "-" else [Path(source)]
         with workdir.lock(out.absolute()):
             job = Export(
-                header, out, dense=form == "dense", max_shard_bytes=max_shard_bytes,
-                overwrite=overwrite, inputs=inputs,
-            )  # fmt: skip
+                header,
+                out,
+                dense=form == "dense",
+                max_shard_bytes=max_shard_bytes,
+                overwrite=overwrite,
+                inputs=inputs,
+            )
             said += job.write(list(layers))
     _say_next(out, Path(header.work))
 

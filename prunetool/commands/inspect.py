@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 @options.model_arg
 @options.revision_opt
 @click.option(
-    "--plan", "planned", is_flag=True, help="Also measure this machine for a few seconds, and "
+    "--plan",
+    "planned",
+    is_flag=True,
+    help="Also measure this machine for a few seconds, and "
     "say how much memory, disk, arithmetic and time each step of a run will need.",
-)  # fmt: skip
+)
 @click.option(
     "--samples",
     default=128,
@@ -31,9 +34,12 @@ if TYPE_CHECKING:
 )
 @options.length_opt
 @click.option(
-    "--sparsity", default=0.2, show_default=True, type=options.Finite(0, 1, max_open=True),
+    "--sparsity",
+    default=0.2,
+    show_default=True,
+    type=options.Finite(0, 1, max_open=True),
     help="Sparsity to plan for.",
-)  # fmt: skip
+)
 @options.dtype_opt
 def inspect(
     model: str,
@@ -141,11 +147,17 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     if total > free:
         console.log.warning(
             "%s: %.1f GB of disk are needed and %.1f are free; see --discard",
-            here, total / 1e9, free / 1e9,
-        )  # fmt: skip
+            here,
+            total / 1e9,
+            free / 1e9,
+        )
     return {
-        "samples": samples, "sequence_length": length, "sparsity": sparsity, "dtype": dtype,
+        "samples": samples,
+        "sequence_length": length,
+        "sparsity": sparsity,
+        "dtype": dtype,
         "speed": measured._asdict(),
-        "steps": {step: need._asdict() | {"seconds": seconds[step]}
-                  for step, need in needs.items()},
-    }  # fmt: skip
+        "steps": {
+            step: need._asdict() | {"seconds": seconds[step]} for step, need in needs.items()
+        },
+    }

@@ -14,10 +14,14 @@ from prunetool import console, options, records
     help="Write the page here; - is stdout.",
 )  # fmt: skip
 @click.option(
-    "--evaluation", "evaluated", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
+    "--evaluation",
+    "evaluated",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
     help="Show this result of evaluate too; if made with --against, a heat map of every head's "
     "attention error. May be given several times.",
-)  # fmt: skip
+)
 def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
     """Make an HTML page of what each layer kept and what that cost.
 

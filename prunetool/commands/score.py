@@ -28,71 +28,110 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 @click.command(cls=options.Command)
 @options.source_arg
 @click.option(
-    "--sparsity", required=True, type=options.Finite(0, 1, max_open=True),
+    "--sparsity",
+    required=True,
+    type=options.Finite(0, 1, max_open=True),
     help="Fraction to remove. heads and channels: of the parameters of all decoder layers' seven "
     "matrices. Weights: of each matrix (or row, see --pattern).",
-)  # fmt: skip
+)
 @click.option(
-    "--method", type=click.Choice(NAMES), default="newton", show_default=True,
+    "--method",
+    type=click.Choice(NAMES),
+    default="newton",
+    show_default=True,
     help=f"How to rank them. heads and channels: {', '.join(UNITS)}. Weights: "
     f"{', '.join(WEIGHTS)}; q,k also {', '.join(QK)}.",
-)  # fmt: skip
+)
 @click.option(
-    "--target", default="heads,channels", show_default=True, metavar="LIST",
+    "--target",
+    default="heads,channels",
+    show_default=True,
+    metavar="LIST",
     help="What to prune: heads (whole KV groups) and channels (of the MLP); or single weights of "
     "q, k, v, o, gate, up, down (qk: the first two; weights: all).",
-)  # fmt: skip
+)
 @click.option(
-    "--allocation", type=click.Choice(["global", "uniform"]), default="global",
-    show_default=True, help="global: one ranking over all layers. uniform: the same counts in "
+    "--allocation",
+    type=click.Choice(["global", "uniform"]),
+    default="global",
+    show_default=True,
+    help="global: one ranking over all layers. uniform: the same counts in "
     "every layer, met to one step of --multiple-of in each.",
-)  # fmt: skip
+)
 @click.option(
-    "--weighting", type=click.Choice(["none", "token"]), default="none", show_default=True,
+    "--weighting",
+    type=click.Choice(["none", "token"]),
+    default="none",
+    show_default=True,
     help="token: weigh each token by 1/‖residual stream‖² when layers are compared.",
-)  # fmt: skip
+)
 @click.option(
-    "--multiple-of", default=32, show_default=True, type=click.IntRange(1),
+    "--multiple-of",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
     help="A pruned layer keeps a multiple of this many channels.",
-)  # fmt: skip
+)
 @click.option(
-    "--min-channels", default=32, show_default=True, type=click.IntRange(1),
+    "--min-channels",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
     help="No layer keeps fewer channels.",
-)  # fmt: skip
+)
 @click.option(
-    "--lambda", "lam", type=options.Finite(0, min_open=True, infinity=True),
+    "--lambda",
+    "lam",
+    type=options.Finite(0, min_open=True, infinity=True),
     show_default="1; attention-gd: a thousandth of its loss's largest curvature",
     help="λ of newton and its variants, for inputs of spectral norm 1 (inf makes the count a "
     "hard constraint), and of attention-gd.",
-)  # fmt: skip
+)
 @click.option(
-    "--newton-iterations", type=click.IntRange(1), metavar="T",
+    "--newton-iterations",
+    type=click.IntRange(1),
+    metavar="T",
     help="Run the paper's Algorithm 1 for T steps instead of its closed form (same result).",
-)  # fmt: skip
+)
 @click.option(
-    "--damping", default=None, show_default=default_of("damping"), type=options.Finite(0),
+    "--damping",
+    default=None,
+    show_default=default_of("damping"),
+    type=options.Finite(0),
     help="What the solves of newton, obs and sparsegpt add to the diagonal, as a fraction of its "
     "mean; newton's systems are scaled to a diagonal of ones first.",
-)  # fmt: skip
+)
 @click.option(
-    "--pattern", type=click.Choice(PATTERNS),
+    "--pattern",
+    type=click.Choice(PATTERNS),
     show_default=default_of("pattern"),
     help="Where the sparsity of weights is met: over the matrix, in each row, or as two of every "
     "four neighbours along the input.",
-)  # fmt: skip
+)
 @click.option(
-    "--iterations", default=100, show_default=True, type=click.IntRange(1), metavar="T",
+    "--iterations",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="T",
     help="Maximum steps of attention-gd; it stops if the held-out loss rises.",
-)  # fmt: skip
+)
 @click.option(
-    "--learning-rate", type=options.Finite(0, min_open=True), metavar="η",
-    show_default="1/(λ + largest curvature)", help="Step of attention-gd.",
-)  # fmt: skip
+    "--learning-rate",
+    type=options.Finite(0, min_open=True),
+    metavar="η",
+    show_default="1/(λ + largest curvature)",
+    help="Step of attention-gd.",
+)
 @click.option("--published", is_flag=True, help="attention-gd as published: λ, η, T and order.")
 @click.option(
-    "--refine", default=0, show_default=True, type=click.IntRange(0), metavar="STEPS",
+    "--refine",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    metavar="STEPS",
     help="After masking q and k, tune the kept weights for STEPS steps.",
-)  # fmt: skip
+)
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed for --method random."
 )
@@ -138,9 +177,10 @@ def score(
         options.keep_inputs([sink, profile], [header.source])
         if any(step["command"] == "compensate" for step in header.history):
             raise RecordError(
-                source, "was already refitted for what is kept so far",
+                source,
+                "was already refitted for what is kept so far",
                 "run compensate after the last score",
-            )  # fmt: skip
+            )
         step = options.history_step("score", __version__, target=",".join(targets), **how)
         run = Run.of(header.after(step), profile, discard)
         job = (Scoring if units else Masking)(run, targets, how)

@@ -15,10 +15,13 @@ from prunetool import console, options
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option("--dry-run", is_flag=True, help="List what would be uploaded, offline.")
 @click.option(
-    "--metrics", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
+    "--metrics",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
     help="Put this result of evaluate into the model card; the text is named after the file. "
     "May be given several times.",
-)  # fmt: skip
+)
 @options.overwrite_opt
 def upload(
     out: Path,
@@ -59,9 +62,13 @@ def upload(
             said += [f"none sent to {repository}"]
             return
         done = step.upload(
-            files, repository, private=private, revision=revision, create_pr=create_pr,
+            files,
+            repository,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
             overwrite=overwrite,
-        )  # fmt: skip
+        )
         click.echo(done.url)
         said += [f"{'in' if done.changed else 'already in'} {repository}"]
     at = f" --revision {revision}" if revision else ""

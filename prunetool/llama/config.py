@@ -81,9 +81,11 @@ class Family(NamedTuple):
 
 SETTINGS = ("attention_bias", "mlp_bias", "qkv_bias", "qk_norm")  # fields of `LlamaConfig`
 _QWEN = {
-    "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
     "max_window_layers": 28,
-}  # fmt: skip
+}
 FAMILIES = {
     "llama": Family(stated=("attention_bias", "mlp_bias")),
     "mistral": Family(

@@ -75,9 +75,7 @@ def rotation(rope: Rope, head_dim: int, length: int, max_position_embeddings: in
     return Rotation(jnp.asarray(c, jnp.float32), jnp.asarray(s, jnp.float32))
 
 
-_LLAMA3_KEYS = (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-)  # fmt: skip
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def _llama3(
@@ -255,13 +253,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = Non
 
 
 def decoder_layer(
-    h: jax.Array,
-    w: Layer,
-    rope: Rotation,
-    *,
-    head_dim: int,
-    eps: float,
-    window: int | None = None,
+    h: jax.Array, w: Layer, rope: Rotation, *, head_dim: int, eps: float, window: int | None = None
 ) -> tuple[jax.Array, Taps]:
     """One decoder layer: h + attention(norm(h)), then + mlp(norm(·)).
 

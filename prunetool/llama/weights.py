@@ -51,9 +51,12 @@ def axis_sizes(config: LlamaConfig, shape: LayerShape) -> dict[str, int]:
     """Size of every axis of `PARTS`: D, d, H d for query heads, n_kv d for KV groups, I."""
     heads, groups = shape.heads * config.head_dim, shape.kv_heads * config.head_dim
     return {
-        "hidden": config.hidden_size, "head": config.head_dim,
-        "heads": heads, "groups": groups, "channels": shape.channels,
-    }  # fmt: skip
+        "hidden": config.hidden_size,
+        "head": config.head_dim,
+        "heads": heads,
+        "groups": groups,
+        "channels": shape.channels,
+    }
 
 
 def part_shapes(config: LlamaConfig, shape: LayerShape) -> dict[str, tuple[int, ...]]:
@@ -118,9 +121,10 @@ def unit_axes(
         return (units[:, None] * size + np.arange(size)).ravel()
 
     return {
-        "heads": spread(groups, shape.group_size * head_dim), "groups": spread(groups, head_dim),
+        "heads": spread(groups, shape.group_size * head_dim),
+        "groups": spread(groups, head_dim),
         "channels": channels,
-    }  # fmt: skip
+    }
 
 
 def select(layer: Layer, shape: LayerShape, groups: np.ndarray, channels: np.ndarray) -> Layer:
@@ -137,11 +141,7 @@ def select(layer: Layer, shape: LayerShape, groups: np.ndarray, channels: np.nda
 
 
 def scatter(
-    layer: Layer,
-    shape: LayerShape,
-    target: LayerShape,
-    groups: np.ndarray,
-    channels: np.ndarray,
+    layer: Layer, shape: LayerShape, target: LayerShape, groups: np.ndarray, channels: np.ndarray
 ) -> Layer:
     """Put a layer's KV groups and channels in the given places of a larger, otherwise zero layer.
 

@@ -204,8 +204,10 @@ def hessian_diagonal(
         dz_q, dz_k = back(slope)
         flat = x.reshape(x.shape[0], -1)
         of_q = _dot(dz_q.reshape(dz_q.shape[0], -1) ** 2, flat.T**2)
-        by_sequence = lax.map(lambda one: _dot(one[0], one[1].T) ** 2,
-                              (jnp.moveaxis(dz_k, 1, 0), jnp.moveaxis(x, 1, 0)))  # fmt: skip
+        by_sequence = lax.map(
+            lambda one: _dot(one[0], one[1].T) ** 2,
+            (jnp.moveaxis(dz_k, 1, 0), jnp.moveaxis(x, 1, 0)),
+        )
         return (total[0] + of_q, total[1] + jnp.sum(by_sequence, axis=0)), None
 
     zero = jax.tree.map(jnp.zeros_like, w)

@@ -163,9 +163,6 @@ def gradient_descent_mask(
     """
 
     def value_and_gradient(M: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return (
-            loss(M, X, W, lam=lam, causal=causal),
-            gradient(M, X, W, lam=lam, causal=causal),
-        )
+        return (loss(M, X, W, lam=lam, causal=causal), gradient(M, X, W, lam=lam, causal=causal))
 
     return descend(value_and_gradient, jnp.ones_like(W), learning_rate, steps)

@@ -65,8 +65,9 @@ def allocate_global(
     fewest = [limits.fewest(len(scores)) for scores in channel_scores]
     most_groups = np.array([max(len(scores) - 1, 0) for scores in group_scores])
     most_channels = np.array([len(s) - f for s, f in zip(channel_scores, fewest, strict=True)])
-    _check_reachable(most_groups @ np.asarray(group_costs) + most_channels.sum() * channel_cost,
-                     target)  # fmt: skip
+    _check_reachable(
+        most_groups @ np.asarray(group_costs) + most_channels.sum() * channel_cost, target
+    )
 
     scores = np.concatenate([*group_scores, *channel_scores])
     lengths = [len(s) for s in group_scores] + [len(s) for s in channel_scores]

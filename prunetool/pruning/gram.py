@@ -94,8 +94,7 @@ def add(sums: Sums, x: jax.Array, h: jax.Array) -> Sums:
         triangle(sums.gram, x),
         sum_of(sums.total, lambda: jnp.sum(x, axis=1, dtype=jnp.float32)),
         sum_of(
-            sums.token_diagonal,
-            lambda: jnp.sum(jnp.square(x.astype(jnp.float32)) * weight, axis=1),
+            sums.token_diagonal, lambda: jnp.sum(jnp.square(x.astype(jnp.float32)) * weight, axis=1)
         ),
         sum_of(sums.token_blocks, blocks),
         triangle(sums.token_gram, weighted),

@@ -68,12 +68,7 @@ def alive(K: np.ndarray) -> np.ndarray:
 
 
 def newton(
-    K: np.ndarray,
-    s: float,
-    *,
-    lam: float = np.inf,
-    damping: float = 0.0,
-    overwrite: bool = False,
+    K: np.ndarray, s: float, *, lam: float = np.inf, damping: float = 0.0, overwrite: bool = False
 ) -> np.ndarray:
     """The exact minimiser in closed form, with one Cholesky factorisation.
 

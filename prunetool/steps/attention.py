@@ -65,9 +65,10 @@ class AttentionLayer:
     ) -> None:
         if "attention" not in record.files:
             raise RecordError(
-                f"layer {record.index}", "has no attention inputs",
+                f"layer {record.index}",
+                "has no attention inputs",
                 "run calibrate with --attention-samples",
-            )  # fmt: skip
+            )
         samples = workdir.load(work, record.files["attention"])
         if any(part not in samples or samples[part].ndim != 3 for part in ("fit", "held_out")):
             raise RecordError(
@@ -118,9 +119,10 @@ class AttentionLayer:
             largest = float(attention_loss.mask_curvature(self.turn, self.w, self.fit))
             if not 0 < largest < float("inf"):
                 raise NumericalError(
-                    "attention", f"the largest curvature of its loss is {largest}",
+                    "attention",
+                    f"the largest curvature of its loss is {largest}",
                     "check the model, or calibrate on other text",
-                )  # fmt: skip
+                )
             lam = RELATIVE_LAMBDA * largest if lam is None else lam
             rate = 1 / (largest + lam) if rate is None else rate
         M: Pair = (jnp.ones_like(self.w[0]), jnp.ones_like(self.w[1]))
@@ -138,9 +140,11 @@ class AttentionLayer:
             # Short enough steps never raise the loss; the margin is for float32.
             if not max(reached, float(jnp.max(losses))) <= start * 1.001 + 1e-12:
                 raise NumericalError(
-                    "attention", f"the loss went from {start:.3g} to {reached:.3g} in {done} "
-                    f"steps of {rate:.3g}", "lower --learning-rate",
-                )  # fmt: skip
+                    "attention",
+                    f"the loss went from {start:.3g} to {reached:.3g} in {done} "
+                    f"steps of {rate:.3g}",
+                    "lower --learning-rate",
+                )
             held_out = self._mask_loss(M, lam, held_out=True)
             if held_out > lowest and not to_the_end:
                 break

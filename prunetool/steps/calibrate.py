@@ -80,24 +80,30 @@ class Calibration:
         """
         samples, length = self.tokens.shape
         how = {
-            "samples": samples, "sequence_length": length, **self.chosen,
-            "held_out": self.held_out, "stats": self.stats, "attention": list(self.attention),
+            "samples": samples,
+            "sequence_length": length,
+            **self.chosen,
+            "held_out": self.held_out,
+            "stats": self.stats,
+            "attention": list(self.attention),
             **self.precision._asdict(),
-        }  # fmt: skip
+        }
         known, team = self.model.identity(), self.team
         ids = corpus.fingerprint(self.tokens)
         run = workdir.identity("calibrate", known, ids, __version__, how)
         header = records.Header(
-            str(self.model.directory), model, checksum.of_json(known), str(self.work),
+            str(self.model.directory),
+            model,
+            checksum.of_json(known),
+            str(self.work),
             self.model.layers,
-        ).after(
-            {"command": "calibrate", "version": __version__, "options": how | {"tokens": ids}}
-        )  # fmt: skip
+        ).after({"command": "calibrate", "version": __version__, "options": how | {"tokens": ids}})
         if not team.same(int(workdir.digest(run), 16)):
             raise ConfigError(
-                "--coordinator", "the processes differ in checkpoint, text or options",
+                "--coordinator",
+                "the processes differ in checkpoint, text or options",
                 "give all of them the same",
-            )  # fmt: skip
+            )
         # Process 0 takes the lock, as a single process would.
         locked = self.work.with_name(f"{self.work.name}{team.suffix if team.index else ''}")
         with workdir.lock(locked), self.profile.trace():
@@ -176,9 +182,10 @@ class Calibration:
         sums = {name: self.model.checksums.get(name) for name in names[layer > 0 :]}
         if not self.team.same(int(checksum.of_json(sums)[:15], 16)):
             raise ConfigError(
-                f"layer {layer}", "the processes have different weights",
+                f"layer {layer}",
+                "the processes have different weights",
                 "give all of them the same checkpoint",
-            )  # fmt: skip
+            )
 
     def _remember(self) -> None:
         self.model.remember(self.work / workdir.WEIGHTS_NAME)
@@ -333,9 +340,10 @@ class Calibration:
 def padded_sizes(layer: Layer) -> dict[str, int]:
     """Size of every axis of a layer's padded matrices."""
     axes = [
-        pair for part in MATRICES
+        pair
+        for part in MATRICES
         for pair in zip(PARTS[part].axes, getattr(layer, part).shape, strict=True)
-    ]  # fmt: skip
+    ]
     return dict(axes)
 
 

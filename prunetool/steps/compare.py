@@ -47,9 +47,10 @@ class Comparison(NamedTuple):
             errors[name] = {
                 "mean": float(by_head[known].mean()) if known.any() else None,
                 "worst": float(by_head[layer, head]) if known.any() else None,
-                "worst_layer": int(layer), "worst_head": int(head),
+                "worst_layer": int(layer),
+                "worst_head": int(head),
                 "by_head": [[float(e) if e == e else None for e in row] for row in by_head],
-            }  # fmt: skip
+            }
         return {
             "model": against,
             "perplexity": perplexity(self.dense_loss),
@@ -74,9 +75,10 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
         mine, theirs = getattr(model.config, name), getattr(dense.config, name)
         if mine != theirs:
             raise ConfigError(
-                "--against", f"its {name} is {theirs} but the model's is {mine}",
+                "--against",
+                f"its {name} is {theirs} but the model's is {mine}",
                 "name the checkpoint that was pruned",
-            )  # fmt: skip
+            )
     size = dense.config.hidden_size
     with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
         need_room(Path(directory), 4 * tokens.size * size * 4)
@@ -171,8 +173,11 @@ def _losses(
     def sums(pieces: list[Any], targets: Any, norms: Any, heads: Any) -> jax.Array:
         scores, dense_scores = map(
             lambda h, norm, head, eps: forward.logits(h, norm, head, eps=eps),
-            pieces, norms, heads, epsilons,
-        )  # fmt: skip
+            pieces,
+            norms,
+            heads,
+            epsilons,
+        )
         parts = [
             forward.token_losses(scores, targets),
             forward.token_losses(dense_scores, targets),

@@ -40,9 +40,10 @@ def refit_layers(
     """
     if len(grid) > 1 and not run.header.calibration.get("held_out"):
         raise RecordError(
-            "--damping", "no tokens were held out to choose it with",
+            "--damping",
+            "no tokens were held out to choose it with",
             "give one number, such as 0.01, or calibrate with 2 samples or more",
-        )  # fmt: skip
+        )
     for record, name, arrays in run.layers(source, partial(_refit, run, grid)):
         # Sorted as safetensors returns names, so that a resumed run writes the same bytes.
         report = {

@@ -225,11 +225,9 @@ def _densities(
 ) -> dict[str, tuple[int, int]]:
     """Nonzero weights, and all weights of kept units, for each of the seven matrices."""
     return {
-        part: (
-            int(np.count_nonzero(tensors[tensor_name(layer, part)])), int(np.prod(shapes[part]))
-        )
+        part: (int(np.count_nonzero(tensors[tensor_name(layer, part)])), int(np.prod(shapes[part])))
         for part in MATRICES
-    }  # fmt: skip
+    }
 
 
 def _kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
@@ -257,9 +255,10 @@ def _pruned_layer(
                 old, new = getattr(layer, part), refit[name]
                 if old is None or new.shape != old.shape or new.dtype != np.float32:
                     raise RecordError(
-                        work / record.files["refit"], f"{name} is {new.dtype} {new.shape}, which "
-                        "does not fit what is kept", workdir.AGAIN,
-                    )  # fmt: skip
+                        work / record.files["refit"],
+                        f"{name} is {new.dtype} {new.shape}, which does not fit what is kept",
+                        workdir.AGAIN,
+                    )
                 dtype = dtype_of(model.index[tensor_name(record.index, part)])
                 layer = layer._replace(**{part: new.astype(np.dtype(dtype))})
     return layer

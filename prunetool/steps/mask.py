@@ -83,13 +83,12 @@ class Masking:
                 f"calibrate kept no sums of the inputs of {', '.join(missing)}",
                 "run calibrate with --stats all",
             )
-        if (self._learns or self.how["refine"]) and calibration.get("attention") in (
-            None, [0, 0]
-        ):  # fmt: skip
+        if (self._learns or self.how["refine"]) and calibration.get("attention") in (None, [0, 0]):
             raise RecordError(
-                f"--method {self.how['method']}", "calibrate kept no attention inputs",
+                f"--method {self.how['method']}",
+                "calibrate kept no attention inputs",
                 "run calibrate with --attention-samples 8, or more",
-            )  # fmt: skip
+            )
 
     def _values(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """The numbers of a layer's file, for its record."""
@@ -170,13 +169,17 @@ class Masking:
         part = partial(self.model.part, record.index)
         biases = [self.model.part_if_any(record.index, f"{name}_bias") for name in self.parts]
         return AttentionLayer(
-            self._turns, self.work, record,
+            self._turns,
+            self.work,
+            record,
             [kept[name].of(part(name)) for name in self.parts],
-            [None if bias is None else bias[kept[name].rows]
-             for name, bias in zip(self.parts, biases, strict=True)],
+            [
+                None if bias is None else bias[kept[name].rows]
+                for name, bias in zip(self.parts, biases, strict=True)
+            ],
             [self.model.part_if_any(record.index, f"{name}_norm") for name in self.parts],
             self.model.config.window,
-        )  # fmt: skip
+        )
 
     def _learn(
         self, attention: AttentionLayer | None
@@ -195,18 +198,14 @@ class Masking:
             return A if kept.columns.all() else A[np.ix_(kept.columns, kept.columns)]
         if self._method.needs_gram:
             raise RecordError(
-                f"layer {layer}", f"has no sums of the inputs of {part}_proj",
+                f"layer {layer}",
+                f"has no sums of the inputs of {part}_proj",
                 "run calibrate with --stats all",
-            )  # fmt: skip
+            )
         return None
 
     def _choose(
-        self,
-        part: str,
-        W: np.ndarray,
-        A: np.ndarray | None,
-        learned: np.ndarray | None,
-        layer: int,
+        self, part: str, W: np.ndarray, A: np.ndarray | None, learned: np.ndarray | None, layer: int
     ) -> np.ndarray:
         """The mask of one matrix."""
         sparsity, pattern = self.how["sparsity"], self.how["pattern"]

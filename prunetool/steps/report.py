@@ -116,8 +116,9 @@ def make_page(
         _by_layer("Relative output error by plain removal", [of[0] for of in errors]),
         _by_layer("Relative output error, plain removal → refitted", [of[1] for of in errors]),
         _by_layer("Relative error of the attention matrices", [of[2] for of in errors]),
-        *_shown(evaluations), "</html>\n",
-    ]  # fmt: skip
+        *_shown(evaluations),
+        "</html>\n",
+    ]
     return "".join(parts), f"{kept:,} of {dense:,} layer weights kept"
 
 

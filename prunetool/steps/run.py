@@ -31,9 +31,10 @@ def reopen(header: records.Header) -> Model:
     now = model.identity()
     if changed := workdir.differing({key: run.get(key) for key in now}, now):
         raise CheckpointError(
-            header.model, f"its {changed[0].key} has changed since it was calibrated",
+            header.model,
+            f"its {changed[0].key} has changed since it was calibrated",
             "restore it, or calibrate again",
-        )  # fmt: skip
+        )
     if header.fingerprint != checksum.of_json(now) or header.layers != model.layers:
         raise RecordError("header", "is for a different checkpoint than its run", records.AGAIN)
     return replace(model, recorded=Path(header.work) / workdir.WEIGHTS_NAME)

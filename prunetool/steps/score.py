@@ -156,8 +156,12 @@ class Scoring:
         return budget.allocate_uniform(
             shape.kv_heads if GROUPS in self.targets else 0,
             shape.channels if CHANNELS in self.targets else 0,
-            self.model.layers, group_costs[0], channel_cost, target, limits,
-        )  # fmt: skip
+            self.model.layers,
+            group_costs[0],
+            channel_cost,
+            target,
+            limits,
+        )
 
     def _scores(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
         """Scores of a layer's units of both targets, in the form of a file."""

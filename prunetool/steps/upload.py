@@ -88,9 +88,11 @@ def read_metrics(path: Path, model: Model) -> "list[EvalResult]":
     value = json.loads(path.read_text("utf-8"))
     if value.get("parameters") != model.parameters():
         raise RecordError(
-            path, f"is for a model of {value.get('parameters')} parameters, but OUT has "
-            f"{model.parameters()}", "evaluate OUT and give that result",
-        )  # fmt: skip
+            path,
+            f"is for a model of {value.get('parameters')} parameters, but OUT has "
+            f"{model.parameters()}",
+            "evaluate OUT and give that result",
+        )
     measured = {"perplexity": ("Perplexity", value["perplexity"])}
     if value["perplexity"] is None:
         measured = {"loss": ("Loss, nats per token", value["loss"])}
@@ -174,10 +176,8 @@ def upload(
         before = api.repo_info(repository, revision=revision).sha
         other = _other_checkpoint(api, repository, revision, files)
         if other and not (overwrite or create_pr):
-            raise HubError(
-                repository, f"holds another checkpoint ({other[0]})",
-                "name another repository or --revision, or give --overwrite",
-            )  # fmt: skip
+            todo = "name another repository or --revision, or give --overwrite"
+            raise HubError(repository, f"holds another checkpoint ({other[0]})", todo)
         commit = api.create_commit(
             repository,
             [
@@ -185,8 +185,9 @@ def upload(
                 *(CommitOperationDelete(name) for name in other if name not in files),
             ],
             commit_message="Upload a checkpoint pruned by prunetool",
-            revision=revision, create_pr=create_pr,
-        )  # fmt: skip
+            revision=revision,
+            create_pr=create_pr,
+        )
     url = f"{endpoint()}/{repository}{f'/tree/{revision}' if revision else ''}"
     return Done(commit.pr_url or url, commit.oid != before)
 

@@ -27,9 +27,10 @@ OURS = {
     "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 GLOBAL = {
-    "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
-}  # fmt: skip
+}
 WORDS = [
     "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "then", "sleeps",
     "in", "warm", "sun",
@@ -62,10 +63,11 @@ def gguf_of(config, *, values=(), tensors=(), tokenizer=None):
     }
     if tokenizer is None:
         keys |= {
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
             "tokenizer.ggml.tokens": letters(config["vocab_size"]),
             "tokenizer.ggml.merges": ["\u4e00 \u4e01"],
-        }  # fmt: skip
+        }
     architecture = config["model_type"]
     keys = {key.replace("llama.", f"{architecture}.", 1): value for key, value in keys.items()}
     keys |= dict(values)  # None: left out
@@ -149,7 +151,7 @@ QWEN = {
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 128},  # transformers' reader knows no other
     "qwen3, biases": {"model_type": "qwen3", "head_dim": 24, "attention_bias": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes", QWEN.values(), ids=QWEN)
@@ -187,9 +189,12 @@ def test_rope_scaling_comes_back(tmp_path):
     write_gguf(tmp_path / "3.gguf", config, tensors=[("rope_freqs.weight", divisors)])
     scaling = GGUFModel(tmp_path / "3.gguf").config("float32")["rope_scaling"]
     assert scaling == {
-        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+    }
     write_gguf(tmp_path / "x.gguf", config, tensors=[("rope_freqs.weight", divisors[::-1].copy())])
     with pytest.raises(ConfigError, match="is not Llama 3's scaling"):
         GGUFModel(tmp_path / "x.gguf").config("float32")
@@ -277,8 +282,10 @@ def write_parts(directory, count=3, change=lambda part, keys, tensors: None):
         }
         own = {
             **(keys if part == 0 else {}),
-            "split.no": part, "split.count": count, "split.tensors.count": len(stored),
-        }  # fmt: skip
+            "split.no": part,
+            "split.count": count,
+            "split.tensors.count": len(stored),
+        }
         change(part, own, mine)
         write_file(directory / f"m-{part + 1:05d}-of-{count:05d}.gguf", own, mine)
     return made
@@ -429,9 +436,12 @@ def test_a_quantised_tensor_that_is_not_finite_never_becomes_a_checkpoint(tmp_pa
         write_gguf(tmp_path / "a.gguf", tiny_config(), tensors=[(name, (blocks, type_))])
         with pytest.raises(ConfigError, match=f"tensor {name} holds NaN or infinity"):
             convert_gguf(
-                tmp_path / "a.gguf", tmp_path / name, "float32",
-                max_shard_bytes=130_000, overwrite=False,
-            )  # fmt: skip
+                tmp_path / "a.gguf",
+                tmp_path / name,
+                "float32",
+                max_shard_bytes=130_000,
+                overwrite=False,
+            )
         assert not (tmp_path / name / "model.safetensors.index.json").exists()
         shards = list((tmp_path / name).glob("*.safetensors"))
         assert len(shards) == 1 + int(name[4]), "the embedding and the layers before"
@@ -721,13 +731,15 @@ def byte_level(**values):
     texts = sorted(pre_tokenizers.ByteLevel.alphabet())[:252]
     texts += ["he", "ll", "hell", "hello", "user>", "Ġh", "<bos>", "<eos>"]
     return {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": texts,
         "tokenizer.ggml.token_type": [1] * 256 + [4, 1, 3, 3],
         "tokenizer.ggml.merges": ["h e", "l l", "he ll", "Ġ h"],
-        "tokenizer.ggml.bos_token_id": 258, "tokenizer.ggml.eos_token_id": 259,
+        "tokenizer.ggml.bos_token_id": 258,
+        "tokenizer.ggml.eos_token_id": 259,
         **{f"tokenizer.ggml.{key}": value for key, value in values.items()},
-    }  # fmt: skip
+    }
 
 
 TRAINED = {}
@@ -748,14 +760,16 @@ def sentencepiece_model(directory):
     judge = sentencepiece.SentencePieceProcessor(model_proto=TRAINED["model"])
     count = range(judge.get_piece_size())
     return judge, {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": None, "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.merges": None,
         "tokenizer.ggml.tokens": [judge.id_to_piece(i) for i in count],
         "tokenizer.ggml.scores": [judge.get_score(i) for i in count],
         "tokenizer.ggml.token_type": [
             2 if judge.is_unknown(i) else 3 if judge.is_control(i) else 6 if judge.is_byte(i) else 1
             for i in count
         ],
-    }  # fmt: skip
+    }
 
 
 def tokenizer_of(tmp_path, values, name="a", **changes):
@@ -863,10 +877,12 @@ def test_of_merges_with_equal_scores_the_lower_id_goes_first(tmp_path):
     texts = ["<unk>", "<s>", "</s>", *"abcd", "ab", "bc", "cd", "\u2581"]
     ids = {text: number for number, text in enumerate(texts)}
     values = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": texts,
         "tokenizer.ggml.token_type": [2, 3, 3] + [1] * 8,
-        "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False,
-    }  # fmt: skip
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": False,
+    }
 
     def pieces(name, text, scores):
         values["tokenizer.ggml.scores"] = [0.0] * 7 + scores + [0.0]
@@ -883,10 +899,12 @@ def test_of_merges_with_equal_scores_the_lower_id_goes_first(tmp_path):
 def test_no_merge_makes_an_unused_piece(tmp_path):
     texts = ["<unk>", "<s>", "</s>", "a", "b", "ab", "\u2581"]
     values = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.scores": [0.0] * 7, "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.scores": [0.0] * 7,
+        "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.add_bos_token": False,
-    }  # fmt: skip
+    }
     for type_, pieces in ((1, ["ab"]), (4, ["ab"]), (5, ["a", "b"])):
         values["tokenizer.ggml.token_type"] = [2, 3, 3, 1, 1, type_, 1]
         ours, _ = tokenizer_of(tmp_path, values, f"type{type_}", vocab_size=len(texts))
@@ -896,10 +914,11 @@ def test_no_merge_makes_an_unused_piece(tmp_path):
 def test_of_two_ways_to_make_a_piece_the_one_with_the_lower_ids_goes_first(tmp_path):
     texts = ["<unk>", "<s>", "</s>", "bc", "c", "a", "ab", "b", "abc", "\u2581"]
     values = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": texts,
         "tokenizer.ggml.token_type": [2, 3, 3] + [1] * 7,
         "tokenizer.ggml.scores": [0.0] * 3 + [-2.0, 0.0, 0.0, -1.0, 0.0, -3.0, 0.0],
-    }  # fmt: skip
+    }
     _, out = tokenizer_of(tmp_path, values, vocab_size=len(texts))
     merges = json.loads((out / "tokenizer.json").read_text())["model"]["merges"]
     assert merges == [["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]]

@@ -290,9 +290,11 @@ class TestWriter:
         assert made == [1], "the first shard was there"
         assert (again.parameters, again.size_bytes) == (9, 36)
         assert sorted(path.name for path in out.iterdir()) == [
-            ".prunetool.json", "model-00001-of-00002.safetensors",
-            "model-00002-of-00002.safetensors", "model.safetensors.index.json",
-        ]  # fmt: skip
+            ".prunetool.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+        ]
         (out / ".prunetool.json").unlink()
         over = writer.CheckpointWriter(out, run="one", overwrite=True)
         write_chunks(over, [{"a": np.ones((2, 3), np.float32)}, B])

@@ -33,9 +33,12 @@ def trained(**options):
 
 
 LLAMA = {
-    "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False, "vocab_size": 340,
-}  # fmt: skip
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "vocab_size": 340,
+}
 
 
 def ids_of(text, directory):
@@ -59,9 +62,12 @@ def directory_of(path, model, **config):
 )
 def test_ids_are_sentencepieces(tmp_path, kind, byte_fallback, prefix, rule, remove):
     model, text = trained(
-        model_type=kind, byte_fallback=byte_fallback, add_dummy_prefix=prefix,
-        normalization_rule_name=rule, remove_extra_whitespaces=remove,
-    )  # fmt: skip
+        model_type=kind,
+        byte_fallback=byte_fallback,
+        add_dummy_prefix=prefix,
+        normalization_rule_name=rule,
+        remove_extra_whitespaces=remove,
+    )
     judge = sentencepiece.SentencePieceProcessor(model_proto=model)
     directory_of(tmp_path, model)
     for given_text in (

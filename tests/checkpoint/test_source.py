@@ -28,9 +28,11 @@ def serve(checkpoint, tmp_path):
         (model / "pytorch_model.bin").write_bytes(b"pickled")
         servers.append(hub.start(model, token))
         return servers[-1], {
-            "HF_ENDPOINT": servers[-1].address, "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "",
-        }  # fmt: skip
+            "HF_ENDPOINT": servers[-1].address,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "",
+        }
 
     yield start
     for server in servers:
@@ -120,8 +122,9 @@ class TestWhatIsTaken:
     def test_names_in_the_index_are_no_patterns(self, server):
         files = server.files("me/tiny")
         index = json.loads(files["model.safetensors.index.json"])
-        wild = {name: shard.replace("model-", "m[o]*-") for name, shard in
-                index["weight_map"].items()}  # fmt: skip
+        wild = {
+            name: shard.replace("model-", "m[o]*-") for name, shard in index["weight_map"].items()
+        }
         files |= {name.replace("model-", "m[o]*-"): files[name] for name in SHARDS}
         files["model.safetensors.index.json"] = json.dumps({"weight_map": wild}).encode()
         server.publish("me/tiny", files)
@@ -161,9 +164,12 @@ class TestCache:
         shard.unlink()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         for name in ("me/tiny", "me/other"):
-            says(name, f"{name}: no such directory, and the Hub did not provide it "
-                 "(HF_HUB_OFFLINE is set, and the cache does not hold all of it); unset",
-                 kind=errors.HubError)  # fmt: skip
+            says(
+                name,
+                f"{name}: no such directory, and the Hub did not provide it "
+                "(HF_HUB_OFFLINE is set, and the cache does not hold all of it); unset",
+                kind=errors.HubError,
+            )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         open_model("me/tiny")
         assert shard.exists()
@@ -253,9 +259,13 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("status", "said"),
-        [(403, "the token lacks permission"), (500, "a fault of the Hub, status 500"),
-         (503, "a fault of the Hub, status 503"), (418, "status 418: tea … …=x")],
-    )  # fmt: skip
+        [
+            (403, "the token lacks permission"),
+            (500, "a fault of the Hub, status 500"),
+            (503, "a fault of the Hub, status 503"),
+            (418, "status 418: tea … …=x"),
+        ],
+    )
     def test_other_answers(self, answers, monkeypatch, status, said):
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         answers(status, message=f"tea {SECRET} https://u:{SECRET}@hub/?token={SECRET}")
@@ -283,15 +293,20 @@ class TestOtherThings:
     """MODEL given wrongly: what it is, and what to give."""
 
     def test_adapters(self, tmp_path, server):
-        adapter = {"adapter_config.json": b'{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}',
-                   "adapter_model.safetensors": b""}  # fmt: skip
+        adapter = {
+            "adapter_config.json": b'{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}',
+            "adapter_model.safetensors": b"",
+        }
         (tmp_path / "adapter").mkdir()
         for name, data in adapter.items():
             (tmp_path / "adapter" / name).write_bytes(data)
         server.publish("me/adapter", {**adapter, "README.md": b"an adapter"})
         for model in (tmp_path / "adapter", "me/adapter"):
-            says(model, f"{model}: is an adapter of meta-llama/Llama-3.2-1B, not a model; merge it",
-                 "PeftModel.merge_and_unload()")  # fmt: skip
+            says(
+                model,
+                f"{model}: is an adapter of meta-llama/Llama-3.2-1B, not a model; merge it",
+                "PeftModel.merge_and_unload()",
+            )
         config = json.dumps(tiny_config()).encode()
         server.publish("me/unsloth", {**adapter, "config.json": config})
         says("me/unsloth", "me/unsloth: is an adapter of")
@@ -301,8 +316,11 @@ class TestOtherThings:
         server.publish("me/a", {"a.Q4_0.gguf": b"GGUF", "README.md": b""})
         says("me/a", "me/a: holds GGUF files and no safetensors; convert one to a checkpoint: pr")
         server.publish("me/b", {**config, "pytorch_model-00001-of-00002.bin": b"", "x/y.gguf": b""})
-        says("me/b", "me/b: holds neither model.safetensors.index.json nor model.safetensors, "
-             "only pickled files (never read); load it in transformers")  # fmt: skip
+        says(
+            "me/b",
+            "me/b: holds neither model.safetensors.index.json nor model.safetensors, "
+            "only pickled files (never read); load it in transformers",
+        )
         server.publish("me/c", config)
         says("me/c", "me/c: holds neither model.safetensors.index.json nor model.safetensors; give")
         server.publish("me/d", {"notes.txt": b""})
@@ -325,8 +343,10 @@ class TestOtherThings:
             says(model / name, "is one file of a checkpoint; give its directory: ")
         says(model / "pytorch_model.bin", "is a pickled file, which is never read; load it in")
         says(tmp_path / "notes", "is neither a directory nor a Hub id")
-        says("https://huggingface.co/me/tiny/tree/main", "neither a directory nor a Hub id; give th"
-             "e id: me/tiny")  # fmt: skip
+        says(
+            "https://huggingface.co/me/tiny/tree/main",
+            "neither a directory nor a Hub id; give the id: me/tiny",
+        )
         says("hf://me/tiny", "give the id: me/tiny")
 
     def test_the_cache_itself(self, server, tmp_path):
@@ -377,8 +397,11 @@ class TestOtherThings:
         config = tiny_config(quantization_config={"quant_method": "gptq", "bits": 4})
         files = {**server.files("me/tiny"), "config.json": json.dumps(config).encode()}
         server.publish("me/tiny-GPTQ", files)
-        says("me/tiny-GPTQ", "me/tiny-GPTQ: is quantised (gptq, 4 bits); give the unquantised "
-             "original: probably tiny")  # fmt: skip
+        says(
+            "me/tiny-GPTQ",
+            "me/tiny-GPTQ: is quantised (gptq, 4 bits); give the unquantised "
+            "original: probably tiny",
+        )
         assert not set(SHARDS) & set(given(server))
 
 

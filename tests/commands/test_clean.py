@@ -85,7 +85,9 @@ def test_a_finished_export_says_what_next(finished, run):
     lines = run("export", "out", "c.jsonl").stderr.splitlines()
     assert [line.split(": ", 1)[1] for line in lines[-5:]] == [
         "AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True)",
-        "prunetool evaluate out --text OTHER.txt", "prunetool report out",
-        "prunetool upload out OWNER/NAME", "prunetool clean out",
-    ]  # fmt: skip
+        "prunetool evaluate out --text OTHER.txt",
+        "prunetool report out",
+        "prunetool upload out OWNER/NAME",
+        "prunetool clean out",
+    ]
     assert lines[-1].startswith(f"Delete {size:,.1f} MB of work files")

@@ -102,11 +102,14 @@ def test_code_that_stays_behind_is_named(kept, caplog):
     [
         (None, {}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
         ({"a": 1}, {}, {"a": 1, "tokenizer_class": "PreTrainedTokenizerFast"}),
-        ({"a": 1}, {"tokenizer_class": "GPT2Tokenizer"},
-         {"a": 1, "tokenizer_class": "GPT2Tokenizer"}),
+        (
+            {"a": 1},
+            {"tokenizer_class": "GPT2Tokenizer"},
+            {"a": 1, "tokenizer_class": "GPT2Tokenizer"},
+        ),
         ({"tokenizer_class": "GPT2Tokenizer"}, {}, {"tokenizer_class": "GPT2Tokenizer"}),
     ],
-)  # fmt: skip
+)
 def test_the_class_of_a_tokenizer_is_its_own_or_the_general_one(
     kept, call, tmp_path, said, config, written
 ):
@@ -137,9 +140,12 @@ def test_a_tokenizer_loads_without_an_answer(kept, call, tmp_path, loader, stdin
     call("export", "out", "kept.jsonl")
     reads, writes = os.pipe()
     done = subprocess.run(
-        [sys.executable, "-c", ASK, loader, tmp_path / "out"], capture_output=True, text=True,
-        timeout=120, stdin=reads if stdin == "open" else subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", ASK, loader, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=reads if stdin == "open" else subprocess.DEVNULL,
+    )
     os.close(reads)
     os.close(writes)
     assert done.stdout.endswith("[64]\n"), done.stderr

@@ -50,17 +50,22 @@ def evaluated(run, out, dense, tmp_path):
                "--sequence-length", 48, "--dtype", "float32")  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1, "attention_bias": True}],
-                         ids=["grouped", "one KV head, biased"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 1, "attention_bias": True}],
+    ids=["grouped", "one KV head, biased"],
+)
 def test_the_papers_pipe_of_two_scores(calibrated, run, tmp_path, held_out, changes):  # noqa: F811
     dense, records = calibrated(stats="all", attention=3, **changes)
     out = tmp_path / "out"
     stream = masked(
-        run, records, out,
+        run,
+        records,
+        out,
         ["--target", "qk", "--method", "attention-gd", "--refine", 5, "--sparsity", ".5"],
         ["--target", MLP, "--method", "sparsegpt", "--sparsity", ".25"],
         compensate=True,
-    )  # fmt: skip
+    )
     before, after = tensors(dense), tensors(out)
     for layer in range(3):
         for part, lost in {"q": 0.5, "k": 0.5, "gate": 0.25, "up": 0.25, "down": 0.25}.items():
@@ -89,8 +94,11 @@ def test_the_papers_pipe_of_two_scores(calibrated, run, tmp_path, held_out, chan
 
 
 def test_against_is_what_transformers_attention_says(
-    calibrated, run, tmp_path, held_out  # noqa: F811
-):  # fmt: skip
+    calibrated,
+    run,
+    tmp_path,
+    held_out,  # noqa: F811
+):
     dense, records = calibrated()
     out = tmp_path / "out"
     masked(run, records, out, ["--target", "q,k,v", "--method", "magnitude", "--sparsity", ".4"])
@@ -158,17 +166,19 @@ def test_every_method_and_pattern_meets_its_ratio(calibrated, run, tmp_path):
                     assert (kept.sum(axis=1) == kept.shape[1] / 2).all()
 
 
-def test_sparsegpt_and_wanda_are_those_of_an_independent_implementation(
-    calibrated, run, tmp_path
-):  # fmt: skip
+def test_sparsegpt_and_wanda_are_those_of_an_independent_implementation(calibrated, run, tmp_path):
     """On the statistics in the work directory, kept sets and weights, by plain NumPy."""
     dense, records = calibrated(stats="all")
     before = tensors(dense)
     for method in ("wanda", "sparsegpt"):
         out = tmp_path / method
-        masked(run, records, out,
-               ["--target", "weights", "--method", method, "--sparsity", ".5"],
-               compensate=method == "sparsegpt")  # fmt: skip
+        masked(
+            run,
+            records,
+            out,
+            ["--target", "weights", "--method", method, "--sparsity", ".5"],
+            compensate=method == "sparsegpt",
+        )
         after = tensors(out)
         for layer in range(3):
             directory = tmp_path / "dense.work" / "stats"
@@ -194,8 +204,11 @@ def test_sparsegpt_and_wanda_are_those_of_an_independent_implementation(
 
 
 def test_masks_go_with_structural_pruning_either_way_round(
-    calibrated, run, tmp_path, held_out  # noqa: F811
-):  # fmt: skip
+    calibrated,
+    run,
+    tmp_path,
+    held_out,  # noqa: F811
+):
     dense, records = calibrated(stats="all", attention=3)
     heads = ["--target", "heads,channels", "--sparsity", ".3", "--multiple-of", 8]
     weights = ["--target", "weights", "--method", "sparsegpt", "--sparsity", ".5"]
@@ -210,9 +223,11 @@ def test_masks_go_with_structural_pruning_either_way_round(
         for layer in range(3):
             kept = stream[1 + layer]["values"]["kept"]
             if name == "after":  # the ratio is met in what the first step left
-                sizes = {**dict.fromkeys(("gate", "up", "down"), kept["channels"]),
-                         **dict.fromkeys(("q", "o"), kept["heads"] * 16),
-                         **dict.fromkeys(("k", "v"), kept["kv_heads"] * 16)}  # fmt: skip
+                sizes = {
+                    **dict.fromkeys(("gate", "up", "down"), kept["channels"]),
+                    **dict.fromkeys(("q", "o"), kept["heads"] * 16),
+                    **dict.fromkeys(("k", "v"), kept["kv_heads"] * 16),
+                }
                 for part, size in sizes.items():
                     filled = (matrix(after, layer, part) != 0).sum()
                     assert filled == 64 * size - round(64 * size / 2)
@@ -307,8 +322,9 @@ def test_what_cannot_be_learned_is_one_line(calibrated, run, tmp_path):
         "calibrate with --stats all"
     )
     _, records = calibrated("kept", attention=3, hidden_size=62, head_dim=16)
-    done = run("score", records, *words, "--method", "attention-gd", "--learning-rate", "1e9",
-               ok=False)  # fmt: skip
+    done = run(
+        "score", records, *words, "--method", "attention-gd", "--learning-rate", "1e9", ok=False
+    )
     assert "layer 0: attention: the loss went from" in error_of(done)
     assert error_of(done).endswith("lower --learning-rate")
     done = run("score", records, *words, "--method", "magnitude", "--pattern", "2:4", ok=False)

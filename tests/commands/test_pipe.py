@@ -183,8 +183,9 @@ def test_the_refit_is_least_squares_on_all_tokens_held_out_or_not(
 ):
     model = checkpoint(num_hidden_layers=1, attention_bias=biased, mlp_bias=biased)
     ((fit, held_out),) = calibrated_here(call, model, text, tmp_path)
-    (scored,) = call("score", "stats.jsonl", "--sparsity", ".5", "--allocation", "uniform",
-                     "--multiple-of", 1)  # fmt: skip
+    (scored,) = call(
+        "score", "stats.jsonl", "--sparsity", ".5", "--allocation", "uniform", "--multiple-of", 1
+    )
     (record,) = call("compensate", shutil.copy("records.jsonl", "kept.jsonl"))
     masks = load_file(tmp_path / "w" / scored["files"]["kept.channels"])
     made = load_file(tmp_path / "w" / record["files"]["refit"])
@@ -209,8 +210,9 @@ def test_the_refit_is_least_squares_on_all_tokens_held_out_or_not(
             np.testing.assert_allclose(made[f"{matrix}_proj.bias"], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("more", [["newton-box"], ["newton-tied"], ["newton", "--lambda", ".1"]],
-                         ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "more", [["newton-box"], ["newton-tied"], ["newton", "--lambda", ".1"]], ids=" ".join
+)
 def test_sparsities_do_not_share_scores_that_are_made_for_one(
     checkpoint, text, call, tmp_path, more
 ):
@@ -219,8 +221,9 @@ def test_sparsities_do_not_share_scores_that_are_made_for_one(
 
     def scored(sparsity):
         before = set(work.glob("scores-*"))
-        layers = call("score", "stats.jsonl", "--sparsity", sparsity, "--multiple-of", 1,
-                      "--method", *more)  # fmt: skip
+        layers = call(
+            "score", "stats.jsonl", "--sparsity", sparsity, "--multiple-of", 1, "--method", *more
+        )
         (scores,) = set(work.glob("scores-*")) - before
         return (
             [load_file(work / layer["files"]["kept.channels"])["channels"] for layer in layers],
@@ -326,8 +329,9 @@ def test_newton_iterated_and_closed_form_keep_the_same(calibrated, run):
 def test_scores_of_two_steps_join(calibrated, run, tmp_path):
     _, records = calibrated()
     heads = run("score", "--target", "heads", "--sparsity", ".1", records).stdout
-    both = run("score", "--target", "channels", "--sparsity", ".2", "--method", "wanda-sp",
-               stdin=heads).stdout  # fmt: skip
+    both = run(
+        "score", "--target", "channels", "--sparsity", ".2", "--method", "wanda-sp", stdin=heads
+    ).stdout
     kept = [json.loads(line)["values"]["kept"] for line in both.splitlines()[1:-1]]
     assert sum(2 - k["kv_heads"] for k in kept) == 1
     assert sum(96 - k["channels"] for k in kept) == 96
@@ -405,8 +409,11 @@ def test_a_failed_step_stops_the_pipe_and_nothing_looks_whole(checkpoint, text, 
     parts = steps(model, text, "out")
     done = subprocess.run(
         ["sh", "-c", " | ".join(f"{PRUNETOOL} {part}" for part in parts)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1
     assert f"{name} holds NaN or infinity" in error_of(done)
     assert not (tmp_path / "out").exists()
@@ -492,8 +499,9 @@ def test_mqa_and_mha_go_through(calibrated, run, tmp_path, held_out, changes):
 def test_a_pruned_model_can_be_pruned_again(calibrated, run, text, tmp_path, held_out):
     _, records = calibrated()
     prune(run, records, tmp_path / "once", score=["--sparsity", ".2", "--multiple-of", 8])
-    again = run("calibrate", tmp_path / "once", "--text", text, "--samples", 8,
-                "--sequence-length", 32).stdout  # fmt: skip
+    again = run(
+        "calibrate", tmp_path / "once", "--text", text, "--samples", 8, "--sequence-length", 32
+    ).stdout
     kept = run("score", "--sparsity", ".2", "--multiple-of", 8, stdin=again).stdout
     run("export", tmp_path / "twice", stdin=run("compensate", stdin=kept).stdout)
     _, theirs = loss_in_transformers(tmp_path / "twice", held_out)

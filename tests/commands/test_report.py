@@ -62,14 +62,17 @@ class Page(HTMLParser):
 def page_of(run, tmp_path, stream, *words):
     done = run("report", *words, "-o", tmp_path / "page.html", stdin=stream)
     assert done.stdout == ""
-    assert re.match(r"report: 3 layers, [\d,]+ of 92,160 layer weights kept, .*page.html, .* s, ",
-                    done.stderr)  # fmt: skip
+    assert re.match(
+        r"report: 3 layers, [\d,]+ of 92,160 layer weights kept, .*page.html, .* s, ", done.stderr
+    )
     return Page((tmp_path / "page.html").read_text("utf-8"))
 
 
 MASKED = [["--target", "v,o", "--method", "magnitude", "--sparsity", ".5"]]
-PRUNED = [["--target", "heads", "--sparsity", ".1"],
-          ["--target", "channels", "--sparsity", ".2", "--multiple-of", 1]]  # fmt: skip
+PRUNED = [
+    ["--target", "heads", "--sparsity", ".1"],
+    ["--target", "channels", "--sparsity", ".2", "--multiple-of", 1],
+]
 
 
 def scored(run, records, *steps):
@@ -223,8 +226,9 @@ def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, pro
     header["history"].append(step)
     stream = "\n".join([json.dumps(header), *rest, ""])
     (tmp_path / "e.json").write_text(json.dumps({"model": "y" * 500, "perplexity": 2, "tokens": 3}))
-    done = process("report", "-o", "-", "--evaluation", "e.json", stdin=stream,
-               PYTHONIOENCODING="cp1252")  # fmt: skip
+    done = process(
+        "report", "-o", "-", "--evaluation", "e.json", stdin=stream, PYTHONIOENCODING="cp1252"
+    )
     assert done.stdout.isascii()
     page = Page(done.stdout)
     assert page.tables["Evaluation e.json"][2][1][0] == f"{'y' * 49}…{'y' * 50}"

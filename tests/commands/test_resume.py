@@ -260,9 +260,11 @@ def test_what_is_read_last_can_be_discarded(checkpoint, text, run, popen, tmp_pa
     shutil.rmtree(work)
     words = commands(checkpoint(), text)[0]
     pipe = [
-        [*words[:-2]], ["score", "--sparsity", ".2", "--multiple-of", "8"],
-        ["compensate", "--discard"], ["export", "again", "--max-shard-size", "100KB"],
-    ]  # fmt: skip
+        [*words[:-2]],
+        ["score", "--sparsity", ".2", "--multiple-of", "8"],
+        ["compensate", "--discard"],
+        ["export", "again", "--max-shard-size", "100KB"],
+    ]
     *before, export = map(command, pipe)
     for last, code in ((command(pipe[-1], KILL_ALL), -signal.SIGKILL), (export, 0)):
         line = " | ".join(map(shlex.join, [*before, last]))
@@ -325,9 +327,11 @@ def test_each_step_refuses_at_once_when_the_disk_is_short(checkpoint, text, run,
     )
     there = contents(tmp_path / "w") if step != "calibrate" else {}
     done = subprocess.run(
-        [sys.executable, "-c", full, *map(str, given[step])], cwd=tmp_path, capture_output=True,
+        [sys.executable, "-c", full, *map(str, given[step])],
+        cwd=tmp_path,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert "GB of disk and 0.00 GB are free; make room" in error_of(done)
     if step != "calibrate":
         assert contents(tmp_path / "w") == there

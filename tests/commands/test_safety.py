@@ -240,10 +240,12 @@ class TestForeignStreams:
         stats.rename(tmp_path / "elsewhere")
         stats.symlink_to(tmp_path / "elsewhere")
         before = contents(tmp_path / "elsewhere")
-        for words in (["score", "--discard", "--sparsity", ".2", "a.jsonl"],
-                      ["compensate", "--discard", "b.jsonl"],
-                      calibration(pruned, text),
-                      calibration(pruned, text, "--samples", 5, "--overwrite")):  # fmt: skip
+        for words in (
+            ["score", "--discard", "--sparsity", ".2", "a.jsonl"],
+            ["compensate", "--discard", "b.jsonl"],
+            calibration(pruned, text),
+            calibration(pruned, text, "--samples", 5, "--overwrite"),
+        ):
             with pytest.raises(WorkError, match="stats: is a link, and links are not followed"):
                 call(*words)
         assert contents(tmp_path / "elsewhere") == before
@@ -407,8 +409,10 @@ class TestOverwrite:
         (tmp_path / "private.safetensors").write_text("mine")
         for name in ("notes.md", "x.py"):
             (out / name).write_text("mine")
-        index = {"weight_map": dict(zip("ab", names, strict=False)),
-                 "metadata": {"files": dict.fromkeys([*names, "x.py"], "0")}}  # fmt: skip
+        index = {
+            "weight_map": dict(zip("ab", names, strict=False)),
+            "metadata": {"files": dict.fromkeys([*names, "x.py"], "0")},
+        }
         (out / "model.safetensors.index.json").write_text(json.dumps(index))
         made = writer.CheckpointWriter(out, overwrite=True)
         write_chunks(made, [{"a": np.zeros(1, np.float32)}])
@@ -579,8 +583,10 @@ class TestCompanions:
     def test_no_code_goes_along(self, pruned, call, tmp_path):
         for name in ("tokenizer_evil.py", "modeling_evil.py", "tokenizer.py", "chat_template.py"):
             (pruned / name).write_text("raise SystemExit")
-        original = {"tokenizer_class": "PreTrainedTokenizerFast",
-                    "auto_map": {"AutoTokenizer": ["tokenizer_evil.Evil", None]}}  # fmt: skip
+        original = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "auto_map": {"AutoTokenizer": ["tokenizer_evil.Evil", None]},
+        }
         (pruned / "tokenizer_config.json").write_text(json.dumps(original))
         config = json.loads((pruned / "config.json").read_text())
         evil = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
@@ -589,8 +595,10 @@ class TestCompanions:
         call("export", "out", "c.jsonl")
         out = tmp_path / "out"
         assert {path.name for path in out.glob("*.py")} <= {
-            "configuration_pruned_llama.py", "modeling_pruned_llama.py", "mlx_pruned_llama.py"
-        }  # fmt: skip
+            "configuration_pruned_llama.py",
+            "modeling_pruned_llama.py",
+            "mlx_pruned_llama.py",
+        }
         said = json.loads((out / "tokenizer_config.json").read_text())
         assert said == {"tokenizer_class": "PreTrainedTokenizerFast"}
         assert "evil" not in (out / "config.json").read_text()
@@ -656,9 +664,13 @@ class TestCard:
         options = {"text": "/home/me/secret/wiki.txt", "more": ["~/secret/x", "C:\\secret\\y"],
                    "method": "a\nb", "pattern": "2:4", "d": {"f": "file:///secret/z"}}  # fmt: skip
         header = records.Header(
-            "/home/me/tiny", "../secret/tiny", "f", "/home/me/w", 3,
+            "/home/me/tiny",
+            "../secret/tiny",
+            "f",
+            "/home/me/w",
+            3,
             [{"command": "score", "version": "0", "options": options}],
-        )  # fmt: skip
+        )
         card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
         for word in ("/home", "secret", "base_model"):
             assert word not in card
@@ -668,20 +680,28 @@ class TestCard:
     def test_the_front_matter_is_the_bases(self, checkpoint):
         model = open_model(str(checkpoint()))
         front = {
-            "license": "other", "license_name": "a: b\u202e", "license_link": "LICENSE",
-            "language": ["en", "no", 3], "base_model": ["meta-llama/Llama-3.2-1B", "../x/y"],
-            "tags": ["evil"], "extra_gated_prompt": "agree",
-        }  # fmt: skip
+            "license": "other",
+            "license_name": "a: b\u202e",
+            "license_link": "LICENSE",
+            "language": ["en", "no", 3],
+            "base_model": ["meta-llama/Llama-3.2-1B", "../x/y"],
+            "tags": ["evil"],
+            "extra_gated_prompt": "agree",
+        }
         (model.directory / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
         step = {"command": "score", "version": "0", "options": {"method": "newton"}}
         header = records.Header("/m/tiny", "tiny", "f", "/w", 3, [step, step])
         card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
         data = ModelCard(card).data.to_dict()
         assert data == {
-            "license": "other", "license_link": "LICENSE", "language": ["en", "no"],
-            "base_model": "meta-llama/Llama-3.2-1B", "library_name": "transformers",
-            "pipeline_tag": "text-generation", "tags": ["pruned", "prunetool", "newton"],
-        }  # fmt: skip
+            "license": "other",
+            "license_link": "LICENSE",
+            "language": ["en", "no"],
+            "base_model": "meta-llama/Llama-3.2-1B",
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "tags": ["pruned", "prunetool", "newton"],
+        }
         assert "The licence is the base model's: other." in card
 
     def test_front_matter_cannot_be_broken_out_of(self, checkpoint):
@@ -698,8 +718,9 @@ class TestCard:
         header = records.Header("/m/tiny", "tiny", "f", "/w", 3, [])
         model = open_model(str(checkpoint()))
         card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
-        result = EvalResult("text-generation", "wiki", "wiki|`x`", "perplexity", 12.5,
-                            metric_name="Perplexity")  # fmt: skip
+        result = EvalResult(
+            "text-generation", "wiki", "wiki|`x`", "perplexity", 12.5, metric_name="Perplexity"
+        )
         page = ModelCard(published(card, "me/tiny-pruned", [result]))
         (read,) = page.data.eval_results
         assert (read.dataset_name, read.metric_value) == ("wiki|`x`", 12.5)

@@ -248,8 +248,11 @@ class TestPlaces:
 class TestRefusals:
     def test_no_token(self, out, server, upload, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "")
-        with pytest.raises(HubError, match="me/x: needs a token with write access, but there is "
-                           "none; set HF_TOKEN, or run: hf auth login"):  # fmt: skip
+        with pytest.raises(
+            HubError,
+            match="me/x: needs a token with write access, but there is "
+            "none; set HF_TOKEN, or run: hf auth login",
+        ):
             upload(out, "me/x")
         assert not server.asked
 
@@ -269,8 +272,11 @@ class TestRefusals:
 
     def test_a_token_that_may_only_read(self, out, server, upload, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", READER)
-        with pytest.raises(HubError, match=r"me/x: is not there and cannot be made \(the token lac"
-                           r"ks permission\); use one that has it"):  # fmt: skip
+        with pytest.raises(
+            HubError,
+            match=r"me/x: is not there and cannot be made \(the token lac"
+            r"ks permission\); use one that has it",
+        ):
             upload(out, "me/x")
         server.publish("me/x", {"notes.md": b""})
         with pytest.raises(HubError, match=r"me/x: is not uploaded \(the token lacks permission\)"):
@@ -295,8 +301,11 @@ class TestRefusals:
 
     def test_no_network(self, out, server, upload, monkeypatch):
         hub.point("http://127.0.0.1:9", monkeypatch)
-        with pytest.raises(HubError, match=r"me/x: is not there and cannot be made \(no answer from"
-                           r" http://127\.0\.0\.1:9\); check the connection"):  # fmt: skip
+        with pytest.raises(
+            HubError,
+            match=r"me/x: is not there and cannot be made \(no answer from"
+            r" http://127\.0\.0\.1:9\); check the connection",
+        ):
             upload(out, "me/x")
         hub.point(server.address, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -305,8 +314,11 @@ class TestRefusals:
 
     def test_a_file_that_is_too_large(self, out, server, upload):
         server.most_bytes = 1000
-        with pytest.raises(HubError, match=r"me/x: is not uploaded \(a file was refused: \d+ bytes "
-                           r"are too many for a file\); see the Hub's limits"):  # fmt: skip
+        with pytest.raises(
+            HubError,
+            match=r"me/x: is not uploaded \(a file was refused: \d+ bytes "
+            r"are too many for a file\); see the Hub's limits",
+        ):
             upload(out, "me/x")
 
     def test_a_bad_branch(self, out, server, upload, monkeypatch):
@@ -323,9 +335,11 @@ class TestRefusals:
 def test_killed_half_way_it_sends_what_is_missing(out, server, start, process, signal, tmp_path):
     words = ["upload", out, "me/x"]
     environment = {
-        "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
-    }  # fmt: skip
+        "HF_ENDPOINT": server.address,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+    }
     first = []
 
     def during(path):
@@ -373,8 +387,9 @@ class TestMetrics:
         assert found == {
             ("wiki text|2", "perplexity"): measured["perplexity"],
             ("wiki text|2", "kl_divergence"): kl,
-            ("plain", "loss"): measured["loss"], ("plain", "kl_divergence"): kl,
-        }  # fmt: skip
+            ("plain", "loss"): measured["loss"],
+            ("plain", "kl_divergence"): kl,
+        }
         assert page.data.model_name == "x"
         assert page.data.tags == ["pruned", "prunetool", "newton"]
         assert str(made) not in str(page)
@@ -475,9 +490,9 @@ class TestCard:
         (pipe,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
         steps = [shlex.split(step) for step in pipe.replace("\\\n", "").split(" | ")]
         assert [step[:2] for step in steps] == [
-            ["prunetool", name] for name in
-            ("calibrate", *["score"] * len(scores), "compensate", "export")
-        ]  # fmt: skip
+            ["prunetool", name]
+            for name in ("calibrate", *["score"] * len(scores), "compensate", "export")
+        ]
         shutil.copytree(made / "tiny", tmp_path / "tiny")
         shutil.copy(made / "text.txt", tmp_path / "TEXT")
         for number, step in enumerate(steps[:-1]):

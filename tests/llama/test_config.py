@@ -23,9 +23,12 @@ from prunetool.llama.forms import config_json
 from tests.conftest import tiny_config
 
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 COUNTS = "a whole number from 1 to 2147483647"
@@ -274,9 +277,13 @@ def test_unknown_keys_that_change_nothing_are_let_through():
 
 @pytest.mark.parametrize(
     ("said", "window"),
-    [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 64}, 64),
-     ({"sliding_window": 64, "use_sliding_window": False}, 64)],
-)  # fmt: skip
+    [
+        ({}, 4096),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 64}, 64),
+        ({"sliding_window": 64, "use_sliding_window": False}, 64),
+    ],
+)
 def test_a_mistral_has_the_window_that_transformers_gives_it(said, window):
     raw = tiny_config(model_type="mistral", **said)
     assert parse_config(raw, "").window == MistralConfig(**raw).sliding_window == window
@@ -290,13 +297,16 @@ ON = {"use_sliding_window": True, "sliding_window": 64}
 @pytest.mark.parametrize(
     ("said", "window"),
     [
-        ({}, None), ({"sliding_window": 64}, None), (ON, None),
-        ({**ON, "max_window_layers": 3}, None), ({**ON, "max_window_layers": 0}, 64),
+        ({}, None),
+        ({"sliding_window": 64}, None),
+        (ON, None),
+        ({**ON, "max_window_layers": 3}, None),
+        ({**ON, "max_window_layers": 0}, 64),
         ({**ON, "layer_types": ["sliding_attention"] * 3}, 64),
         ({**ON, "layer_types": ["full_attention"] * 3}, None),
         ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
     ],
-)  # fmt: skip
+)
 def test_a_qwen_has_the_window_that_transformers_gives_it(model_type, said, window):
     raw = tiny_config(model_type=model_type, **said)
     theirs = AutoConfig.for_model(**json.loads(json.dumps(raw)))
@@ -337,9 +347,12 @@ LIKE_PLAIN = {
     "rotary in all layers": {"no_rope_layers": [1, 1, 1]},
     "rotary in all layers, said by none": {"no_rope_layers": []},
     "of training and of the cache": {
-        "attention_dropout": 0.1, "pretraining_tp": 2, "use_cache": False, "initializer_range": 1,
+        "attention_dropout": 0.1,
+        "pretraining_tp": 2,
+        "use_cache": False,
+        "initializer_range": 1,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes", LIKE_PLAIN.values(), ids=LIKE_PLAIN)
@@ -392,9 +405,13 @@ def test_what_is_not_said_is_transformers_default(spelling):
 
 def test_what_a_mistral_config_leaves_out_is_mistrals_default():
     raw = tiny_config(
-        model_type="mistral", sliding_window=None, num_attention_heads=8, head_dim=8,
-        num_key_value_heads="absent", max_position_embeddings="absent",
-    )  # fmt: skip
+        model_type="mistral",
+        sliding_window=None,
+        num_attention_heads=8,
+        head_dim=8,
+        num_key_value_heads="absent",
+        max_position_embeddings="absent",
+    )
     config, theirs = parse_config(raw, ""), MistralConfig(**raw)
     assert config.layer_shapes[0].kv_heads == theirs.num_key_value_heads == 8
     assert config.max_position_embeddings == theirs.max_position_embeddings == 131072
@@ -482,7 +499,8 @@ EQUAL = {
     ),
     "keys of other types": (scaled(LINEAR, low_freq_factor=1.0), scaled(LINEAR)),
     "yarn's defaults": (
-        scaled(YARN, beta_fast=32, beta_slow=1, truncate=True, mscale=1.0), scaled(YARN)
+        scaled(YARN, beta_fast=32, beta_slow=1, truncate=True, mscale=1.0),
+        scaled(YARN),
     ),
     "original": (
         {
@@ -492,12 +510,13 @@ EQUAL = {
         scaled(YARN),
     ),
     "defaults": (
-        {"attention_bias": "absent", "mlp_bias": None, "tie_word_embeddings": "absent"}, {},
+        {"attention_bias": "absent", "mlp_bias": None, "tie_word_embeddings": "absent"},
+        {},
     ),
     "head_dim": ({"head_dim": None}, {"head_dim": 16}),
     "layers": (own(intermediate_size=96), {}),
     "what changes nothing": ({"pretraining_tp": 2, "mlp_layer_types": ["dense"] * 3}, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("one", "other"), EQUAL.values(), ids=EQUAL)
@@ -558,11 +577,7 @@ def test_any_config_is_read_or_refused_in_one_line(changes, rope, kind, model_ty
     try:
         identity = parse_config(
             tiny_config(
-                **{
-                    "model_type": model_type,
-                    "rope_scaling": {"rope_type": kind, **rope},
-                    **changes,
-                }
+                **{"model_type": model_type, "rope_scaling": {"rope_type": kind, **rope}, **changes}
             ),
             "somewhere",
         ).identity()

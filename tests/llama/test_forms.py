@@ -11,9 +11,12 @@ from prunetool.llama.forms import LOADER_FILES, choose_form, config_json
 from tests.conftest import tiny_config
 
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 SHAPES = {
     "llama": [LayerShape(4, 2, 64)] * 3,
     "mistral": [LayerShape(3, 1, 64)] * 3,
@@ -47,9 +50,10 @@ def test_every_form_loads_with_the_rotary_embedding_of_its_source(form, spelling
 @pytest.mark.parametrize("form", SHAPES)
 def test_the_rotary_embedding_is_said_once_in_the_keys_that_every_program_reads(form):
     raw = tiny_config(
-        rope_theta="absent", rope_parameters={**LLAMA3, "rope_theta": 500000.0},
+        rope_theta="absent",
+        rope_parameters={**LLAMA3, "rope_theta": 500000.0},
         original_max_position_embeddings=64,
-    )  # fmt: skip
+    )
     written = exported(form, raw)
     assert (written["rope_theta"], written["rope_scaling"]) == (500000, LLAMA3)
     assert not {"rope_parameters", "original_max_position_embeddings"} & written.keys()
@@ -88,10 +92,14 @@ def test_what_is_written_is_read_as_the_same_model():
 def test_a_null_of_the_source_is_written_as_the_value_it_stands_for():
     nulls = dict.fromkeys(
         [
-            "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias",
-            "mlp_bias", "rope_theta",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "tie_word_embeddings",
+            "attention_bias",
+            "mlp_bias",
+            "rope_theta",
         ]
-    )  # fmt: skip
+    )
     written = exported("llama", tiny_config(**nulls))
     assert not [key for key in nulls if written[key] is None]
     LlamaConfig(**written)  # which takes no nulls there
@@ -99,9 +107,7 @@ def test_a_null_of_the_source_is_written_as_the_value_it_stands_for():
 
 @pytest.mark.parametrize("form", ["mistral", "pruned_llama"])
 def test_the_window_of_a_mistral_stays(form):
-    raw = tiny_config(
-        model_type="mistral", sliding_window=64, layer_types=["full_attention"] * 3
-    )  # fmt: skip
+    raw = tiny_config(model_type="mistral", sliding_window=64, layer_types=["full_attention"] * 3)
     config = parse_config(raw, "").with_shapes(tuple(SHAPES[form]))
     assert choose_form(config) == form
     assert choose_form(config.with_shapes(tuple(SHAPES["llama"]))) == "mistral"

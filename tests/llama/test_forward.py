@@ -24,9 +24,12 @@ SHAPES = {
     "mlp biases": {"mlp_bias": True},
 }
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 ROPES = {
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "dynamic, short": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},

@@ -12,9 +12,12 @@ from tests.conftest import tiny_config, write_checkpoint
 
 SHAPES = [LayerShape(4, 2, 96), LayerShape(2, 1, 64), LayerShape(4, 2, 32)] * 4
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 MODELS = {
     "plain": {"rope_theta": 500000.0},
     "llama3 rope, tied, biased": {

@@ -42,8 +42,9 @@ def test_a_model_that_is_saved_again_and_again_stays_the_same(
         saved = tmp_path / f"saved-{turn}"
         model.save_pretrained(saved, max_shard_size=size)
         assert {path.name for path in saved.glob("*.py")} == {
-            "configuration_pruned_llama.py", "modeling_pruned_llama.py"
-        }  # fmt: skip
+            "configuration_pruned_llama.py",
+            "modeling_pruned_llama.py",
+        }
         config = json.loads((saved / "config.json").read_text())
         assert "07" in config["per_layer_config"]
         assert config["auto_map"]["AutoModel"] == "modeling_pruned_llama.PrunedLlamaModel"
@@ -54,8 +55,11 @@ def test_a_model_that_is_saved_again_and_again_stays_the_same(
 def test_the_configuration_and_the_tokenizer_need_no_torch(unequal, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, unequal],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == "PrunedLlamaConfig [64]"
 

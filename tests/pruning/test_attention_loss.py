@@ -13,9 +13,12 @@ from tests.pruning.test_attention_mask import relative, slopes
 D, HEADS, KV_HEADS, HEAD_DIM = 5, 4, 2, 4
 INVERSE, EPS = np.array([1.0, 0.2]), 0.01
 KINDS = {
-    "plain": {}, "biased": {"biased": True}, "in a window": {"window": 3},
-    "normed": {"normed": True}, "all": {"biased": True, "normed": True, "window": 5},
-}  # fmt: skip
+    "plain": {},
+    "biased": {"biased": True},
+    "in a window": {"window": 3},
+    "normed": {"normed": True},
+    "all": {"biased": True, "normed": True, "window": 5},
+}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 

@@ -82,9 +82,7 @@ def test_the_zero_operator_has_eigenvalue_zero():
 @causality
 def test_algorithm_1_is_its_loop(causal):
     X, W, _ = problem()
-    M, losses = am.gradient_descent_mask(
-        X, W, lam=0.04, learning_rate=2.5, steps=4, causal=causal
-    )  # fmt: skip
+    M, losses = am.gradient_descent_mask(X, W, lam=0.04, learning_rate=2.5, steps=4, causal=causal)
     expected = jnp.ones_like(W)
     for number in range(4):
         assert losses[number] == pytest.approx(

@@ -15,9 +15,11 @@ def removed(counts):
 
 
 @given(
-    st.integers(0, 100), st.floats(0, 0.95), st.sampled_from([1, 8, 32]),
+    st.integers(0, 100),
+    st.floats(0, 0.95),
+    st.sampled_from([1, 8, 32]),
     st.lists(st.integers(20, 200), min_size=1, max_size=6),
-)  # fmt: skip
+)
 def test_the_ratio_asked_is_the_ratio_removed(seed, sparsity, multiple, sizes):
     random = np.random.default_rng(seed)
     groups = [random.standard_normal(4) for _ in sizes]
@@ -54,24 +56,31 @@ def test_a_head_is_weighed_by_its_parameters_not_scored_by_them():
     per_group = GROUP_COST // CHANNEL_COST
     for target, expected in ((10, (0, 10)), (10 + per_group, (1, 10)), (9 + per_group, (0, 41))):
         counts = budget.allocate_global(
-            groups, channels, [GROUP_COST], CHANNEL_COST, target * CHANNEL_COST,
-            budget.Limits(1, 1),
-        )  # fmt: skip
+            groups, channels, [GROUP_COST], CHANNEL_COST, target * CHANNEL_COST, budget.Limits(1, 1)
+        )
         assert (counts.groups[0], counts.channels[0]) == expected
 
 
 def test_no_layer_loses_its_last_group_or_channels():
     counts = budget.allocate_global(
-        [np.zeros(1)] * 2, [np.zeros(64)] * 2, [GROUP_COST] * 2, CHANNEL_COST, 64 * CHANNEL_COST,
+        [np.zeros(1)] * 2,
+        [np.zeros(64)] * 2,
+        [GROUP_COST] * 2,
+        CHANNEL_COST,
+        64 * CHANNEL_COST,
         budget.Limits(32, 32),
-    )  # fmt: skip
+    )
     assert counts.groups.tolist() == [0, 0]
     assert counts.channels.tolist() == [32, 32]
     with pytest.raises(ConfigError, match="but at most 12,288 can be removed"):
         budget.allocate_global(
-            [np.zeros(1)] * 2, [np.zeros(64)] * 2, [GROUP_COST] * 2, CHANNEL_COST,
-            65 * CHANNEL_COST, budget.Limits(32, 32),
-        )  # fmt: skip
+            [np.zeros(1)] * 2,
+            [np.zeros(64)] * 2,
+            [GROUP_COST] * 2,
+            CHANNEL_COST,
+            65 * CHANNEL_COST,
+            budget.Limits(32, 32),
+        )
 
 
 @given(st.floats(0, 0.8), st.sampled_from([1, 8, 32]))
@@ -95,8 +104,7 @@ def test_uniform_heads_alone_are_rounded():
 
 
 @pytest.mark.parametrize(
-    ("asked", "kept"),
-    [(0, 20), (1, 20), (3, 16), (7, 16), (9, 8), (11, 8), (12, 8)],
+    ("asked", "kept"), [(0, 20), (1, 20), (3, 16), (7, 16), (9, 8), (11, 8), (12, 8)]
 )
 @pytest.mark.parametrize("layers", [1, 3])
 def test_channels_are_rounded_to_the_nearest_of_all_and_the_multiples(asked, kept, layers):
@@ -116,9 +124,13 @@ def test_over_all_layers_the_channels_removed_are_the_nearest_number_of_steps(as
     # The two layers give up equally many, so that each alone would round in the same direction.
     scores = [2 * np.arange(64.0), 2 * np.arange(64.0) + 1]
     counts = budget.allocate_global(
-        [np.empty(0)] * 2, scores, [GROUP_COST] * 2, CHANNEL_COST, asked * CHANNEL_COST,
+        [np.empty(0)] * 2,
+        scores,
+        [GROUP_COST] * 2,
+        CHANNEL_COST,
+        asked * CHANNEL_COST,
         budget.Limits(8, 8),
-    )  # fmt: skip
+    )
     assert counts.channels.sum() == 8 * steps
     assert (counts.channels % 8 == 0).all()
     assert np.ptp(counts.channels) <= 8
@@ -128,9 +140,13 @@ def test_the_channels_round_what_the_groups_leave():
     # The group goes first; of the 13 channels still to go, two steps of 8 are the nearest.
     target = GROUP_COST + 13 * CHANNEL_COST
     counts = budget.allocate_global(
-        [np.array([-1.0, 1e9])], [np.arange(64.0)], [GROUP_COST], CHANNEL_COST, target,
+        [np.array([-1.0, 1e9])],
+        [np.arange(64.0)],
+        [GROUP_COST],
+        CHANNEL_COST,
+        target,
         budget.Limits(8, 8),
-    )  # fmt: skip
+    )
     assert (counts.groups[0], counts.channels[0]) == (1, 16)
 
 

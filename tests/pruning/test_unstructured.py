@@ -16,9 +16,12 @@ def problem(rows=6, width=20, tokens=60, seed=0):
 
 
 @given(
-    rows=st.integers(1, 9), width=st.integers(1, 9), sparsity=st.floats(0, 1),
-    pattern=st.sampled_from(["unstructured", "per-output"]), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 9),
+    width=st.integers(1, 9),
+    sparsity=st.floats(0, 1),
+    pattern=st.sampled_from(["unstructured", "per-output"]),
+    seed=st.integers(0, 99),
+)
 def test_the_count_is_exact_whatever_the_ties(rows, width, sparsity, pattern, seed):
     score = np.random.default_rng(seed).integers(0, 3, (rows, width)).astype(float)
     kept = unstructured.keep(score, sparsity, pattern)
@@ -62,9 +65,11 @@ def test_sparsegpt_is_obs_one_column_after_another(pattern, block, monkeypatch):
 
 
 @given(
-    rows=st.integers(1, 7), width=st.integers(1, 40), sparsity=st.floats(0, 1),
+    rows=st.integers(1, 7),
+    width=st.integers(1, 40),
+    sparsity=st.floats(0, 1),
     pattern=st.sampled_from(["unstructured", "per-output"]),
-)  # fmt: skip
+)
 def test_sparsegpt_meets_the_exact_count_over_its_blocks(rows, width, sparsity, pattern):
     W, A = problem(rows, width, width + 10)
     block, unstructured.COLUMN_BLOCK = unstructured.COLUMN_BLOCK, 8
