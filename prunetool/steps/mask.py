@@ -72,7 +72,7 @@ class Masking:
         if total:
             self.said.append(
                 f"removes {lost:,} of {total:,} weights of {', '.join(self.parts)} "
-                f"({lost / total:.4%}; requested {self.how['sparsity']:.2%})"
+                f"({lost / total:.4%}; target {self.how['sparsity']:.2%})"
             )
 
     def _check_kept(self, calibration: dict[str, Any]) -> None:

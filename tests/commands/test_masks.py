@@ -340,7 +340,7 @@ def test_what_cannot_be_learned_is_one_line(calibrated, run, tmp_path):
         error_of(done)
     )
     done = run("score", records, *words, "--method", "attention-diag", ok=False)
-    assert "layer 1: q_proj: the score: has NaN" in error_of(done)
+    assert "layer 1: q_proj: the score: contains NaN" in error_of(done)
     done = run("score", records, *words, "--method", "magnitude", "--refine", 5, ok=False)
     assert error_of(done) == (
         "Error: layer 1: attention: the loss is not finite while refining; leave out --refine"

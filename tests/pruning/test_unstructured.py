@@ -43,7 +43,7 @@ def test_two_of_four_neighbours_stay():
 
 
 def test_nan_is_refused():
-    with pytest.raises(NumericalError, match="has NaN"):
+    with pytest.raises(NumericalError, match="contains NaN"):
         unstructured.keep(np.array([[1.0, np.nan]]), 0.5)
 
 
