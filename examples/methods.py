@@ -15,21 +15,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from prunetool.methods import UNITS
+
+BY = "0.2"  # the sparsity that the table is sorted by
 SPARSITIES = ("0.1", "0.2", "0.3", "0.5")
 # (method, allocation, weighting)
 SETTINGS = [
-    ("wanda-sp", "global", "token"),
-    ("newton", "global", "none"),
-    ("newton", "global", "token"),
-    ("obs", "global", "token"),
-    ("flap", "global", "none"),
-    ("wanda-sp", "global", "none"),
-    ("obs", "global", "none"),
-    ("newton-box", "global", "none"),
-    ("newton-tied", "global", "none"),
+    *((method, "global", "none") for method in UNITS),
+    *((method, "global", "token") for method in ("newton", "obs", "wanda-sp")),
     ("newton", "uniform", "none"),
-    ("magnitude", "global", "none"),
-    ("random", "global", "none"),
 ]
 COLUMNS = ["method", "allocation", "weighting", "sparsity", "perplexity", "parameters"]
 
@@ -72,7 +66,7 @@ def print_table(path: Path) -> None:
     fractions = " | ".join(f"{float(sparsity):.0%}" for sparsity in SPARSITIES)
     print(f"| method | allocation | weighting | {fractions} |")
     print(f"|---|---|---|{'---:|' * len(SPARSITIES)}")
-    for setting in SETTINGS:
+    for setting in sorted(SETTINGS, key=lambda setting: float(rows[*setting, BY][4])):
         found = [rows.get((*setting, sparsity)) for sparsity in SPARSITIES]
         cells = ["–" if row is None else f"{float(row[4]):.2f}" for row in found]
         print(f"| {' | '.join([*setting, *cells])} |")

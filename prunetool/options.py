@@ -204,6 +204,13 @@ device_opt = click.option(
     show_default=True,
     help="Where JAX computes; auto uses a GPU if there is one.",
 )
+
+
+def device_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where the forward computes, and in which precision: ``device`` and ``dtype``."""
+    return dtype_opt(device_opt(command))
+
+
 profile_opt = click.option(
     "--profile",
     metavar="FILE",

@@ -64,7 +64,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     show_default=True,
     help="Precision of the stored stats; sums are float64.",
 )
-@options.dtype_opt
+@options.device_options
 @click.option(
     "--batch-size",
     "batch",
@@ -74,7 +74,6 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     help="Sequences at a time: more are faster "
     "but take more memory. Stats differ by rounding (about 1e-6).",
 )
-@options.device_opt
 @click.option(
     "--coordinator",
     metavar="HOST:PORT",

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     show_default="as many as the text has",
     help="Windows to measure, from the start, without overlap.",
 )
-@options.dtype_opt
-@options.device_opt
+@options.device_options
 @options.revision_opt
 @click.option(
     "--against",

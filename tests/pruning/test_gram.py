@@ -72,6 +72,11 @@ def test_batches_add_in_float64():
     assert float(sums.gram[0][0, 0]) == 2.0**26 + 8
 
 
+def test_sums_without_float64_are_refused():
+    with jax.enable_x64(False), pytest.raises(AssertionError, match="call devices"):
+        gram.zeros(3)
+
+
 @given(st.integers(1, 30), st.sampled_from([3, 8, 512]))
 def test_unpack_undoes_pack(size, panel):
     A = np.random.default_rng(size).standard_normal((size, size)).astype(np.float32)
