@@ -314,7 +314,11 @@ class TestOtherThings:
     def test_repositories_without_safetensors(self, server):
         config = {"config.json": json.dumps(tiny_config()).encode()}
         server.publish("me/a", {"a.Q4_0.gguf": b"GGUF", "README.md": b""})
-        says("me/a", "me/a: holds GGUF files and no safetensors; convert one to a checkpoint: pr")
+        says(
+            "me/a",
+            "me/a: holds GGUF files and no safetensors; convert one to a checkpoint: "
+            "prunetool convert FILE OUT",
+        )
         server.publish("me/b", {**config, "pytorch_model-00001-of-00002.bin": b"", "x/y.gguf": b""})
         says(
             "me/b",
@@ -337,7 +341,7 @@ class TestOtherThings:
         )
         says(
             tmp_path / "gguf",
-            "holds GGUF files and no safetensors; convert one to a checkpoint: pru",
+            "holds GGUF files and no safetensors; convert one to a checkpoint: prunetool c",
         )
         for name in ("model.safetensors", "config.json"):
             says(model / name, "is one file of a checkpoint; give its directory: ")
