@@ -99,7 +99,11 @@ def make_page(
     asked = [
         [
             shown(step["command"]),
-            ", ".join(f"{shown(name)} {shown(value)}" for name, value in step["options"].items()),
+            ", ".join(
+                f"{shown(name)} {shown(value)}"
+                for name, value in step["options"].items()
+                if value is not None
+            ),
         ]
         for step in header.history
     ]
