@@ -20,6 +20,7 @@ class Method(NamedTuple):
         parameter; the scores of other methods are already relative to their layer.
       sums_energy: it also returns the output energy of all units together.
       cuts: it returns a mask rather than scores.
+      updates: ``compensate`` moves the weights that it keeps, by `unstructured.sparsegpt`.
       damping: default, as a fraction of the mean diagonal of its system.
       pattern: default pattern.
     """
@@ -30,6 +31,7 @@ class Method(NamedTuple):
     raw_loss: bool = False
     sums_energy: bool = False
     cuts: bool = False
+    updates: bool = False
     damping: float = 1e-4
     pattern: str = "unstructured"
 
@@ -70,6 +72,7 @@ WEIGHTS = {
         ("sparsity", "pattern", "damping"),
         needs_gram=True,
         cuts=True,
+        updates=True,
         damping=1e-2,
     ),
     "magnitude": Method("pruning.unstructured:magnitude"),
@@ -84,6 +87,7 @@ QK = {
 }
 UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
+UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)
 NAMES = tuple(dict.fromkeys((*UNITS, *QK, *WEIGHTS)))
 
 

@@ -11,6 +11,7 @@ from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
 from prunetool.kept import Extent, extents, kept_units, masks, used_weight
 from prunetool.llama.parts import UNIT_MATRICES
+from prunetool.methods import UPDATED
 from prunetool.model import Model
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.pruning.gram import Partition
@@ -130,13 +131,13 @@ def _update_masked(
     for part, mask in masks(model, work, record).items():
         how = record.values["masks"][part]
         name = f"{part}_proj"
-        if how["method"] != "sparsegpt" and f"{name}.weight" not in refitted:
+        if how["method"] not in UPDATED and f"{name}.weight" not in refitted:
             continue  # export masks it
         dense = kept[part].of(model.part(record.index, part)).astype(np.float64)
         W = refitted.get(f"{name}.weight", dense).astype(np.float64)
         on = kept[part].of(mask.kept)
         new = np.where(on, W, 0.0)
-        if how["method"] == "sparsegpt":
+        if how["method"] in UPDATED:
             columns = kept[part].columns
             A = gram.unpack(stats[f"{GIVEN[part]}.gram"])[np.ix_(columns, columns)]
             with naming(name):
