@@ -70,10 +70,10 @@ class Masking:
             columns += ["attention: calibration", "held out"]
         console.table(title, columns, rows, by=worst)
         if total:
-            self.said.append(
-                f"removes {lost:,} of {total:,} weights of {', '.join(self.parts)} "
-                f"({lost / total:.4%}; target {self.how['sparsity']:.2%})"
-            )
+            self.said += [
+                f"removes {lost:,} of {total:,} weights of {', '.join(self.parts)}",
+                f"{lost / total:.4%} (target {self.how['sparsity']:.2%})",
+            ]
 
     def _check_kept(self, calibration: dict[str, Any]) -> None:
         missing = [f"{part}_proj" for part in self.parts if not SITES[GIVEN[part]].of_units]

@@ -248,7 +248,7 @@ class Scoring:
             counts.groups @ np.asarray(group_costs) + counts.channels.sum() * channel_cost
         )
         self.said += [
-            f"removes {removed:,} of {total:,} layer parameters ({removed / total:.4%}; target "
-            f"{self.how['sparsity']:.2%})",
+            f"removes {removed:,} of {total:,} layer parameters",
+            f"{removed / total:.4%} (target {self.how['sparsity']:.2%})",
             f"{removed / self.model.parameters():.2%} of all parameters",
         ]
