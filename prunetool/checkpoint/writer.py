@@ -5,8 +5,8 @@ import glob
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,12 +58,12 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
       WorkError: if the directory does not exist, or the disk is full.
     """
+    if not path.parent.is_dir():
+        raise WorkError(path.parent, "no such directory", "make it, or name another")
+    made = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}{PARTIAL}")
+    partial = made / "file"
     try:
-        made = tempfile.mkdtemp(PARTIAL, _prefix(path), path.parent)
-    except FileNotFoundError:
-        raise WorkError(path.parent, "no such directory", "make it, or name another") from None
-    partial = Path(made) / "file"
-    try:
+        made.mkdir(0o700)  # in here: a signal may come at any moment
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
@@ -80,7 +80,18 @@ def atomic(path: Path) -> Iterator[Path]:
             path, f"cannot be written ({error.strerror})", "make room and run again"
         ) from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        try:
+            _remove(made)
+        finally:  # if a signal, of which one is raised, came in the middle
+            _remove(made)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory that `atomic` made, if it is there."""
+    with suppress(OSError):
+        for entry in list(directory.iterdir()):
+            entry.unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def _prefix(path: Path) -> str:
@@ -97,7 +108,7 @@ def sweep(path: Path) -> None:
     inside = path.glob(f".*{PARTIAL}") if path.is_dir() else ()
     for entry in (*found, *inside):
         if _is_leftover(entry):
-            shutil.rmtree(entry, ignore_errors=True)
+            _remove(entry)
 
 
 def sweep_old(directory: Path) -> None:

@@ -1,9 +1,11 @@
 """Files of the user, damaged files of its own, and streams and checkpoints not to trust."""
 
+import gc
 import json
 import os
 import shutil
 import stat
+import sys
 from contextlib import suppress
 
 import numpy as np
@@ -452,6 +454,34 @@ class TestOverwrite:
 
 
 class TestFiles:
+    def test_interrupted_at_any_call_a_write_leaves_nothing_beside_the_file(self, tmp_path):
+        class Stop(BaseException):
+            pass
+
+        def stopped_at(moment):
+            calls = iter(range(1000))
+
+            def trace(frame, event, _):
+                if event == "call" and next(calls) == moment:
+                    sys.settrace(None)
+                    raise Stop
+
+            sys.settrace(trace)
+            try:
+                writer.write_bytes(tmp_path / "a.json", b"x")
+            except Stop:
+                return True
+            finally:
+                sys.settrace(None)
+            return False
+
+        moment = 0
+        while stopped_at(moment):
+            gc.collect()  # as `cli.main` does
+            assert {path.name for path in tmp_path.iterdir()} <= {"a.json"}, moment
+            moment += 1
+        assert moment > 20
+
     def test_a_planted_link_is_not_written_through(self, tmp_path):
         (tmp_path / "private").write_text("mine")
         for name in (".x.json.partial", "x.json"):
