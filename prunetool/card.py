@@ -11,7 +11,7 @@ from prunetool import __version__
 from prunetool.checkpoint.hub import HUB_ID, hub_id
 from prunetool.checkpoint.source import front_matter
 from prunetool.errors import shown
-from prunetool.llama.config import LayerShape
+from prunetool.llama.config import PRUNED, LayerShape
 from prunetool.llama.forms import LOADER_FILES
 from prunetool.model import Model
 from prunetool.records import Header
@@ -222,7 +222,7 @@ def plain(text: str) -> str:
 
 
 def _how_to_load(form: str) -> list[str]:
-    known = form != "pruned_llama"
+    known = form != PRUNED
     more = "" if known else ", trust_remote_code=True"
     code = [
         "```python",

@@ -14,7 +14,8 @@ class Method(NamedTuple):
 
     Attributes:
       function: ``module:name`` in prunetool, imported when it is used.
-      options: options of ``score`` that the function takes as keywords.
+      options: options of ``score`` that the function takes as keywords; scores are kept by their
+        values, so without ``sparsity`` a sweep shares them.
       needs_gram: it requires the Gram matrix of the inputs.
       raw_loss: its scores are a loss in output units. Layers are then compared by loss per
         parameter; the scores of other methods are already relative to their layer.
@@ -34,11 +35,6 @@ class Method(NamedTuple):
     updates: bool = False
     damping: float = 1e-4
     pattern: str = "unstructured"
-
-    @property
-    def uses_sparsity(self) -> bool:
-        """Whether its scores depend on the sparsity, so that a sweep cannot share them."""
-        return "sparsity" in self.options
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""

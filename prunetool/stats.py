@@ -5,21 +5,18 @@ A file has ``tokens``, (1,), and for each site the arrays of `array_shapes`, nam
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from prunetool import records, workdir
 from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
+from prunetool.llama.forward import Taps
 from prunetool.llama.parts import PARTS
 from prunetool.llama.weights import axis_sizes
-
-if TYPE_CHECKING:
-    import jax
-
-    from prunetool.llama.forward import Taps
-    from prunetool.pruning.gram import Sums
+from prunetool.pruning import gram
 
 
 class Site(NamedTuple):
@@ -56,7 +53,7 @@ SITES = {
 GIVEN = {matrix: name for name, site in SITES.items() for matrix in site.matrices}
 
 
-def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> "dict[str, Sums]":
+def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> dict[str, gram.Sums]:
     """Empty sums at every site.
 
     Args:
@@ -64,8 +61,6 @@ def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> "dict[str, Sums]":
       sizes: `axis_sizes`, padded or not.
       head_dim: d.
     """
-    from prunetool.pruning import gram
-
     return {
         name: gram.zeros(
             sizes[site.axis],
@@ -78,13 +73,13 @@ def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> "dict[str, Sums]":
     }
 
 
-def given(inputs: "Taps", name: str) -> "tuple[jax.Array, jax.Array]":
+def given(inputs: Taps, name: str) -> tuple[jax.Array, jax.Array]:
     """The input at a site, and the residual stream that its output joins."""
     return getattr(inputs, name), getattr(inputs, SITES[name].joins)
 
 
 def arrays(
-    sums: "dict[str, Sums]", tokens: int, config: LlamaConfig, shape: LayerShape, dtype: str
+    sums: dict[str, gram.Sums], tokens: int, config: LlamaConfig, shape: LayerShape, dtype: str
 ) -> dict[str, np.ndarray]:
     """The sums of a layer in the form of a file, without padding.
 
@@ -95,8 +90,6 @@ def arrays(
       shape: the layer's shape.
       dtype: dtype of the arrays.
     """
-    from prunetool.pruning import gram
-
     found = {"tokens": np.array([tokens])}
     sizes = axis_sizes(config, shape)
     for name, sum_ in sums.items():

@@ -1,5 +1,6 @@
 """``prunetool compensate``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def compensate(
         run = Run.of(header, profile, discard)
         rows: list[tuple[Any, ...]] = []
         need = plan.refit_bytes(run.model, layers=1 if discard else run.model.layers)
-        with options.open_sink(sink) as out:
-            run.write(out, step.refit_layers(run, layers, grid, rows), need)
+        refitted = step.refit_layers(run, layers, grid, rows)
+        run.write(partial(options.open_sink, sink), refitted, need)
         console.table(
             "Relative output error of the refits",
             COLUMNS,

@@ -57,9 +57,10 @@ def _say_next(out: Path, work: Path) -> None:
     """Suggest what to do next."""
     from prunetool import workdir
     from prunetool.checkpoint.index import read_json
+    from prunetool.llama.config import PRUNED
 
     form = read_json(out / "config.json")["model_type"]
-    trust = ", trust_remote_code=True" if form == "pruned_llama" else ""
+    trust = ", trust_remote_code=True" if form == PRUNED else ""
     size = workdir.size_bytes(work, *workdir.EVERYTHING)
     name = shlex.quote(str(out))
     for what, how in {

@@ -1,5 +1,6 @@
 """``prunetool score``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,7 @@ def score(
         run = Run.of(header.after(step), profile, discard)
         job = (Scoring if units else Masking)(run, targets, how)
         need = plan.units_bytes(run.model) if units else plan.masks_bytes(run.model, targets)
-        with options.open_sink(sink) as out:
-            run.write(out, job.layers(layers), need)
+        run.write(partial(options.open_sink, sink), job.layers(layers), need)
         said += job.said
 
 

@@ -1,7 +1,7 @@
 """Read config.json of a Llama model, or of a closely related family.
 
 Any setting that changes the result and is not computed here is refused by name. A null counts as
-an absent key.
+an absent key, but does not take its family's default.
 """
 
 import reprlib
@@ -85,6 +85,8 @@ _QWEN = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
     "max_window_layers": 28,
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
 FAMILIES = {
     "llama": Family(stated=("attention_bias", "mlp_bias")),
@@ -270,17 +272,7 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
     plain["layer_types"] += (["full_attention"] * layers,)
     plain["mlp_layer_types"] += (["dense"] * layers,)
     plain["no_rope_layers"] += ([], [1] * layers)  # a 1 is a layer with rotary embedding
-    window = None
-    if "sliding_window" in family.defaults:
-        window = _read(stated, "sliding_window", OPTIONAL_COUNT, where)
-    if "sliding_window" in family.defaults or raw.get("use_sliding_window") is False:
-        del plain["sliding_window"]
-    if "max_window_layers" in family.defaults:
-        del plain["use_sliding_window"]
-        if not _parse_windowed(stated, layers, where):
-            window = None
-        elif window is not None:
-            plain["layer_types"] += (["sliding_attention"] * layers,)
+    window = _parse_window(stated, raw, family, plain, where)
     _refuse_others(stated, plain, where)
 
     if given["head_dim"] is None and hidden_size % heads:
@@ -389,10 +381,35 @@ def _refuse_others(
             )
 
 
+def _parse_window(
+    stated: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    family: Family,
+    plain: dict[str, tuple[Any, ...]],
+    where: object,
+) -> int | None:
+    """The window of all layers, or None; allows in ``plain`` the keys that it accounts for."""
+    layers = stated["num_hidden_layers"]
+    window = None
+    if "sliding_window" in family.defaults:
+        window = _read(stated, "sliding_window", OPTIONAL_COUNT, where)
+    if "sliding_window" in family.defaults or raw.get("use_sliding_window") is False:
+        del plain["sliding_window"]
+    if "max_window_layers" in family.defaults:
+        del plain["use_sliding_window"]
+        if not _parse_windowed(stated, layers, where):
+            window = None
+        elif window is not None:
+            plain["layer_types"] += (["sliding_attention"] * layers,)
+    elif window is not None:  # with all layers full, transformers computes no window, others do
+        plain["layer_types"] = (None, ["sliding_attention"] * layers)
+    return window
+
+
 def _parse_windowed(stated: Mapping[str, Any], layers: int, where: object) -> bool:
     """Whether all layers have the window, for a family that allows it in some only."""
     on = _read(stated, "use_sliding_window", FLAG, where)
-    first = _read(stated, "max_window_layers", Value(int, 0, 2**31 - 1), where)
+    first = _read(stated, "max_window_layers", Value(int, 0, 2**31 - 1, default=0), where)
     types = stated.get("layer_types")
     if on and types is None and stated["sliding_window"] is not None and 0 < first < layers:
         raise ConfigError(

@@ -98,25 +98,33 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
         raw |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
     if form == "qwen2":
         del raw["attention_bias"]  # it would give o a bias, too
-    if form == PRUNED:
-        family = _families(config)[0]
-        if family != "llama":
-            raw["family"] = family
-        if config.window is not None:
-            raw["sliding_window"] = config.window
-        module = "modeling_pruned_llama"
-        raw["auto_map"] = {
-            "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
-            "AutoModel": f"{module}.PrunedLlamaModel",
-            "AutoModelForCausalLM": f"{module}.PrunedLlamaForCausalLM",
+    return raw | _pruned_keys(config) if form == PRUNED else raw
+
+
+def _pruned_keys(config: LlamaConfig) -> dict[str, Any]:
+    """What the config.json of unequal layers has besides: family, loader files, every layer."""
+    raw: dict[str, Any] = {}
+    family = _families(config)[0]
+    for key in ("bos_token_id", "eos_token_id"):  # or the loader's class takes Llama's
+        if key in FAMILIES[family].defaults:
+            raw[key] = config.raw.get(key)
+    if family != "llama":
+        raw["family"] = family
+    if config.window is not None:
+        raw["sliding_window"] = config.window
+    module = "modeling_pruned_llama"
+    raw["auto_map"] = {
+        "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
+        "AutoModel": f"{module}.PrunedLlamaModel",
+        "AutoModelForCausalLM": f"{module}.PrunedLlamaForCausalLM",
+    }
+    raw["model_file"] = "mlx_pruned_llama.py"
+    raw["per_layer_config"] = {
+        str(layer): {
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "intermediate_size": shape.channels,
         }
-        raw["model_file"] = "mlx_pruned_llama.py"
-        raw["per_layer_config"] = {
-            str(layer): {
-                "num_attention_heads": shape.heads,
-                "num_key_value_heads": shape.kv_heads,
-                "intermediate_size": shape.channels,
-            }
-            for layer, shape in enumerate(config.layer_shapes)
-        }
+        for layer, shape in enumerate(config.layer_shapes)
+    }
     return raw

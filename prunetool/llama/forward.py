@@ -41,7 +41,7 @@ class Rotation(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Taps of a layer's matrices, and the residual stream that their outputs join."""
+    """Inputs of a layer's matrices, and the residual stream that their outputs join."""
 
     attention: jax.Array  # x, input of q, k and v, (D, B, N)
     o: jax.Array  # a, (H d, B, N)

@@ -41,7 +41,7 @@ class AttentionInputs(NamedTuple):
     x: jax.Array  # normalised input, (D, B, N)
     q_bias: jax.Array | None  # (H d,)
     k_bias: jax.Array | None  # (n_kv d,)
-    norms: tuple[jax.Array | None, ...] = ()  # further arguments of `Turn`: weights of norms, (d,)
+    norms: tuple[jax.Array | None, ...] = (None, None)  # weights of q's and k's, (d,), for `Turn`
     window: int | None = None  # how many keys a query sees, up to its own
 
 

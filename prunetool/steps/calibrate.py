@@ -1,11 +1,10 @@
 """The forward pass over the calibration sequences, layer by layer, and its sums."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from prunetool.llama.weights import Layer, part_shapes, tensor_name
 from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruning import gram
-from prunetool.steps.run import recall_weights
+from prunetool.steps.run import Opens, recall_weights
 
 
 class AttentionSamples(NamedTuple):
@@ -67,7 +66,7 @@ class Calibration:
     chosen: Mapping[str, Any]
     overwrite: bool = False
 
-    def write(self, model: str, open_sink: Callable[[], AbstractContextManager[IO[str]]]) -> None:
+    def write(self, model: str, open_sink: Opens) -> None:
         """Claim the work directory, and write the records of all layers (only process 0).
 
         Args:

@@ -45,6 +45,15 @@ def refit_layers(
             "no tokens were held out to choose it with",
             "give one number, such as 0.01, or calibrate with 2 samples or more",
         )
+    return _refitted(run, source, grid, rows)
+
+
+def _refitted(
+    run: Run,
+    source: Iterator[records.LayerRecord],
+    grid: tuple[float, ...],
+    rows: list[tuple[Any, ...]],
+) -> Iterator[records.LayerRecord]:
     for record, name, arrays in run.layers(source, partial(_refit, run, grid)):
         # Sorted as safetensors returns names, so that a resumed run writes the same bytes.
         report = {

@@ -25,7 +25,7 @@ from prunetool.checkpoint.writer import (
 from prunetool.errors import RecordError, WorkError, shown
 from prunetool.kept import CHANNELS, GROUPS, kept_units, masks
 from prunetool.llama import forms
-from prunetool.llama.config import LayerShape, LlamaConfig
+from prunetool.llama.config import PRUNED, LayerShape, LlamaConfig
 from prunetool.llama.parts import MATRICES
 from prunetool.llama.weights import Layer, part_shapes, scatter, select, tensor_chunks, tensor_name
 from prunetool.model import Model
@@ -106,7 +106,7 @@ class Export:
         )
         target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
         kind = forms.choose_form(target)
-        if kind == "pruned_llama":
+        if kind == PRUNED:
             target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
         chunks = [
             {name: TensorSpec(dtype_of(model.index[name]), shape) for name, shape in chunk.items()}
@@ -157,7 +157,7 @@ class Export:
         """Write config.json, what goes along with the model, and loader files if it needs them."""
         self.writer.put("config.json", json_bytes(forms.config_json(target, kind)))
         along: Mapping[str, bytes] = self.companions
-        if kind == "pruned_llama":
+        if kind == PRUNED:
             along = with_tokenizer_class(along, self.model.config.raw)
             for name in forms.LOADER_FILES:
                 data = resources.files("prunetool.loaders").joinpath(name).read_bytes()

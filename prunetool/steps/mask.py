@@ -49,6 +49,9 @@ class Masking:
           RecordError: before the first layer, if calibrate did not keep what the method needs.
         """
         self._check_kept(self.run.header.calibration)
+        return self._masked(source)
+
+    def _masked(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         make = self.run.profile.phase("mask")(self._make)
         rows, worst = [], []
         lost = total = 0

@@ -1,6 +1,7 @@
 """Common parts of steps: a model with text; a stream of records read, and another written."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -14,6 +15,9 @@ from prunetool.corpus import Text
 from prunetool.errors import CheckpointError, RecordError, naming
 from prunetool.model import Model, open_model, read_weights
 from prunetool.profiling import Profile
+
+Arrays = dict[str, np.ndarray]
+Opens = Callable[[], AbstractContextManager[IO[str]]]
 
 
 def reopen(header: records.Header) -> Model:
@@ -88,9 +92,6 @@ def open_with_text(
     return opened, tokens, bos
 
 
-Arrays = dict[str, np.ndarray]
-
-
 @dataclass
 class Run:
     """One run of a step over the layers of a stream.
@@ -101,7 +102,7 @@ class Run:
       work: the work directory.
       directory: name of this step's directory below ``work``.
       profile: collects the seconds.
-      discard: delete a layer's stats once its record is written.
+      discard: delete a layer's stats once its file is written.
     """
 
     header: records.Header
@@ -123,19 +124,20 @@ class Run:
         return cls(header, reopen(header), Path(header.work), directory, Profile(profile), discard)
 
     def write(
-        self, sink: IO[str], layers: Iterable[records.LayerRecord], needed_bytes: int
+        self, open_sink: Opens, layers: Iterable[records.LayerRecord], needed_bytes: int
     ) -> None:
         """Write the records of all layers, and a copy of them, under a lock.
 
         Args:
-          sink: where to write.
+          open_sink: opens where to write.
           layers: yields them.
           needed_bytes: disk space for everything the step makes.
         """
         with workdir.lock(self.work / self.directory), self.profile.trace():
             there = workdir.size_bytes(self.work, f"{self.directory}/*")
             need_room(self.work, needed_bytes - there)
-            with workdir.records_copy(self.work, self.directory) as copy:
+            copied = workdir.records_copy(self.work, self.directory)
+            with open_sink() as sink, copied as copy:
                 records.write(sink, self.header, layers, copy)
 
     def layers(
@@ -155,6 +157,6 @@ class Run:
             name = workdir.layer_file(self.directory, record.index)
             with naming(f"layer {record.index}"):
                 arrays = workdir.make_once(self.work, name, lambda: make(record))  # noqa: B023
-            yield record, name, arrays
             if self.discard:
                 workdir.discard_stats(self.work, record)
+            yield record, name, arrays

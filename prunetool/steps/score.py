@@ -10,12 +10,13 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
 from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, used_weight
+from prunetool.llama.parts import UNIT_MATRICES
 from prunetool.methods import methods_of
 from prunetool.pruning import budget, compensation, gram, structural, units
 from prunetool.stats import Stats
 from prunetool.steps.run import Run
 
-OUTPUT_MATRICES = ("o_proj", "down_proj")  # their inputs come from the units
+OUTPUT_MATRICES = tuple(f"{matrix}_proj" for matrix in UNIT_MATRICES)  # units make their inputs
 
 
 @dataclass
@@ -55,6 +56,9 @@ class Scoring:
     def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         """Score every layer, share the budget out, then yield each layer's record."""
         self._check_budget()
+        return self._kept(source)
+
+    def _kept(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         scored = list(self._scored(source))
         counts = self._share_out([layer.units for layer in scored])
         lost = {GROUPS: counts.groups, CHANNELS: counts.channels}
@@ -94,11 +98,10 @@ class Scoring:
     def _scored(self, source: Iterator[records.LayerRecord]) -> Iterator[_Scored]:
         """The scores of each layer, made once for a sweep of sparsities if the method allows."""
         header = self.run.header
-        shared = {
-            key: self.how[key]
-            for key in ("method", "lam", "newton_iterations", "damping", "seed", "weighting")
-        }
-        shared["sparsity"] = self.how["sparsity"] if self._method.uses_sparsity else None
+        # Named even if the method has no such option, as in the names of older directories.
+        always = ("method", "lam", "newton_iterations", "damping", "seed", "weighting")
+        shared = {key: self.how[key] for key in (*always, *self._method.options)}
+        shared.setdefault("sparsity", None)
         directory = f"scores-{workdir.digest([header.history[:-1], shared])}"
         for record in console.progress(source, header.layers):
             name = workdir.layer_file(directory, record.index)
@@ -235,7 +238,7 @@ class Scoring:
         shape = self.model.config.layer_shapes[record.index]
         extent = extents(kept, shape, self.model.config)
         lost = {}
-        for matrix in ("o", "down"):
+        for matrix in UNIT_MATRICES:
             W = used_weight(self.model, record.index, matrix)
             stays = extent[matrix].columns
             A_pp = gram.block(stats[f"{matrix}.gram"], ~stays)

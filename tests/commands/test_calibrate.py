@@ -19,3 +19,12 @@ def test_two_samples_are_enough_to_hold_one_out(
     assert any("no sample is held out" in line for line in said) == (not held_out)
     call("score", "--sparsity", ".3", "a.jsonl", "-o", "b.jsonl")
     call("compensate", "b.jsonl", *([] if held_out else ["--damping", "0.01"]), "-o", "c.jsonl")
+
+
+def test_compensate_refuses_before_it_writes_a_header(checkpoint, text, run, tmp_path):
+    run("calibrate", checkpoint(), "--text", text, "--samples", 1, "--sequence-length", 32,
+        "--work", "w", "-o", "c.jsonl")  # fmt: skip
+    run("score", "c.jsonl", "--sparsity", ".2", "--multiple-of", 4, "-o", "k.jsonl")
+    done = run("compensate", "k.jsonl", ok=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no tokens were held out" in done.stderr

@@ -587,3 +587,24 @@ def test_any_config_is_read_or_refused_in_one_line(changes, rope, kind, model_ty
     assert said.startswith("somewhere: ")
     assert len(said.splitlines()) == 1
     assert len(said) <= LONGEST
+
+
+def test_a_mistral_whose_layers_are_all_full_is_refused_if_it_has_a_window():
+    """Transformers 5 computes no window then; by the keys alone others compute one."""
+    full, sliding = "full_attention", "sliding_attention"
+    for types, window, refused in ((full, 16, True), (full, None, False), (sliding, 16, False)):
+        raw = tiny_config(
+            model_type="mistral", sliding_window=window, layer_types=3 * [types],
+            attention_bias="absent", mlp_bias="absent",
+        )  # fmt: skip
+        if refused:
+            with pytest.raises(ConfigError, match="layer_types"):
+                parse_config(raw, "config.json")
+        else:
+            assert parse_config(raw, "config.json").window == window
+
+
+def test_no_window_layers_need_be_stated_without_a_window():
+    raw = tiny_config(model_type="qwen2", max_window_layers=None, attention_bias="absent",
+                      mlp_bias="absent")  # fmt: skip
+    assert parse_config(raw, "config.json").window is None

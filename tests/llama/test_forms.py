@@ -107,7 +107,9 @@ def test_a_null_of_the_source_is_written_as_the_value_it_stands_for():
 
 @pytest.mark.parametrize("form", ["mistral", "pruned_llama"])
 def test_the_window_of_a_mistral_stays(form):
-    raw = tiny_config(model_type="mistral", sliding_window=64, layer_types=["full_attention"] * 3)
+    raw = tiny_config(
+        model_type="mistral", sliding_window=64, layer_types=["sliding_attention"] * 3
+    )
     config = parse_config(raw, "").with_shapes(tuple(SHAPES[form]))
     assert choose_form(config) == form
     assert choose_form(config.with_shapes(tuple(SHAPES["llama"]))) == "mistral"
