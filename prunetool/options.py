@@ -320,8 +320,3 @@ def _regular_file(path: Path | str | None, number: int) -> tuple[int, int] | Non
     except (OSError, ValueError):  # ValueError: a null byte in the name
         return None
     return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
-
-
-def history_step(command: str, version: str, **options: Any) -> dict[str, Any]:
-    """A step's entry in the history."""
-    return {"command": command, "version": version, "options": options}

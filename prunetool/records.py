@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
-from prunetool import console
+from prunetool import __version__, console
 from prunetool.errors import RecordError, StepFailed, shown
 
 FORMAT = 1
@@ -64,8 +64,9 @@ class Header:
         options: dict[str, Any] = self.history[0]["options"]
         return options
 
-    def after(self, step: dict[str, Any]) -> "Header":
+    def after(self, command: str, **options: Any) -> "Header":
         """The header with one more step in its history."""
+        step = {"command": command, "version": __version__, "options": options}
         return replace(self, history=[*self.history, step])
 
 

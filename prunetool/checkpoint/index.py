@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  safetensors reads bfloat16 into NumPy only with its dtypes registered
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from prunetool.errors import CheckpointError, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Supported dtypes: safetensors' codes, in the order in which its library stores tensors, by which
+# each starts at a multiple of its item's size; and NumPy's names.
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class TensorInfo(NamedTuple):
@@ -28,7 +31,7 @@ class TensorInfo(NamedTuple):
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor's data."""
-        count = DTYPE_BYTES.get(self.dtype, 1)
+        count = np.dtype(DTYPES[self.dtype]).itemsize if self.dtype in DTYPES else 1
         for extent in self.shape:
             count *= extent
         return count

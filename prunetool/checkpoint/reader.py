@@ -3,7 +3,7 @@
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from prunetool.checkpoint.index import Index, TensorInfo
+from prunetool.checkpoint.index import DTYPES, Index, TensorInfo
 from prunetool.errors import CheckpointError
 
 ROWS_BYTES = 1 << 24  # compared at a time
@@ -75,11 +75,10 @@ def dtype_of(info: TensorInfo) -> str:
     Raises:
       CheckpointError: if the dtype is not a supported floating-point type.
     """
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    if info.dtype not in names:
+    if info.dtype not in DTYPES:
         raise CheckpointError(
             info.shard,
             f"stores the dtype {info.dtype}",
             "give an unquantised checkpoint (bf16, f16, f32)",
         )
-    return names[info.dtype]
+    return DTYPES[info.dtype]

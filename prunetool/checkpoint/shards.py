@@ -8,12 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 
-# NumPy's names and safetensors' codes, in the order in which its library stores tensors, so that
-# each starts at a multiple of its item size.
-CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+from prunetool.checkpoint.index import DTYPES
+
+CODES = {name: code for code, name in DTYPES.items()}
 HEADER_MULTIPLE = 8  # bytes; spaces pad the header to it
 
 

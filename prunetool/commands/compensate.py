@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from prunetool import __version__, console, options, records
+from prunetool import console, options, records
 
 COLUMNS = ("layer", "matrix", "removed → refitted", "held out", "damping")
 
@@ -39,7 +39,7 @@ def compensate(
     with console.summary("compensate") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
         options.keep_inputs([sink, profile], [header.source])
-        header = header.after(options.history_step("compensate", __version__, damping=list(grid)))
+        header = header.after("compensate", damping=list(grid))
         run = Run.of(header, profile, discard)
         rows: list[tuple[Any, ...]] = []
         need = plan.refit_bytes(run.model, layers=1 if discard else run.model.layers)

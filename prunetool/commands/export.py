@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from prunetool import __version__, console, options, records
+from prunetool import console, options, records
 
 
 @click.command(cls=options.Command)
@@ -38,7 +38,7 @@ def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: b
 
     with console.summary("export") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
-        header = header.after(options.history_step("export", __version__, format=form))
+        header = header.after("export", format=form)
         inputs = [] if source == "-" else [Path(source)]
         with workdir.lock(out.absolute()):
             job = Export(

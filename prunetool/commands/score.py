@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from prunetool import __version__, console, options, records
+from prunetool import console, options, records
 from prunetool.errors import RecordError
 from prunetool.llama.parts import MATRICES
 from prunetool.methods import (
@@ -182,8 +182,8 @@ def score(
                 "was already refitted for what is kept so far",
                 "run compensate after the last score",
             )
-        step = options.history_step("score", __version__, target=",".join(targets), **how)
-        run = Run.of(header.after(step), profile, discard)
+        header = header.after("score", target=",".join(targets), **how)
+        run = Run.of(header, profile, discard)
         job = (Scoring if units else Masking)(run, targets, how)
         need = plan.units_bytes(run.model) if units else plan.masks_bytes(run.model, targets)
         run.write(partial(options.open_sink, sink), job.layers(layers), need)

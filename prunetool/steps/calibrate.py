@@ -96,7 +96,7 @@ class Calibration:
             checksum.of_json(known),
             str(self.work),
             self.model.layers,
-        ).after({"command": "calibrate", "version": __version__, "options": how | {"tokens": ids}})
+        ).after("calibrate", **how, tokens=ids)
         if not team.same(int(workdir.digest(run), 16)):
             raise ConfigError(
                 "--coordinator",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -63,21 +63,19 @@ class Scoring:
         counts = self._share_out([layer.units for layer in scored])
         lost = {GROUPS: counts.groups, CHANNELS: counts.channels}
 
-        def kept(record: records.LayerRecord) -> dict[str, np.ndarray]:
+        def make(record: records.LayerRecord) -> dict[str, np.ndarray]:
             units = scored[record.index].units
-            return {
+            kept = {
                 target: budget.keep(units[target].score, int(lost[target][record.index]))
                 for target in self.targets
             }
-
-        def make(record: records.LayerRecord) -> dict[str, np.ndarray]:
-            return kept(record) | self._lost(record, self._masks(record) | kept(record))
+            return kept | self._lost(record, self._masks(record) | kept)
 
         rows, worst = [], []
         records_in = [layer.record for layer in scored]
         for record, name, arrays in self.run.layers(records_in, make, "loss of layer"):
             layer, shape = scored[record.index], self.model.config.layer_shapes[record.index]
-            masks = self._masks(record) | kept(record)
+            masks = self._masks(record) | {target: arrays[target] for target in self.targets}
             losses = {
                 m: float(arrays[f"{m}.lost"][0]) / (layer.energy[m] or 1.0) for m in OUTPUT_MATRICES
             }
@@ -130,6 +128,7 @@ class Scoring:
         ]
         self._share_out(empty)
 
+    @cached_property
     def _costs(self) -> tuple[list[int], int, int]:
         """Parameters of a KV group in each layer, of a channel, and of all seven matrices."""
         shapes, size = self.model.config.layer_shapes, self.model.layer_parameters
@@ -142,7 +141,7 @@ class Scoring:
         return groups, channel, sum(map(size, shapes))
 
     def _share_out(self, ranked: Sequence[dict[str, _Units]]) -> budget.Counts:
-        group_costs, channel_cost, total = self._costs()
+        group_costs, channel_cost, total = self._costs
         target = round(self.how["sparsity"] * total)
         limits = budget.Limits(self.how["multiple_of"], self.how["min_channels"])
         if self.how["allocation"] == "global":
@@ -170,7 +169,7 @@ class Scoring:
         """Scores of a layer's units of both targets, in the form of a file."""
         stats = Stats(self.work, record, self.model.config)
         shape = self.model.config.layer_shapes[record.index]
-        group_costs, channel_cost, _ = self._costs()
+        group_costs, channel_cost, _ = self._costs
         out = {}
         for kind, matrix, blocks, cost in (
             (GROUPS, "o", shape.kv_heads, group_costs[record.index]),
@@ -246,7 +245,7 @@ class Scoring:
         return lost
 
     def _say_ratio(self, counts: budget.Counts) -> None:
-        group_costs, channel_cost, total = self._costs()
+        group_costs, channel_cost, total = self._costs
         removed = int(
             counts.groups @ np.asarray(group_costs) + counts.channels.sum() * channel_cost
         )
