@@ -10,7 +10,7 @@
 
 from typing import Any
 
-from prunetool.llama.config import FAMILIES, PRUNED, SETTINGS, LayerShape, LlamaConfig
+from prunetool.llama.config import FAMILIES, PRUNED, SETTINGS, Family, LayerShape, LlamaConfig
 
 WIDTH_MULTIPLE = 32  # loaders of unequal layers need MLP widths in these steps, and at least one
 OLDEST_TRANSFORMERS = "5.0.0"  # stated in config.json; older values cause needless warnings
@@ -91,12 +91,12 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
     }
     name = form.replace("_", " ").title().replace(" ", "")
     raw |= {"model_type": form, "architectures": [f"{name}ForCausalLM"]}
-    defaults = FAMILIES[form].defaults if form != PRUNED else {}
-    if "sliding_window" in defaults:
+    family = FAMILIES.get(form, Family())
+    if "sliding_window" in family.defaults:
         raw["sliding_window"] = config.window  # absent means 4096
-    if "max_window_layers" in defaults:
+    if "max_window_layers" in family.defaults:
         raw |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
-    if form == "qwen2":
+    if "qkv_bias" in family.always:
         del raw["attention_bias"]  # it would give o a bias, too
     return raw | _pruned_keys(config) if form == PRUNED else raw
 
