@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,6 +38,51 @@ def spec(*axes: str | None) -> PartitionSpec:
 def local_mesh() -> Mesh:
     """This process's devices, along the axis ``device``."""
     return Mesh(np.array(jax.local_devices()), ("device",))
+
+
+BY_SEQUENCE, BY_DEVICE, EVERYWHERE = spec(None, "device"), spec("device"), spec()
+
+
+class Spread:
+    """A function of sequences over this process's devices, compiled once.
+
+    Its arrays are spread `BY_SEQUENCE`, whose second axis is the sequences', `BY_DEVICE`, where the
+    first axis has one term per device, such as sums, or are the same `EVERYWHERE`, like weights.
+
+    Args:
+      function: what each device computes from its part.
+      given, made: how its arguments, and its results, are spread.
+      donated: number of the argument whose memory the results may take.
+    """
+
+    def __init__(self, function: Callable[..., Any], given: Any, made: Any, donated: int) -> None:
+        self._mesh = local_mesh()
+        mapped = jax.shard_map(
+            function, mesh=self._mesh, in_specs=given, out_specs=made, check_vma=False
+        )
+        self.call = jax.jit(mapped, donate_argnums=donated)
+
+    def everywhere(self, tree: Any) -> Any:
+        """Put arrays on every device."""
+        return jax.device_put(tree, NamedSharding(self._mesh, EVERYWHERE))
+
+    def zeros(self, shapes: Any) -> Any:
+        """Zeros of these shapes, once per device."""
+        place, count = NamedSharding(self._mesh, BY_DEVICE), self._mesh.size
+        return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype, device=place), shapes)
+
+    def sequences(self, h: np.ndarray) -> jax.Array:
+        """Spread sequences, (D, B, N), padded with zeros to as many on each device."""
+        h = np.pad(h, ((0, 0), (0, -h.shape[1] % self._mesh.size), (0, 0)))
+        placed: jax.Array = jax.device_put(h, NamedSharding(self._mesh, BY_SEQUENCE))
+        return placed
+
+    def real(self, sequences: int) -> jax.Array | None:
+        """1 for each of the sequences and 0 for those that pad them; None if none can."""
+        if self._mesh.size == 1:
+            return None
+        room = -sequences % self._mesh.size
+        return jnp.asarray(np.arange(sequences + room) < sequences, jnp.float32)
 
 
 def own_terms(array: np.ndarray) -> jax.Array:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +111,22 @@ class Model:
             return layer
         return scatter(layer, shape, widest, np.arange(shape.kv_heads), np.arange(shape.channels))
 
-    def padded_layers(self, start: int = 0) -> Iterator[tuple[int, Layer]]:
-        """The layers from ``start`` on, each read ahead while the previous one is in use."""
+    def padded_layers(
+        self, start: int = 0, *, backwards: bool = False
+    ) -> Iterator[tuple[int, Layer]]:
+        """The layers, each read ahead while the previous one is in use.
+
+        Args:
+          start: yield those from this one on.
+          backwards: yield those below it instead, the highest first.
+        """
+        numbers = range(start - 1, -1, -1) if backwards else range(start, self.layers)
         with ThreadPoolExecutor(1) as thread:
-            numbers = range(start, self.layers)
             ahead = [thread.submit(self.padded_layer, n) for n in numbers[:1]]
-            for number in numbers:
+            for number, following in zip_longest(numbers, numbers[1:]):
                 layer = ahead.pop().result()
-                if number + 1 < self.layers:
-                    ahead.append(thread.submit(self.padded_layer, number + 1))
+                if following is not None:
+                    ahead.append(thread.submit(self.padded_layer, following))
                 yield number, layer
 
     def embedding(self) -> np.ndarray:

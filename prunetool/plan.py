@@ -8,7 +8,7 @@ import numpy as np
 from prunetool.llama.weights import input_sizes, part_shapes
 from prunetool.model import Model
 from prunetool.pruning.compensation import CHOICE_OUTPUTS
-from prunetool.stats import array_shapes
+from prunetool.stats import array_shapes, gradient_shapes
 
 FILE_BYTES = 4096  # of names, shapes and checksums in a file of a layer
 # Resident memory of the program before it reads anything: with JAX in use, and without.
@@ -39,6 +39,22 @@ def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtyp
 def hidden_bytes(model: Model, samples: int, length: int) -> int:
     """Bytes of the residual stream, two generations of it."""
     return 2 * samples * length * model.config.hidden_size * 4
+
+
+def gradient_bytes(
+    model: Model, sequences: int, length: int, stats: str, stream_dtype: str, stats_dtype: str
+) -> int:
+    """Bytes of the streams kept for a backward pass, two gradients, and its sums."""
+    if not sequences:
+        return 0
+    stream = sequences * length * model.config.hidden_size * np.dtype(stream_dtype).itemsize
+    values = sum(
+        math.prod(extent)
+        for shape in model.config.layer_shapes
+        for extent in gradient_shapes(model.config, shape, stats).values()
+    )
+    sums = values * np.dtype(stats_dtype).itemsize + model.layers * FILE_BYTES
+    return (model.layers + 3) * stream + sums
 
 
 def units_bytes(model: Model) -> int:

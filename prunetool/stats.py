@@ -1,20 +1,24 @@
-"""What calibrate sums at which input of a layer, and the files that store it.
+"""What calibrate sums at which input or output of a layer, and the files that store it.
 
 A file has ``tokens``, (1,), and for each site the arrays of `array_shapes`, named ``SITE.SUM``
 (``o.gram``) after the fields of `gram.Sums`; Gram matrices as packed triangles (`gram.pack_tiles`).
+A file of gradients has those of `gradient_shapes` instead, named after the matrix at whose output
+they are: ``o.gram``, Σ g gᵀ, and ``q.square``, Σ g².
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prunetool import records, workdir
 from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.forward import Taps
-from prunetool.llama.parts import PARTS
+from prunetool.llama.parts import MATRICES, PARTS, UNIT_MATRICES
 from prunetool.llama.weights import axis_sizes
 from prunetool.pruning import gram
 
@@ -132,6 +136,63 @@ def array_shapes(
     return found
 
 
+def gradient_zeros(kept: str, sizes: dict[str, int]) -> dict[str, Any]:
+    """Empty sums over the gradients at the outputs of matrices.
+
+    Args:
+      kept, sizes: as in `zeros`.
+    """
+    sums: dict[str, Any] = {
+        f"{matrix}.gram": gram.zero_tiles(sizes["hidden"]) for matrix in UNIT_MATRICES
+    }
+    if kept == "all":
+        for matrix in MATRICES:
+            sums[f"{matrix}.square"] = jnp.zeros(sizes[PARTS[matrix].axes[0]], jnp.float64)
+    return sums
+
+
+def add_gradients(sums: dict[str, Any], outputs: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Add a batch of gradients at the outputs of matrices, (O, B, N), float32."""
+    added = {}
+    for name, so_far in sums.items():
+        matrix, _, kind = name.partition(".")
+        g = outputs[matrix].reshape(len(outputs[matrix]), -1)
+        if kind == "gram":
+            added[name] = gram.add_to_tiles(so_far, g)
+        else:
+            added[name] = so_far + jnp.sum(jnp.square(g), axis=1).astype(jnp.float64)
+    return added
+
+
+def gradient_arrays(
+    sums: dict[str, Any], tokens: int, config: LlamaConfig, shape: LayerShape, dtype: str
+) -> dict[str, np.ndarray]:
+    """The gradient sums of a layer in the form of a file, without padding; as in `arrays`."""
+    found = {"tokens": np.array([tokens])}
+    sizes = axis_sizes(config, shape)
+    for name, value in sums.items():
+        matrix, _, kind = name.partition(".")
+        size = sizes[PARTS[matrix].axes[0]]
+        if kind == "gram":
+            found[name] = gram.pack_tiles(value, size, dtype)
+        else:
+            found[name] = value[:size].astype(dtype)
+    return found
+
+
+def gradient_shapes(
+    config: LlamaConfig, shape: LayerShape, kept: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every array of a layer's file of gradients; as in `array_shapes`."""
+    D = config.hidden_size
+    found: dict[str, tuple[int, ...]] = {"tokens": (1,)}
+    found |= {f"{matrix}.gram": (D * (D + 1) // 2,) for matrix in UNIT_MATRICES}
+    if kept in ("all", None):
+        sizes = axis_sizes(config, shape)
+        found |= {f"{matrix}.square": (sizes[PARTS[matrix].axes[0]],) for matrix in MATRICES}
+    return found
+
+
 class Stats:
     """A layer's sums over the calibration tokens, read on demand.
 
@@ -148,6 +209,9 @@ class Stats:
       RecordError: if the stream does not come from calibrate.
     """
 
+    todo = "run prunetool calibrate before this step"
+    _shapes_of = staticmethod(array_shapes)
+
     def __init__(
         self,
         work: Path,
@@ -155,14 +219,12 @@ class Stats:
         config: LlamaConfig,
         splits: tuple[str, ...] = ("stats", "held_out"),
     ) -> None:
-        if "stats" not in record.files:
-            raise RecordError(
-                f"layer {record.index}", "has no stats", "run prunetool calibrate before this step"
-            )
+        if splits[0] not in record.files:
+            raise RecordError(f"layer {record.index}", f"has no {splits[0]}", self.todo)
         self.splits = tuple(split for split in splits if split in record.files)
         self._files = [workdir.TensorFile(work, record.files[split]) for split in self.splits]
-        self._where = work / record.files["stats"]
-        self._shapes = array_shapes(config, config.layer_shapes[record.index])
+        self._where = work / record.files[splits[0]]
+        self._shapes = self._shapes_of(config, config.layer_shapes[record.index])
 
     def __contains__(self, name: str) -> bool:
         return name in self._files[0]
@@ -187,3 +249,20 @@ class Stats:
     def tokens(self) -> int:
         """Number of tokens."""
         return int(self["tokens"][0])
+
+
+class Gradients(Stats):
+    """A layer's sums over the gradients of -log p(y), y sampled from the model, at its outputs.
+
+    Args:
+      work, record, config: as in `Stats`.
+
+    Raises:
+      RecordError: if calibrate made no gradients.
+    """
+
+    todo = "run calibrate with --gradients 32, or more"
+    _shapes_of = staticmethod(gradient_shapes)
+
+    def __init__(self, work: Path, record: records.LayerRecord, config: LlamaConfig) -> None:
+        super().__init__(work, record, config, ("gradients",))

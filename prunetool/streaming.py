@@ -22,12 +22,13 @@ from prunetool.llama import forward
 from prunetool.llama.weights import Layer, map_layer
 from prunetool.model import Model
 
+KINDS = ("hidden", "residual", "gradient")  # of streams, by the first word of their files' names
 SUM_BYTES = 16  # of the checksum after a stream's bytes: XXH3-128
 BATCH_TOKENS = 2048  # a batch is as many whole sequences as fit, and at least one
 
 
 class HiddenStates:
-    """The residual stream of all sequences before one layer: float32, (D, N) per sequence.
+    """The residual stream of all sequences before one layer, (D, N) per sequence, or its gradient.
 
     Readers need not use the writer's batch size. A checksum of all bytes ends the file.
 
@@ -35,17 +36,21 @@ class HiddenStates:
       path: the file.
       hidden_size: D.
       samples, length: number of sequences, and tokens in each.
+      dtype: as stored; in memory it is float32.
     """
 
-    def __init__(self, path: Path, hidden_size: int, samples: int, length: int) -> None:
+    def __init__(
+        self, path: Path, hidden_size: int, samples: int, length: int, dtype: str = "float32"
+    ) -> None:
         self.path = path
         self.hidden_size = hidden_size
         self.samples = samples
         self.length = length
+        self.dtype = np.dtype(dtype)
 
     def at(self, path: Path) -> "HiddenStates":
         """Another file with the same sizes."""
-        return HiddenStates(path, self.hidden_size, self.samples, self.length)
+        return HiddenStates(path, self.hidden_size, self.samples, self.length, self.dtype.name)
 
     @property
     def size_bytes(self) -> int:
@@ -69,20 +74,20 @@ class HiddenStates:
 
     @property
     def _sample_bytes(self) -> int:
-        return self.hidden_size * self.length * 4
+        return self.hidden_size * self.length * self.dtype.itemsize
 
     def read(self, batch: range) -> np.ndarray:
-        """One batch, (D, B, N)."""
-        out = np.empty((len(batch), self.hidden_size, self.length), np.float32)
+        """One batch, (D, B, N), float32."""
+        out = np.empty((len(batch), self.hidden_size, self.length), self.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(batch.start * self._sample_bytes)
-            view = out.data.cast("B")
+            view = out.view(np.uint8).data.cast("B")
             while view:
                 count = file.readinto(view)
                 if not count:
                     raise WorkError(self.path, "is cut short", "run the same command again")
                 view = view[count:]
-        return out.swapaxes(0, 1)
+        return out.swapaxes(0, 1).astype(np.float32, copy=False)
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[range, np.ndarray], None]]:
@@ -92,7 +97,8 @@ class HiddenStates:
         def write(batch: range, h: np.ndarray) -> None:
             if file.tell() != batch.start * self._sample_bytes:
                 raise AssertionError("batches are written in order")
-            data = np.ascontiguousarray(h.swapaxes(0, 1)).data.cast("B")
+            stored = np.ascontiguousarray(h.swapaxes(0, 1), self.dtype)
+            data = stored.view(np.uint8).data.cast("B")
             total.update(data)
             file.write(data)
 
@@ -101,9 +107,9 @@ class HiddenStates:
             file.write(total.digest())
 
 
-def path_before(work: Path, layer: int, suffix: str = "") -> Path:
-    """Path of the residual stream before a layer."""
-    return work / f"hidden-{layer:05d}{suffix}"
+def path_before(work: Path, layer: int, suffix: str = "", kind: str = "hidden") -> Path:
+    """Path of the residual stream before a layer, or of another ``kind`` of stream."""
+    return work / f"{kind}-{layer:05d}{suffix}"
 
 
 def paths(work: Path, suffix: str = "") -> list[Path]:
@@ -165,13 +171,13 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def check_finite(h: np.ndarray, layer: int) -> None:
-    """Refuse a residual stream that overflowed.
+def check_finite(h: np.ndarray, layer: int, what: str = "outputs") -> None:
+    """Refuse a residual stream that overflowed, or its gradient.
 
     Raises:
       NumericalError: if it has NaN or infinity; names the layer.
     """
     if not np.isfinite(h.sum()):
         raise NumericalError(
-            f"layer {layer}", "outputs NaN or infinity", "try --dtype float32, or check the model"
+            f"layer {layer}", f"{what} NaN or infinity", "try --dtype float32, or check the model"
         )

@@ -5,6 +5,8 @@
       weights.json          checksums of the checkpoint's tensors, as calibrate read them
       stats/                sums over calibration tokens, two files per layer (fit, held-out)
       hidden-00012          residual stream before layer 12, while calibrate runs
+      residual-00012        the same, of the sequences of --gradients; kept for the backward pass
+      gradient-00012        the loss's gradient with respect to it, while the backward pass runs
       calibrated            all layers are done (and may have been discarded)
       discarded             a later step deleted stats after using them
       scores-51d0…/         scores, shared by several sparsities
@@ -46,12 +48,24 @@ WEIGHTS_NAME = "weights.json"
 DISCARDED_NAME = "discarded"
 SILENT_SECONDS = 60.0  # of waiting for a lock before it is reported
 BROKEN_SECONDS = 2.0  # writing a lock file takes less than this
-CALIBRATED = ("stats/*.safetensors", "hidden-*")  # its files, for `size_bytes`
+CALIBRATED = (
+    "stats/*.safetensors",
+    "hidden-*",
+    "residual-*",
+    "gradient-*",
+)  # its files, for `size_bytes`
 EVERYTHING = ("*", "*/*")
-STATS_KINDS = (STATS, "held_out", "attention")  # of the files that calibrate makes for a layer
+STATS_KINDS = (
+    STATS,
+    "held_out",
+    "attention",
+    "gradients",
+)  # of the files that calibrate makes for a layer
 # Names of everything that the steps make in a work directory; nothing else is ever removed.
 DIRECTORIES = re.compile(r"stats|(scores|score|compensate)-[0-9a-f]{12}")
-FILES = re.compile(r"(hidden-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded")
+FILES = re.compile(
+    r"((hidden|residual|gradient)-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded"
+)
 RECORDS_NAME = "records.jsonl"
 STEP_FILES = re.compile(rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}")
 AGAIN = (

@@ -11,6 +11,7 @@ from prunetool import console, options
 if TYPE_CHECKING:
     from prunetool.corpus import Text
 
+GRADIENTS = 32
 ATTENTION_LENGTH = 512  # learning's cost grows with its square
 
 
@@ -32,6 +33,21 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     type=click.IntRange(0),
     show_default="an eighth of --samples, at least 1 of 2",
     help="How many samples, the last ones, only choose the damping of the refit.",
+)
+@click.option(
+    "--gradients",
+    type=click.IntRange(0),
+    metavar="SEQUENCES",
+    show_default="32, or all that are not held out",
+    help="How many of the samples also run backward, for the loss's curvature at the outputs of "
+    "o_proj and down_proj, which score --allocation loss needs. 0: none.",
+)
+@click.option(
+    "--stream-dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Precision of the residual streams that --gradients keeps on disk.",
 )
 @click.option(
     "--stats",
@@ -101,6 +117,8 @@ def calibrate(
     samples: int,
     shuffle: int | None,
     held_out: int | None,
+    gradients: int | None,
+    stream_dtype: str,
     stats: str,
     attention_samples: int,
     attention_length: int | None,
@@ -120,8 +138,9 @@ def calibrate(
     """Run text through MODEL and keep statistics of each pruned matrix's inputs.
 
     MODEL is a directory of safetensors or a Hub id. Layer by layer, keeps the Gram matrix, mean
-    and token-weighted second moments of the inputs of o_proj and down_proj. If killed, the same
-    command resumes after the last finished layer.
+    and token-weighted second moments of the inputs of o_proj and down_proj; then, from the last
+    layer to the first, those of the gradients at their outputs. If killed, the same command resumes
+    after the last finished layer.
 
     \b
     Example:
@@ -129,14 +148,21 @@ def calibrate(
     """
     if held_out is None:
         held_out = max(samples // 8, min(samples - 1, 1))
+    if gradients is None:
+        gradients = min(GRADIENTS, samples - held_out)
     _check(text.length, samples, held_out, attention_samples, attention_length)
+    if gradients > samples - held_out:
+        raise click.BadParameter(
+            f"--gradients {gradients}: only {samples - held_out} samples are not held out"
+        )
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
     options.keep_inputs([sink, profile], [model, *text.files])
 
     from prunetool import devices, streaming
     from prunetool.profiling import Profile
-    from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
+    from prunetool.steps.backward import Precision
+    from prunetool.steps.calibrate import AttentionSamples, Calibration
     from prunetool.steps.run import open_with_text
 
     kept = min(text.length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
@@ -146,9 +172,9 @@ def calibrate(
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         job = Calibration(
             opened, tokens, held_out, stats,
-            Precision(options.product_dtype(dtype, opened.dtype), stats_dtype), work,
+            Precision(options.product_dtype(dtype, opened.dtype), stats_dtype, stream_dtype), work,
             AttentionSamples(attention_samples, kept),
-            batch or streaming.batch_size(text.length) * devices.local_mesh().size, team,
+            batch or streaming.batch_size(text.length) * devices.local_mesh().size, gradients, team,
             Profile(profile), {"shuffle": shuffle, "bos": bos_id}, overwrite,
         )  # fmt: skip
         job.write(model, partial(options.open_sink, sink))

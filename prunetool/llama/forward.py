@@ -15,13 +15,14 @@ matrix comes out as (features, tokens), the fastest layout for its Gram matrix.
 """
 
 import math
-from functools import reduce
-from typing import NamedTuple
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from prunetool.llama.config import Rope
 from prunetool.llama.weights import Layer
@@ -31,6 +32,7 @@ QUERY_BLOCK = 128  # queries per step; 64, 256, 512 were no faster on a CPU with
 # slower than in tiles.
 WHOLE, TILE = 2048, (1024, 4096)
 MASKED = -1e30  # far below any logit, and finite: no NaN from inf - inf
+SAMPLE_BLOCK = 128  # of the vocabulary
 
 
 class Rotation(NamedTuple):
@@ -132,21 +134,54 @@ def product(W: jax.Array, x: jax.Array) -> jax.Array:
     return out.reshape(W.shape[0], *x.shape[1:])
 
 
-def _product(A: jax.Array, B: jax.Array, axis: int) -> jax.Array:
-    """A over its last axis times B over ``axis``, summed and returned in float32."""
+def _dot(A: jax.Array, B: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """A over one of its axes times B over one of its own, summed and returned in float32."""
     return lax.dot_general(
         A,
         B,
-        (((1,), (axis,)), ((), ())),
+        (((axes[0],), (axes[1],)), ((), ())),
         precision=lax.Precision.HIGHEST,  # float32 means float32 on a GPU too, not TF32
         preferred_element_type=jnp.float32,
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(A: jax.Array, B: jax.Array, axis: int) -> jax.Array:
+    """A over its last axis times B over ``axis``, summed and returned in float32.
+
+    Its gradients are products in the operands' dtype too: JAX's own rule would take float32.
+    """
+    return _dot(A, B, (1, axis))
+
+
+def _product_forward(A: jax.Array, B: jax.Array, axis: int) -> tuple[jax.Array, Any]:
+    return _dot(A, B, (1, axis)), (A, B)
+
+
+def _product_backward(axis: int, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    A, B = saved
+    g = g.astype(A.dtype)
+    to_B = _dot(_transposed(A), g, (1, 0)) if axis == 0 else _dot(_transposed(g), A, (1, 0))
+    return _dot(g, B, (1, 1 - axis)).astype(A.dtype), to_B.astype(B.dtype)
+
+
+def _transposed(A: jax.Array) -> jax.Array:
+    """Aᵀ, moved in memory: XLA's product over the rows of bfloat16 is 4 times slower on a CPU."""
+    by_rows = Layout(major_to_minor=(0, 1))
+    transposed: jax.Array = with_layout_constraint(A.T, by_rows)  # type: ignore[no-untyped-call]
+    return transposed
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 def linear(W: jax.Array, b: jax.Array | None, x: jax.Array) -> jax.Array:
-    """W x + b, (O, B, N), float32."""
+    """W x + b, (O, B, N), float32; b is (O,), or (O, B, N) with a bias for each token."""
     out = product(W, x)
-    return out if b is None else out + b.astype(jnp.float32)[:, None, None]
+    if b is None:
+        return out
+    b = b.astype(jnp.float32)
+    return out + (b if b.ndim == out.ndim else b[:, None, None])
 
 
 def rms_norm(h: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
@@ -210,7 +245,8 @@ def queries_keys(
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
     """Causal softmax(qᵀk) v, one KV group and one block of queries at a time.
 
-    The largest array is (g · block, N): none is (heads, N, N).
+    The largest array is (g · block, N): none is (heads, N, N), in its gradient neither, for which
+    every block is computed again.
 
     Args:
       q: queries, already scaled by 1/√d, (n_kv, g, d, B, N).
@@ -222,26 +258,36 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = Non
     """
     n_kv, g, d, B, N = q.shape
 
+    def one_block(
+        q: jax.Array, k: jax.Array, v: jax.Array, start: int, first: int, stop: int
+    ) -> jax.Array:
+        """Queries ``start`` to ``stop`` of a group over the keys they see from ``first``."""
+        q, k, v = q[:, :, start:stop], k[:, first:stop], v[:, first:stop]
+        n, keys = stop - start, stop - first
+        q_rows = q.transpose(0, 2, 1).reshape(g * n, d)
+        S = product(q_rows, k)  # (g n, keys)
+        seen = jnp.arange(n)[:, None] >= jnp.arange(n)[None, :]
+        last = jnp.where(seen, S[:, start - first :].reshape(g, n, n), jnp.float32(MASKED))
+        S = lax.dynamic_update_slice(S, last.reshape(g * n, n), (0, start - first))
+        if window is not None and keys > window:  # the block's last query sees fewer
+            back = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+            S = jnp.where(jnp.tile(back < window, (g, 1)), S, jnp.float32(MASKED))
+        # The largest logit cancels, so it has no gradient.
+        largest = lax.stop_gradient(jnp.max(S, axis=1, keepdims=True))
+        P = jnp.exp(S - largest).astype(v.dtype)
+        # The same rounded P in numerator and denominator: the weights sum to one.
+        total = jnp.sum(P, axis=1, dtype=jnp.float32)
+        out = _product(v, P, 1) / total[None]  # (d, g n)
+        return out.reshape(d, g, n).astype(v.dtype)
+
     def one_group(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = group  # (g, d, N), (d, N), (d, N)
         blocks = []
         for start in range(0, N, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, N)  # a query sees no key at or beyond stop
             first = 0 if window is None else max(0, start + 1 - window)
-            n, keys = stop - start, stop - first
-            q_rows = q[:, :, start:stop].transpose(0, 2, 1).reshape(g * n, d)
-            S = product(q_rows, k[:, first:stop])  # (g n, keys)
-            seen = jnp.arange(n)[:, None] >= jnp.arange(n)[None, :]
-            last = jnp.where(seen, S[:, start - first :].reshape(g, n, n), jnp.float32(MASKED))
-            S = lax.dynamic_update_slice(S, last.reshape(g * n, n), (0, start - first))
-            if window is not None and keys > window:  # the block's last query sees fewer
-                back = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
-                S = jnp.where(jnp.tile(back < window, (g, 1)), S, jnp.float32(MASKED))
-            P = jnp.exp(S - jnp.max(S, axis=1, keepdims=True)).astype(v.dtype)
-            # The same rounded P in numerator and denominator: the weights sum to one.
-            total = jnp.sum(P, axis=1, dtype=jnp.float32)
-            out = _product(v[:, first:stop], P, 1) / total[None]  # (d, g n)
-            blocks.append(out.reshape(d, g, n).astype(v.dtype))
+            block = jax.checkpoint(partial(one_block, start=start, first=first, stop=stop))
+            blocks.append(block(q, k, v))  # (d, g, n)
         return jnp.concatenate(blocks, axis=2).swapaxes(0, 1)  # (g, d, N)
 
     def by_sequence(x: jax.Array) -> jax.Array:  # (n_kv, …, B, N) -> (B n_kv, …, N)
@@ -310,3 +356,25 @@ def divergences(scores: jax.Array, other: jax.Array) -> jax.Array:
     """KL(p‖p') of each token's next-token distributions, from logits (V, n) of both; (n,), nats."""
     log_p, log_q = jax.nn.log_softmax(scores, axis=0), jax.nn.log_softmax(other, axis=0)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=0)
+
+
+def sample(scores: jax.Array, uniform: jax.Array) -> jax.Array:
+    """A token of each next-token distribution, by inverting its cumulative sum; (n,), int32.
+
+    The sum is taken over blocks of the vocabulary first: over all of it, it would be the slowest
+    part of a pass.
+
+    Args:
+      scores: logits, (V, n).
+      uniform: numbers in [0, 1), (n,), float32.
+    """
+    V, n = scores.shape
+    p = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
+    p = jnp.pad(p, ((0, -V % SAMPLE_BLOCK), (0, 0))).reshape(-1, SAMPLE_BLOCK, n)
+    below = jnp.cumsum(jnp.sum(p, axis=1), axis=0)  # (V / block, n)
+    target = uniform * below[-1]
+    block = jnp.sum(below[:-1] <= target[None], axis=0)
+    start = jnp.where(block > 0, below[block - 1, jnp.arange(n)], jnp.float32(0))
+    within = jnp.cumsum(p[block, :, jnp.arange(n)], axis=1) + start[:, None]  # (n, block)
+    place = jnp.sum(within[:, :-1] <= target[:, None], axis=1)
+    return jnp.minimum(block * SAMPLE_BLOCK + place, V - 1).astype(jnp.int32)

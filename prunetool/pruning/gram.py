@@ -47,16 +47,27 @@ def zeros(size: int, *, blocks: int = 0, diagonal: bool = False, full: bool = Fa
     def of(*shape: int) -> jax.Array:
         return jnp.zeros(shape, jnp.float64)
 
-    def triangle() -> tuple[jax.Array, ...]:
-        return tuple(of(i.stop - i.start, j.stop - j.start) for i, j in _tiles(size))
-
     block = size // blocks if blocks else 0
     return Sums(
-        triangle(),
+        zero_tiles(size),
         of(size),
         of(size) if diagonal else None,
         of(blocks, block, block) if blocks else None,
-        triangle() if full else None,
+        zero_tiles(size) if full else None,
+    )
+
+
+def zero_tiles(size: int) -> tuple[jax.Array, ...]:
+    """Tiles of an empty Gram matrix of ``size`` features."""
+    shapes = ((i.stop - i.start, j.stop - j.start) for i, j in _tiles(size))
+    return tuple(jnp.zeros(shape, jnp.float64) for shape in shapes)
+
+
+def add_to_tiles(tiles: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
+    """Add X Xᵀ of a batch, (D, T), float32 or bfloat16."""
+    return tuple(
+        tile + _product(x[i], x[j]).astype(jnp.float64)
+        for tile, (i, j) in zip(tiles, _tiles(len(x)), strict=True)
     )
 
 
@@ -78,26 +89,18 @@ def add(sums: Sums, x: jax.Array, h: jax.Array) -> Sums:
     def sum_of(so_far: Any, batch: Callable[[], jax.Array]) -> Any:
         return None if so_far is None else so_far + batch().astype(jnp.float64)
 
-    def triangle(so_far: Any, x: jax.Array) -> Any:
-        if so_far is None:
-            return None
-        return tuple(
-            tile + _product(x[i], x[j]).astype(jnp.float64)
-            for tile, (i, j) in zip(so_far, _tiles(len(x)), strict=True)
-        )
-
     def blocks() -> jax.Array:
         B = weighted.reshape(sums.token_blocks.shape[0], -1, x.shape[1])
         return _product(B, B)
 
     return Sums(
-        triangle(sums.gram, x),
+        add_to_tiles(sums.gram, x),
         sum_of(sums.total, lambda: jnp.sum(x, axis=1, dtype=jnp.float32)),
         sum_of(
             sums.token_diagonal, lambda: jnp.sum(jnp.square(x.astype(jnp.float32)) * weight, axis=1)
         ),
         sum_of(sums.token_blocks, blocks),
-        triangle(sums.token_gram, weighted),
+        None if sums.token_gram is None else add_to_tiles(sums.token_gram, weighted),
     )
 
 

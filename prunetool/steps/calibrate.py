@@ -3,25 +3,25 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from prunetool import __version__, console, corpus, plan, records, stats, streaming, workdir
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.writer import need_room
-from prunetool.devices import Team, local_mesh, own_terms, spec
+from prunetool.devices import BY_DEVICE, BY_SEQUENCE, EVERYWHERE, Spread, Team, own_terms
 from prunetool.errors import ConfigError, RecordError
 from prunetool.llama import forward
-from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES, PARTS
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD
 from prunetool.llama.weights import Layer, part_shapes, tensor_name
 from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruning import gram
+from prunetool.steps.backward import Backward, Precision, padded_sizes
 from prunetool.steps.run import Opens, recall_weights
 
 
@@ -30,13 +30,6 @@ class AttentionSamples(NamedTuple):
 
     samples: int
     length: int
-
-
-class Precision(NamedTuple):
-    """Dtypes of the forward's products, and of the stored stats."""
-
-    dtype: str
-    stats_dtype: str
 
 
 @dataclass
@@ -49,6 +42,7 @@ class Calibration:
 
     Attributes:
       batch: sequences processed at a time.
+      gradients: number of sequences of which a loss's gradients are summed; 0 for none.
       chosen: how ``tokens`` were chosen, for the history.
       overwrite: start again if the checkpoint has changed since a killed run.
     """
@@ -61,6 +55,7 @@ class Calibration:
     work: Path
     attention: AttentionSamples
     batch: int
+    gradients: int
     team: Team
     profile: Profile
     chosen: Mapping[str, Any]
@@ -83,6 +78,7 @@ class Calibration:
             "sequence_length": length,
             **self.chosen,
             "held_out": self.held_out,
+            "gradients": self.gradients,
             "stats": self.stats,
             "attention": list(self.attention),
             **self.precision._asdict(),
@@ -112,7 +108,7 @@ class Calibration:
                 team.wait(f"claim of process {index}")
             if not self.whole:
                 self._need_room()
-            layers = console.progress(self.layers(), self.model.layers)
+            layers = self.layers()
             if team.index == 0:
                 copied = workdir.records_copy(self.work, workdir.STATS)
                 with open_sink() as stream, copied as copy:
@@ -125,30 +121,67 @@ class Calibration:
     def _need_room(self) -> None:
         need = plan.stats_bytes(self.model, self.stats, self.attention, self.precision.stats_dtype)
         need += plan.hidden_bytes(self.model, *self.tokens.shape)
+        _, stats_dtype, stream_dtype = self.precision
+        length = self.tokens.shape[1]
+        need += plan.gradient_bytes(
+            self.model, self.gradients, length, self.stats, stream_dtype, stats_dtype
+        )
         need_room(self.work, need - workdir.size_bytes(self.work, *workdir.CALIBRATED))
 
     def layers(self) -> Iterator[records.LayerRecord]:
         """Yield each layer's record once its files are complete, resuming where a run stopped."""
+        back, layers = self._backward(), self.model.layers
         done = self.team.least(self._done())
-        there = done in (0, self.model.layers) or self._stream(self._hidden(done)).is_whole()
+        there = done == 0 or self.whole or back.has_streams(done)
+        there = there and (done in (0, layers) or self._stream(self._hidden(done)).is_whole())
         done = self.team.least(done if there else 0)
-        if done < self.model.layers:
+        if done < layers:
             self._whole.unlink(missing_ok=True)
         streaming.keep_only(self._hidden(done), self.team.suffix)
-        yield from map(self._record, range(done))
         if done == 0:
             (self.work / workdir.DISCARDED_NAME).unlink(missing_ok=True)
-        if done < self.model.layers:
-            yield from self._compute(done)
+            back.forget()
+        forward = console.progress(
+            chain(map(self._record, range(done)), self._compute(done)), layers
+        )
+        if self.gradients:
+            made = list(forward)
+            for layer in [] if self.whole else back.layers():
+                made[layer] = made[layer].adding(
+                    {}, self.profile.take("gradients", made[layer].values)
+                )
+            yield from made
+        else:
+            yield from forward
         if self.team.index == 0:
             self._read_ends()
         self._whole.touch()
         self.team.wait("all layers")
         # Also those of a run with another number of processes.
         suffix = self.team.suffix if self.team.index else ""
-        for leftover in self.work.glob(f"hidden-?????{suffix}*"):
+        for leftover in chain(
+            *(self.work.glob(f"{kind}-?????{suffix}*") for kind in streaming.KINDS)
+        ):
             if workdir.FILES.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
+
+    def _backward(self) -> Backward:
+        """The backward pass over some of the tokens to fit, in this process's part of them."""
+        fit = len(self.tokens) - self.held_out
+        every = np.arange(self.gradients) * fit // max(self.gradients, 1)
+        start, stop = self._shares()["stats"]
+        return Backward(
+            self.model,
+            self.tokens,
+            every,
+            every[(start <= every) & (every < stop)],
+            self.work,
+            self.precision,
+            self.batch,
+            self.team,
+            self.profile,
+            self.stats,
+        )
 
     def _stream(self, path: Path) -> streaming.HiddenStates:
         """This process's part of the residual stream, in a file."""
@@ -196,16 +229,21 @@ class Calibration:
 
     def _compute(self, done: int) -> Iterator[records.LayerRecord]:
         (self.work / "stats").mkdir(exist_ok=True)
-        parts = self._shares()
+        if done == self.model.layers:
+            return
+        parts, back = self._shares(), self._backward()
         mine = [n for start, stop in parts.values() for n in range(start, stop)]
         stream = self._stream(self._hidden(done))
         if done == 0:
             streaming.embed(self.model, self.tokens[mine], stream)
+            if len(back.mine):
+                streaming.embed(self.model, self.tokens[back.mine], back.stream(0))
         step, head_dim = (
             LayerFunction(self.model, self.attention.length),
             self.model.config.head_dim,
         )
-        rope = step.placed(streaming.rotation(self.model, self.tokens.shape[1]))
+        everywhere = step.spread.everywhere
+        rope = everywhere(streaming.rotation(self.model, self.tokens.shape[1]))
         layers = self.model.padded_layers(done)
         console.doing("compiling")
         while True:
@@ -213,7 +251,7 @@ class Calibration:
                 number, layer = next(layers, (0, None))
                 if layer is None:
                     return
-                weights = step.placed(streaming.to_device(layer, self.precision.dtype))
+                weights = everywhere(streaming.to_device(layer, self.precision.dtype))
                 empty = jax.eval_shape(
                     partial(stats.zeros, self.stats, padded_sizes(layer), head_dim)
                 )
@@ -221,17 +259,19 @@ class Calibration:
             self._same_weights(number)
             behind = stream.at(self._hidden(number + 1))
             samples = self._no_samples()
-            with behind.writing() as write:
+            with behind.writing() as write, back.keeping(number + 1) as keep:
                 place = 0  # of the part's first sequence in this process's stream
                 for kind, (start, stop) in parts.items():
-                    sums = step.zeros(empty)
+                    sums = step.spread.zeros(empty)
                     for batch in streaming.batches(place, place + stop - start, self.batch):
                         with self.profile.phase("compute"):
                             h, x, sums = step(stream.read(batch), weights, rope, sums)
                         streaming.check_finite(h, number)
                         with self.profile.phase("write"):
                             write(batch, h)
-                        self._sample(samples, [n - place + start for n in batch], x)
+                        numbers = [n - place + start for n in batch]
+                        keep(numbers, h)
+                        self._sample(samples, numbers, x)
                         console.within(batch.stop, len(mine), "sequence")
                     place += stop - start
                     with self.profile.phase("add up"):
@@ -294,7 +334,8 @@ class Calibration:
 
     def _kinds(self) -> list[str]:
         """Kinds of a layer's files."""
-        return [*self._splits(), *(["attention"] if self.attention.samples else [])]
+        attention = ["attention"] if self.attention.samples else []
+        return [*self._splits(), *attention, *(["gradients"] if self.gradients else [])]
 
     def _hidden(self, layer: int) -> Path:
         return streaming.path_before(self.work, layer, self.team.suffix)
@@ -323,6 +364,8 @@ class Calibration:
         discarded = (self.work / workdir.DISCARDED_NAME).exists()
         for layer in range(layers):
             for kind in self._kinds():
+                if kind == "gradients" and not self.whole:
+                    continue  # the backward pass looks at its own
                 name = self._file(layer, kind)
                 try:
                     if not discarded or (self.work / name).exists():
@@ -336,18 +379,8 @@ class Calibration:
         return records.LayerRecord(layer, {kind: self._file(layer, kind) for kind in self._kinds()})
 
 
-def padded_sizes(layer: Layer) -> dict[str, int]:
-    """Size of every axis of a layer's padded matrices."""
-    axes = [
-        pair
-        for part in MATRICES
-        for pair in zip(PARTS[part].axes, getattr(layer, part).shape, strict=True)
-    ]
-    return dict(axes)
-
-
 class LayerFunction:
-    """The layer and the sums over its inputs, compiled once for all layers and devices.
+    """The layer and the sums over its inputs.
 
     The sequences of a batch are split over this process's devices; each has its own sums, along
     their first axis.
@@ -355,8 +388,6 @@ class LayerFunction:
 
     def __init__(self, model: Model, sampled: int) -> None:
         config = model.config
-        self._mesh = local_mesh()
-        by_sequence, by_device, whole = spec(None, "device"), spec("device"), spec()
 
         def step(
             h: jax.Array, real: jax.Array | None, w: Layer, rope: forward.Rotation, sums: Any
@@ -373,37 +404,17 @@ class LayerFunction:
                 added[name] = jax.tree.map(lambda terms: terms[None], gram.add(so_far, x, joined))
             return out, inputs.attention[:, :, :sampled], added
 
-        mapped = jax.shard_map(
+        self.spread = Spread(
             step,
-            mesh=self._mesh,
-            in_specs=(by_sequence, by_device, whole, whole, by_device),
-            out_specs=(by_sequence, by_sequence, by_device),
-            check_vma=False,
-        )
-        self._step = jax.jit(mapped, donate_argnames="sums")
-        self._by_sequence = NamedSharding(self._mesh, by_sequence)
-        self._by_device = NamedSharding(self._mesh, by_device)
-
-    def placed(self, tree: Any) -> Any:
-        """Replicate arrays on every device."""
-        return jax.device_put(tree, NamedSharding(self._mesh, spec()))
-
-    def zeros(self, sums: Any) -> Any:
-        """Zeros of these shapes, once per device."""
-        count = self._mesh.size
-        return jax.tree.map(
-            lambda a: jnp.zeros((count, *a.shape), a.dtype, device=self._by_device), sums
+            (BY_SEQUENCE, BY_DEVICE, EVERYWHERE, EVERYWHERE, BY_DEVICE),
+            (BY_SEQUENCE, BY_SEQUENCE, BY_DEVICE),
+            donated=4,
         )
 
     def __call__(
         self, h: np.ndarray, w: Layer, rope: forward.Rotation, sums: Any
     ) -> tuple[np.ndarray, jax.Array, Any]:
         """The stream after the layer, (D, B, N), the attention inputs' first tokens, the sums."""
-        B, devices = h.shape[1], self._mesh.size
-        real = None
-        if devices > 1:  # pad a batch with sequences that do not count
-            room = -B % devices
-            h = np.pad(h, ((0, 0), (0, room), (0, 0)))
-            real = jnp.asarray(np.arange(B + room) < B, jnp.float32)
-        out, x, sums = self._step(jax.device_put(h, self._by_sequence), real, w, rope, sums)
+        B, spread = h.shape[1], self.spread
+        out, x, sums = spread.call(spread.sequences(h), spread.real(B), w, rope, sums)
         return np.asarray(out)[:, :B], x, sums

@@ -1,0 +1,241 @@
+"""A backward pass over some of the calibration sequences, layer by layer, and its sums.
+
+The loss is -log p(y) of every token, in nats, with y drawn from the model's own next-token
+distribution: the sums Σ g gᵀ of its gradients are then those of the Fisher information, the
+curvature of the loss where a model fits its data. Its gradients go from the last layer to the first
+in files, as the residual stream goes forward; memory holds one layer and one batch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prunetool import console, stats, streaming, workdir
+from prunetool.devices import BY_DEVICE, BY_SEQUENCE, EVERYWHERE, Spread, Team
+from prunetool.errors import RecordError
+from prunetool.llama import backward, forward
+from prunetool.llama.parts import MATRICES, PARTS
+from prunetool.llama.weights import Layer
+from prunetool.model import Model
+from prunetool.profiling import Profile
+from prunetool.steps.evaluate import LOGIT_TOKENS, Ends
+
+LABEL_SEED = 0  # with the number of a sequence: of the tokens drawn
+
+
+class Precision(NamedTuple):
+    """Dtypes of the products, of the stored stats, and of the streams kept for gradients."""
+
+    dtype: str
+    stats_dtype: str
+    stream_dtype: str
+
+
+@dataclass
+class Backward:
+    """One backward pass.
+
+    A layer's sums are written first and the gradient before it last, so a layer is done once a
+    ``gradient-`` file with its number or a lower one exists.
+
+    Attributes:
+      tokens: all calibration sequences, (samples, N).
+      every: numbers of the sequences to use.
+      mine: those of this process, whose streams it has.
+      batch: sequences processed at a time.
+      kept: ``--stats``.
+    """
+
+    model: Model
+    tokens: np.ndarray
+    every: np.ndarray
+    mine: np.ndarray
+    work: Path
+    precision: Precision
+    batch: int
+    team: Team
+    profile: Profile
+    kept: str
+
+    def stream(self, layer: int, kind: str = "residual") -> streaming.HiddenStates:
+        """The residual stream of this process's sequences before a layer, or its ``gradient``."""
+        path = streaming.path_before(self.work, layer, self.team.suffix, kind)
+        return streaming.HiddenStates(
+            path,
+            self.model.config.hidden_size,
+            len(self.mine),
+            self.tokens.shape[1],
+            self.precision.stream_dtype,
+        )
+
+    @contextmanager
+    def keeping(self, layer: int) -> Iterator[Callable[[list[int], np.ndarray], None]]:
+        """Yield a function that keeps the stream before a layer, given with sequences' numbers."""
+        if not len(self.mine):
+            yield lambda numbers, h: None
+            return
+        with self.stream(layer).writing() as write:
+            place = 0
+
+            def keep(numbers: list[int], h: np.ndarray) -> None:
+                nonlocal place
+                if count := int(np.isin(numbers, self.mine).sum()):
+                    write(range(place, place + count), h[:, np.isin(numbers, self.mine)])
+                    place += count
+
+            yield keep
+
+    def has_streams(self, layers: int) -> bool:
+        """Whether the streams before and between the first layers are there, as written."""
+        return not len(self.mine) or all(self.stream(n).is_whole() for n in range(layers + 1))
+
+    def forget(self) -> None:
+        """Delete the gradients of an earlier pass."""
+        for path in self.work.glob(f"gradient-?????{self.team.suffix}"):
+            path.unlink()
+
+    def layers(self) -> Iterator[int]:
+        """Yield each layer's number once its sums are written, the last layer first."""
+        last = self.model.layers
+        left = -self.team.least(-self._left())
+        for other in range(left):  # behind the slowest process
+            self.stream(other, "gradient").path.unlink(missing_ok=True)
+        if left > last:
+            left = last
+            self._top()
+        yield from range(left, last)
+        numbers = console.progress(self._compute(left), last, last - left, "gradients of layer")
+        yield from numbers
+
+    def _left(self) -> int:
+        """How many layers are left; one more if the top is."""
+        last = self.model.layers
+        for layer in range(last + 1):
+            if self.stream(layer, "gradient").is_whole() and self._are_whole(layer):
+                return layer
+        return last + 1
+
+    def _are_whole(self, first: int) -> bool:
+        """Whether the sums of the layers from ``first`` on are as written."""
+        try:
+            for layer in range(first, self.model.layers) if self.team.index == 0 else ():
+                workdir.TensorFile(self.work, self._file(layer)).check()
+        except RecordError as error:
+            console.log.warning("%s: %s; starting again", error.where, error.what)
+            return False
+        return True
+
+    def _file(self, layer: int) -> str:
+        return workdir.layer_file("stats", layer, ".gradients")
+
+    def _top(self) -> None:
+        """Draw the tokens, and write the gradient after the last layer."""
+        length, last = self.tokens.shape[1], self.model.layers
+        ends = Ends.of(self.model, self.precision.dtype)
+
+        @jax.jit
+        def gradient(
+            h: jax.Array, uniform: jax.Array, norm: jax.Array, head: jax.Array
+        ) -> jax.Array:
+            def loss(scores: jax.Array) -> jax.Array:
+                drawn = forward.sample(jax.lax.stop_gradient(scores), uniform)
+                return jnp.sum(forward.token_losses(scores, drawn))
+
+            return backward.top(loss, h, norm, head, eps=ends.eps)[1]
+
+        below = self.stream(last)
+        with self.stream(last, "gradient").writing() as write:
+            for place in console.progress(range(len(self.mine)), len(self.mine), what="labels of"):
+                h, g = below.read(range(place, place + 1)), []
+                generator = np.random.default_rng([LABEL_SEED, int(self.mine[place])])
+                u: np.ndarray = generator.random(length, dtype=np.float32)  # type: ignore[assignment]
+                for start in range(0, length, LOGIT_TOKENS):
+                    block = slice(start, start + LOGIT_TOKENS)
+                    g.append(np.asarray(gradient(h[:, :, block], u[block], ends.norm, ends.head)))
+                found = np.concatenate(g, axis=2)
+                streaming.check_finite(found, last - 1, "is followed by gradients of")
+                write(range(place, place + 1), found)
+
+    def _compute(self, left: int) -> Iterator[int]:
+        """The layers below ``left``, of whose outputs the gradient is there."""
+        step = LayerFunction(self.model)
+        everywhere = step.spread.everywhere
+        rope = everywhere(streaming.rotation(self.model, self.tokens.shape[1]))
+        above = self.stream(left, "gradient")
+        for number, layer in self.model.padded_layers(left, backwards=True):
+            weights = everywhere(streaming.to_device(layer, self.precision.dtype))
+            sums = step.spread.zeros(
+                jax.eval_shape(partial(stats.gradient_zeros, self.kept, padded_sizes(layer)))
+            )
+            before, below = self.stream(number), self.stream(number, "gradient")
+            with below.writing() as write:
+                for batch in streaming.batches(0, len(self.mine), self.batch):
+                    with self.profile.phase("gradients"):
+                        h, g = before.read(batch), above.read(batch)
+                        g, sums = step(h, g, weights, rope, sums)
+                    streaming.check_finite(g, number, "has gradients of")
+                    write(batch, g)
+                    console.within(batch.stop, len(self.mine), "sequence")
+                self._write(number, self.team.total(sums))
+                self.team.wait(f"gradients of layer {number}")
+            self.team.wait(f"gradient before layer {number}")
+            above.path.unlink()
+            above = below
+            streaming.return_free_memory()
+            yield number
+
+    def _write(self, layer: int, sums: dict[str, Any]) -> None:
+        if self.team.index == 0:
+            tokens = len(self.every) * self.tokens.shape[1]
+            config = self.model.config
+            shape = config.layer_shapes[layer]
+            arrays = stats.gradient_arrays(sums, tokens, config, shape, self.precision.stats_dtype)
+            workdir.write(self.work, self._file(layer), arrays)
+
+
+def padded_sizes(layer: Layer) -> dict[str, int]:
+    """Size of every axis of a layer's padded matrices."""
+    axes = [
+        pair
+        for part in MATRICES
+        for pair in zip(PARTS[part].axes, getattr(layer, part).shape, strict=True)
+    ]
+    return dict(axes)
+
+
+class LayerFunction:
+    """The gradient before a layer, and the sums over those at its outputs."""
+
+    def __init__(self, model: Model) -> None:
+        config = model.config
+
+        def step(h: jax.Array, g: jax.Array, w: Layer, rope: forward.Rotation, sums: Any) -> Any:
+            found, _ = backward.layer_gradients(
+                h, g, w, rope,
+                head_dim=config.head_dim, eps=config.rms_norm_eps, window=config.window,
+            )  # fmt: skip
+            sums = jax.tree.map(lambda terms: terms[0], sums)
+            added = stats.add_gradients(sums, found.outputs)
+            return found.before, jax.tree.map(lambda terms: terms[None], added)
+
+        self.spread = Spread(
+            step,
+            (BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, EVERYWHERE, BY_DEVICE),
+            (BY_SEQUENCE, BY_DEVICE),
+            donated=4,
+        )
+
+    def __call__(
+        self, h: np.ndarray, g: np.ndarray, w: Layer, rope: forward.Rotation, sums: Any
+    ) -> tuple[np.ndarray, Any]:
+        """The gradient before the layer, (D, B, N), and the sums; as in `layer_gradients`."""
+        sequences = self.spread.sequences  # those that pad have no gradient
+        before, sums = self.spread.call(sequences(h), sequences(g), w, rope, sums)
+        return np.asarray(before)[:, : h.shape[1]], sums
