@@ -17,12 +17,12 @@ from prunetool import __version__, console, options, records, signals
 from prunetool.errors import PrunetoolError, StepFailed, shown
 
 COMMANDS = (
-    "convert", "inspect", "calibrate", "score", "compensate", "export", "evaluate", "report",
-    "upload", "clean",
+    "convert", "inspect", "calibrate", "score", "compensate", "recover", "export", "evaluate",
+    "report", "upload", "clean",
 )  # fmt: skip
 # and evaluate with --work
-RESUMED = ("convert", "calibrate", "score", "compensate", "export", "upload")
-STREAMING = ("calibrate", "score", "compensate")  # the next step reads their output
+RESUMED = ("convert", "calibrate", "score", "compensate", "recover", "export", "upload")
+STREAMING = ("calibrate", "score", "compensate", "recover")  # the next step reads their output
 WRITES_FILES = ("convert", "export")  # and nothing to stdout
 WAIT_SECONDS = 5  # at most, for the previous step to clean up
 

@@ -4,20 +4,24 @@ A unit is a KV group with its query heads, or an MLP channel; a mask says whethe
 matrix stays, and may come with new values for those that do.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 
 from prunetool import records, workdir
+from prunetool.checkpoint.reader import dtype_of
 from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.parts import MATRICES, PARTS
-from prunetool.llama.weights import part_shapes, unit_axes
+from prunetool.llama.weights import Layer, part_shapes, select, tensor_name, unit_axes
 from prunetool.methods import UNIT_TARGETS
 from prunetool.model import Model
 
 GROUPS, CHANNELS = UNIT_TARGETS
+FINAL = "final_norm"  # in the last layer's file of recover
 
 
 def _array(work: Path, name: str, key: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -111,3 +115,64 @@ def masks(model: Model, work: Path, record: records.LayerRecord) -> dict[str, Ma
 def used_weight(model: Model, layer: int, matrix: str) -> np.ndarray:
     """W of ``o`` or ``down`` as output = X W, (D, D'), float64."""
     return np.ascontiguousarray(model.part(layer, matrix).T, np.float64)
+
+
+def kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
+    """The shape of a layer with these units (`kept_units`)."""
+    return shape.keeping(int(units[GROUPS].sum()), int(units[CHANNELS].sum()))
+
+
+def pruned_layer(model: Model, work: Path, record: records.LayerRecord) -> Layer:
+    """A layer with only what it keeps, refitted and recovered if these steps ran.
+
+    Returns:
+      Its parts in the stored dtypes.
+
+    Raises:
+      RecordError: if a step's array does not fit what is kept.
+    """
+    shape = model.config.layer_shapes[record.index]
+    units = kept_units(work, record, shape)
+    layer = model.layer(record.index)
+    masked = masks(model, work, record)
+    layer = layer._replace(**{part: mask.on(getattr(layer, part)) for part, mask in masked.items()})
+    layer = select(layer, shape, np.flatnonzero(units[GROUPS]), np.flatnonzero(units[CHANNELS]))
+    if "refit" in record.files:
+        names = {part: f"{part}_proj.weight" for part in MATRICES}
+        names |= {f"{part}_bias": f"{part}_proj.bias" for part in MATRICES}
+        layer = _replaced(layer, model, work, record, "refit", names)
+    if "recover" in record.files:
+        names = {part: part for part in PARTS}
+        layer = _replaced(layer, model, work, record, "recover", names)
+    return layer
+
+
+def pruned_norm(model: Model, work: Path, made: Sequence[records.LayerRecord]) -> np.ndarray:
+    """The final norm's weight, in its stored dtype: the last layer's file has a recovered one."""
+    norm = model.final_norm()
+    if "recover" not in made[-1].files:
+        return norm
+    return _array(work, made[-1].files["recover"], FINAL, np.float32, norm.shape).astype(norm.dtype)
+
+
+def _replaced(
+    layer: Layer,
+    model: Model,
+    work: Path,
+    record: records.LayerRecord,
+    kind: str,
+    names: dict[str, str],
+) -> Layer:
+    """The layer with the parts that a step's file has, by their names there."""
+    new = {}
+    file = workdir.TensorFile(work, record.files[kind])
+    for part, name in names.items():
+        if name not in file:
+            continue
+        old = getattr(layer, part)
+        if old is None:
+            raise RecordError(work / record.files[kind], f"{name} has no place", workdir.AGAIN)
+        array = _array(work, record.files[kind], name, np.float32, old.shape)
+        dtype = dtype_of(model.index[tensor_name(record.index, part)])
+        new[part] = array.astype(np.dtype(dtype))
+    return layer._replace(**new)

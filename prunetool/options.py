@@ -153,19 +153,23 @@ TEXT = (
 )  # fmt: skip
 
 
-def text_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options for the model's text, passed as one argument ``text`` (`corpus.Text`)."""
+def text_options(command: Callable[..., None], *, required: bool = True) -> Callable[..., None]:
+    """Add the options for the model's text, passed as one argument ``text``.
+
+    It is a `corpus.Text`; None if none is given and none is ``required``.
+    """
 
     @wraps(command)
     def gathered(
         *, texts: tuple[Path, ...], text_field: str, tokens_path: Path | None, length: int,
         bos: str, **others: Any,
     ) -> None:  # fmt: skip
-        if bool(texts) == bool(tokens_path):
+        if (texts and tokens_path) or (required and not (texts or tokens_path)):
             raise click.UsageError("give either --text or --tokens")
         from prunetool.corpus import Text
 
-        command(text=Text(texts, text_field, tokens_path, length, bos), **others)
+        given = Text(texts, text_field, tokens_path, length, bos)
+        command(text=given if given.files else None, **others)
 
     for option in reversed(TEXT):
         gathered = option(gathered)

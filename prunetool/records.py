@@ -35,6 +35,7 @@ FILES = {
     "stats|held_out|attention|gradients": r"stats/layer-{layer:05d}\.{kind}\.safetensors",
     rf"kept\.(heads|channels)|mask\.{MATRIX}": rf"score-{HASH}/layer-{{layer:05d}}\.safetensors",
     "refit": rf"compensate-{HASH}/layer-{{layer:05d}}\.safetensors",
+    "recover": rf"recover-{HASH}/layer-{{layer:05d}}\.safetensors",
 }
 
 
@@ -218,7 +219,12 @@ REFIT = dict.fromkeys(
     ("removed", "refitted", "held_out_removed", "held_out_refitted", "damping"), _known
 )
 MASK = {"method": _text, "pattern": _text, "damping": _number, "removed": _number, "loss": _known}
-BEHIND = {"kept": "energy", "mask": "masks", "refit": "refit"}  # value that goes with a file
+BEHIND = {
+    "kept": "energy",
+    "mask": "masks",
+    "refit": "refit",
+    "recover": "recover",
+}  # value that goes with a file
 STEP: Shape = {"command": _text, "version": _text, "options": {...: (".*", _anything)}}
 VALUES: dict[str, Shape] = {
     "kept": {"heads": _count, "kv_heads": _count, "channels": _count},
@@ -227,6 +233,7 @@ VALUES: dict[str, Shape] = {
     "masks": {...: (MATRIX, MASK)},
     "attention": {...: (".*", _number)},
     "refit": {...: (rf"{MATRIX}_proj(\.masked)?", REFIT)},
+    "recover": {"kl_before": _number, "kl_after": _number, "steps": _count},
     "seconds": {...: (".*", {...: (".*", _number)})},
 }
 

@@ -37,20 +37,30 @@ class HiddenStates:
       hidden_size: D.
       samples, length: number of sequences, and tokens in each.
       dtype: as stored; in memory it is float32.
+      durable: as in `writer.atomic`.
     """
 
     def __init__(
-        self, path: Path, hidden_size: int, samples: int, length: int, dtype: str = "float32"
+        self,
+        path: Path,
+        hidden_size: int,
+        samples: int,
+        length: int,
+        dtype: str = "float32",
+        *,
+        durable: bool = True,
     ) -> None:
         self.path = path
         self.hidden_size = hidden_size
         self.samples = samples
         self.length = length
         self.dtype = np.dtype(dtype)
+        self._durable = durable
 
     def at(self, path: Path) -> "HiddenStates":
         """Another file with the same sizes."""
-        return HiddenStates(path, self.hidden_size, self.samples, self.length, self.dtype.name)
+        sizes = self.hidden_size, self.samples, self.length
+        return HiddenStates(path, *sizes, self.dtype.name, durable=self._durable)
 
     @property
     def size_bytes(self) -> int:
@@ -102,7 +112,7 @@ class HiddenStates:
             total.update(data)
             file.write(data)
 
-        with atomic(self.path) as partial, partial.open("wb") as file:
+        with atomic(self.path, durable=self._durable) as partial, partial.open("wb") as file:
             yield write
             file.write(total.digest())
 

@@ -3,6 +3,7 @@
     work/
       run.json              the run's identity: checkpoint, tokens, options, version
       weights.json          checksums of the checkpoint's tensors, as calibrate read them
+      tokens.safetensors    the sequences of token ids
       stats/                sums over calibration tokens, two files per layer (fit, held-out)
       hidden-00012          residual stream before layer 12, while calibrate runs
       residual-00012        the same, of the sequences of --gradients; kept for the backward pass
@@ -12,6 +13,7 @@
       scores-51d0…/         scores, shared by several sparsities
       score-3f9a…/          units kept, one file per layer
       compensate-77c1…/     refitted weights, one file per layer
+      recover-90ab…/        recovered weights, one file per layer; streams and state while it runs
       */records.jsonl       the records of the directory's step, once complete
 
 A step's directory name has a hash of all options so far, so several sparsities share one
@@ -45,6 +47,7 @@ from prunetool.records import Header, LayerRecord
 RUN_NAME = "run.json"
 STATS = "stats"  # the directory of calibrate
 WEIGHTS_NAME = "weights.json"
+TOKENS_NAME = "tokens.safetensors"
 DISCARDED_NAME = "discarded"
 SILENT_SECONDS = 60.0  # of waiting for a lock before it is reported
 BROKEN_SECONDS = 2.0  # writing a lock file takes less than this
@@ -62,12 +65,15 @@ STATS_KINDS = (
     "gradients",
 )  # of the files that calibrate makes for a layer
 # Names of everything that the steps make in a work directory; nothing else is ever removed.
-DIRECTORIES = re.compile(r"stats|(scores|score|compensate)-[0-9a-f]{12}")
+DIRECTORIES = re.compile(r"stats|(scores|score|compensate|recover)-[0-9a-f]{12}")
 FILES = re.compile(
-    r"((hidden|residual|gradient)-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded"
+    rf"((hidden|residual|gradient)-\d{{5}}|calibrated)(\.\d+of\d+)?|weights\.json|discarded|{re.escape(TOKENS_NAME)}"
 )
 RECORDS_NAME = "records.jsonl"
-STEP_FILES = re.compile(rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}")
+STEP_FILES = re.compile(
+    rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}|{re.escape(WEIGHTS_NAME)}"
+    r"|(hidden|residual|gradient)-\d{5}|state-\d{5}\.\w+\.\d+|progress\.json"
+)
 AGAIN = (
     "run the step that made it again; if discarded, delete the work directory and calibrate again"
 )

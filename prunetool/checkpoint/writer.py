@@ -49,11 +49,16 @@ WRITTEN = re.compile(
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a path to write to; on success, flush the file to disk and rename it to ``path``.
 
     It is in a new directory beside ``path``, with a random name and closed to other users, so that
     nothing can be planted there. The file's mode follows the umask.
+
+    Args:
+      path: the file.
+      durable: whether to flush. Without it the file survives this process, but not a power cut: for
+        files that are soon replaced, and checked before they are read again.
 
     Raises:
       WorkError: if the directory does not exist, or the disk is full.
@@ -68,8 +73,9 @@ def atomic(path: Path) -> Iterator[Path]:
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # safetensors writes for the owner only
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         if path.is_dir() and not path.is_symlink():
             raise WorkError(path, "is a directory", "remove it, and run again")
         partial.replace(path)

@@ -134,7 +134,7 @@ def product(W: jax.Array, x: jax.Array) -> jax.Array:
     return out.reshape(W.shape[0], *x.shape[1:])
 
 
-def _dot(A: jax.Array, B: jax.Array, axes: tuple[int, int]) -> jax.Array:
+def dot(A: jax.Array, B: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """A over one of its axes times B over one of its own, summed and returned in float32."""
     return lax.dot_general(
         A,
@@ -151,18 +151,18 @@ def _product(A: jax.Array, B: jax.Array, axis: int) -> jax.Array:
 
     Its gradients are products in the operands' dtype too: JAX's own rule would take float32.
     """
-    return _dot(A, B, (1, axis))
+    return dot(A, B, (1, axis))
 
 
 def _product_forward(A: jax.Array, B: jax.Array, axis: int) -> tuple[jax.Array, Any]:
-    return _dot(A, B, (1, axis)), (A, B)
+    return dot(A, B, (1, axis)), (A, B)
 
 
 def _product_backward(axis: int, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     A, B = saved
     g = g.astype(A.dtype)
-    to_B = _dot(_transposed(A), g, (1, 0)) if axis == 0 else _dot(_transposed(g), A, (1, 0))
-    return _dot(g, B, (1, 1 - axis)).astype(A.dtype), to_B.astype(B.dtype)
+    to_B = dot(_transposed(A), g, (1, 0)) if axis == 0 else dot(_transposed(g), A, (1, 0))
+    return dot(g, B, (1, 1 - axis)).astype(A.dtype), to_B.astype(B.dtype)
 
 
 def _transposed(A: jax.Array) -> jax.Array:

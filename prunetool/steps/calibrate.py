@@ -106,6 +106,8 @@ class Calibration:
                 if index == team.index:
                     workdir.claim(self.work, run, overwrite=self.overwrite)
                 team.wait(f"claim of process {index}")
+            if team.index == 0:  # for recover
+                workdir.make_once(self.work, workdir.TOKENS_NAME, lambda: {"tokens": self.tokens})
             if not self.whole:
                 self._need_room()
             layers = self.layers()

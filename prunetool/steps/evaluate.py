@@ -68,6 +68,14 @@ def mean_loss(
     if work is None:
         with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
             return mean_loss(model, tokens, dtype, Path(directory))
+    stream = final_stream(model, tokens, dtype, work, overwrite=overwrite)
+    return _mean_loss(model, stream, tokens, dtype)
+
+
+def final_stream(
+    model: Model, tokens: np.ndarray, dtype: str, work: Path, *, overwrite: bool = False
+) -> streaming.HiddenStates:
+    """The residual stream after the last layer, of all sequences; arguments as in `mean_loss`."""
     samples, length = tokens.shape
     first = streaming.HiddenStates(
         streaming.path_before(work, 0), model.config.hidden_size, samples, length
@@ -96,7 +104,7 @@ def mean_loss(
             model.remember(work / workdir.WEIGHTS_NAME)
         stream.path.unlink()
         stream = behind
-    return _mean_loss(model, stream, tokens, dtype)
+    return stream
 
 
 @cache

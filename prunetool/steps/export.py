@@ -22,13 +22,12 @@ from prunetool.checkpoint.writer import (
     json_bytes,
     templates,
 )
-from prunetool.errors import RecordError, WorkError, shown
-from prunetool.kept import CHANNELS, GROUPS, kept_units, masks
+from prunetool.errors import WorkError, shown
+from prunetool.kept import CHANNELS, GROUPS, kept_shape, kept_units, pruned_layer, pruned_norm
 from prunetool.llama import forms
-from prunetool.llama.config import PRUNED, LayerShape, LlamaConfig
-from prunetool.llama.parts import MATRICES
-from prunetool.llama.weights import Layer, part_shapes, scatter, select, tensor_chunks, tensor_name
-from prunetool.model import Model
+from prunetool.llama.config import PRUNED, LlamaConfig
+from prunetool.llama.parts import FINAL_NORM, MATRICES
+from prunetool.llama.weights import part_shapes, scatter, tensor_chunks, tensor_name
 from prunetool.steps.run import reopen
 
 # Copied unchanged; resaving a tokenizer writes classes that older readers refuse.
@@ -101,7 +100,7 @@ class Export:
             for record, shape in zip(made, model.config.layer_shapes, strict=True)
         ]
         shapes = tuple(
-            _kept_shape(shape, units)
+            kept_shape(shape, units)
             for shape, units in zip(model.config.layer_shapes, kept, strict=True)
         )
         target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
@@ -116,12 +115,17 @@ class Export:
         def make(number: int) -> dict[str, np.ndarray]:
             n = number - 1  # the embedding comes first
             if n not in range(model.layers):
-                return {name: model.read(name) for name in chunks[number]}
+                return {
+                    name: pruned_norm(model, self.work, made)
+                    if name == FINAL_NORM
+                    else model.read(name)
+                    for name in chunks[number]
+                }
             if dense:
                 places = [np.flatnonzero(kept[n][unit]) for unit in (GROUPS, CHANNELS)]
             else:
                 places = [np.arange(shapes[n].kv_heads), np.arange(shapes[n].channels)]
-            layer = _pruned_layer(model, self.work, made[n], kept[n])
+            layer = pruned_layer(model, self.work, made[n])
             layer = scatter(layer, shapes[n], target.layer_shapes[n], *places)
             return {
                 tensor_name(n, part): array
@@ -228,37 +232,3 @@ def _densities(
         part: (int(np.count_nonzero(tensors[tensor_name(layer, part)])), int(np.prod(shapes[part])))
         for part in MATRICES
     }
-
-
-def _kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
-    return shape.keeping(int(units[GROUPS].sum()), int(units[CHANNELS].sum()))
-
-
-def _pruned_layer(
-    model: Model, work: Path, record: records.LayerRecord, units: dict[str, np.ndarray]
-) -> Layer:
-    """The layer with only what it keeps, refitted if compensate ran; in the stored dtypes."""
-    shape = model.config.layer_shapes[record.index]
-    layer = model.layer(record.index)
-    masked = masks(model, work, record)
-    layer = layer._replace(**{part: mask.on(getattr(layer, part)) for part, mask in masked.items()})
-    layer = select(layer, shape, np.flatnonzero(units[GROUPS]), np.flatnonzero(units[CHANNELS]))
-    if "refit" not in record.files:
-        return layer
-    refit = workdir.load(work, record.files["refit"])
-    for matrix in MATRICES:
-        for part, name in (
-            (matrix, f"{matrix}_proj.weight"),
-            (f"{matrix}_bias", f"{matrix}_proj.bias"),
-        ):
-            if name in refit:
-                old, new = getattr(layer, part), refit[name]
-                if old is None or new.shape != old.shape or new.dtype != np.float32:
-                    raise RecordError(
-                        work / record.files["refit"],
-                        f"{name} is {new.dtype} {new.shape}, which does not fit what is kept",
-                        workdir.AGAIN,
-                    )
-                dtype = dtype_of(model.index[tensor_name(record.index, part)])
-                layer = layer._replace(**{part: new.astype(np.dtype(dtype))})
-    return layer

@@ -1,0 +1,96 @@
+"""``prunetool recover``."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from prunetool import console, options, records
+from prunetool.errors import RecordError
+
+if TYPE_CHECKING:
+    from prunetool.corpus import Text
+
+HELD_OUT = 4  # sequences that only measure, at most
+
+
+@click.command(cls=options.Command)
+@options.source_arg
+@partial(options.text_options, required=False)
+@click.option(
+    "--samples",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sequences to train on; without --text, the first ones of the calibration.",
+)
+@click.option(
+    "--what",
+    type=click.Choice(["all", "norms"]),
+    default="all",
+    show_default=True,
+    help="all: every weight that is kept. norms: those of the norms alone, for little disk.",
+)
+@click.option(
+    "--epochs",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How often each sequence is used.",
+)
+@click.option(
+    "--learning-rate",
+    type=options.Finite(0, min_open=True),
+    show_default="a thousandth of the fraction removed (2e-4 at 20%); norms: 5e-3",
+    help="The largest rate of the one-cycle schedule.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the order."
+)
+@options.device_options
+@options.profile_opt
+@options.output_opt
+def recover(
+    source: str,
+    text: "Text | None",
+    samples: int,
+    what: str,
+    epochs: int,
+    learning_rate: float | None,
+    seed: int,
+    dtype: str,
+    device: str,
+    profile: Path | None,
+    sink: str,
+) -> None:
+    """Train what is kept to predict as the dense model does, for minutes.
+
+    The only step that trains, and optional. Reads the records of compensate (or score) and descends
+    on the KL divergence of the next-token distributions over the calibration's tokens, or those of
+    --text, one sequence a step. Weights that were removed stay removed. What was best on held-out
+    sequences is kept, and if nothing was better, what came in. Costs about five forward passes of
+    the tokens per epoch, and disk for three float32 numbers per weight. If killed, the same command
+    resumes within the step.
+
+    \b
+    Example:
+      prunetool recover refitted.jsonl > recovered.jsonl
+    """
+    options.keep_inputs([sink, profile], [source, *(text.files if text else [])])
+    from prunetool import devices
+    from prunetool.steps import recover as step
+
+    with console.summary("recover") as said, options.open_source(source) as stream:
+        devices.start(device)
+        header, layers = records.read(stream)
+        options.keep_inputs([sink, profile], [header.source])
+        if any(done["command"] == "recover" for done in header.history):
+            raise RecordError(source, "was already recovered", "give --epochs to train for longer")
+        job = step.prepare(
+            header, list(layers), text, samples, HELD_OUT,
+            {"what": what, "epochs": epochs, "seed": seed, "dtype": dtype}, learning_rate, profile,
+        )  # fmt: skip
+        job.run.write(partial(options.open_sink, sink), job.layers(), job.needed_bytes)
+        (_, before), (steps, after) = job.kl[0], job.best
+        said += [f"held-out KL {before:.4f} → {after:.4f} nats", f"{steps} steps"]
