@@ -32,7 +32,7 @@ AGAIN = "run the previous step again; its own message says what happened"
 MATRIX = "(q|k|v|o|gate|up|down)"
 HASH = 12 * "[0-9a-f]"
 FILES = {
-    "stats|held_out|attention": r"stats/layer-{layer:05d}\.{kind}\.safetensors",
+    "stats|held_out|attention|gradients": r"stats/layer-{layer:05d}\.{kind}\.safetensors",
     rf"kept\.(heads|channels)|mask\.{MATRIX}": rf"score-{HASH}/layer-{{layer:05d}}\.safetensors",
     "refit": rf"compensate-{HASH}/layer-{{layer:05d}}\.safetensors",
 }
@@ -224,6 +224,7 @@ VALUES: dict[str, Shape] = {
     "kept": {"heads": _count, "kv_heads": _count, "channels": _count},
     "loss": BOTH,
     "energy": BOTH,
+    "nats": {...: ("(o|down)_proj", _number)},
     "masks": {...: (MATRIX, MASK)},
     "attention": {...: (".*", _number)},
     "refit": {...: (rf"{MATRIX}_proj(\.masked)?", REFIT)},

@@ -4,6 +4,7 @@ A file has ``tokens``, (1,), and for each site the arrays of `array_shapes`, nam
 (``o.gram``) after the fields of `gram.Sums`; Gram matrices as packed triangles (`gram.pack_tiles`).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,8 +133,47 @@ def array_shapes(
     return found
 
 
-class Stats:
-    """A layer's sums over the calibration tokens, read on demand.
+class _Sums:
+    """Sums of a layer in one file or several alike, read on demand.
+
+    Args:
+      work: the work directory.
+      names: names of the files below it; an array is summed over them.
+      shapes: shape of every array.
+    """
+
+    def __init__(self, work: Path, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._files = [workdir.TensorFile(work, name) for name in names]
+        self._where = work / names[0]
+        self._shapes = shapes
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files[0]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The named sum (``o.total``, ``down.gram``: packed), float64."""
+        first, *others = (file[name] for file in self._files)
+        due = self._shapes[name]
+        for array in (first, *others):
+            if array.dtype.kind not in "fi" or array.shape != due:
+                raise RecordError(
+                    self._where,
+                    f"{name} is {array.dtype} {array.shape}, not of shape {due}",
+                    workdir.AGAIN,
+                )
+        out = first.astype(np.float64)
+        for other in others:
+            out += other
+        return out
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return int(self["tokens"][0])
+
+
+class Stats(_Sums):
+    """A layer's sums over the calibration tokens.
 
     Args:
       work: the work directory.
@@ -160,30 +200,29 @@ class Stats:
                 f"layer {record.index}", "has no stats", "run prunetool calibrate before this step"
             )
         self.splits = tuple(split for split in splits if split in record.files)
-        self._files = [workdir.TensorFile(work, record.files[split]) for split in self.splits]
-        self._where = work / record.files["stats"]
-        self._shapes = array_shapes(config, config.layer_shapes[record.index])
+        names = [record.files[split] for split in self.splits]
+        super().__init__(work, names, array_shapes(config, config.layer_shapes[record.index]))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files[0]
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        """The named sum (``o.total``, ``down.gram``: packed), float64."""
-        first, *others = (file[name] for file in self._files)
-        due = self._shapes[name]
-        for array in (first, *others):
-            if array.dtype.kind not in "fi" or array.shape != due:
-                raise RecordError(
-                    self._where,
-                    f"{name} is {array.dtype} {array.shape}, not of shape {due}",
-                    workdir.AGAIN,
-                )
-        out = first.astype(np.float64)
-        for other in others:
-            out += other
-        return out
+class Gradients(_Sums):
+    """Σ g gᵀ at the outputs of o_proj and down_proj, ``o.gram`` and ``down.gram``, packed.
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return int(self["tokens"][0])
+    g is the gradient of −log p(y), in nats, at the output for a token; y is drawn from the model.
+
+    Args:
+      work: the work directory.
+      record: the layer's record.
+      config: the model's config.
+
+    Raises:
+      RecordError: if calibrate kept no gradients.
+    """
+
+    def __init__(self, work: Path, record: records.LayerRecord, config: LlamaConfig) -> None:
+        if "gradients" not in record.files:
+            raise RecordError(
+                f"layer {record.index}", "has no gradients", "calibrate with --gradients"
+            )
+        triangle = config.hidden_size * (config.hidden_size + 1) // 2
+        shapes = {"tokens": (1,), "o.gram": (triangle,), "down.gram": (triangle,)}
+        super().__init__(work, [record.files["gradients"]], shapes)
