@@ -66,7 +66,8 @@ def print_table(path: Path) -> None:
     fractions = " | ".join(f"{float(sparsity):.0%}" for sparsity in SPARSITIES)
     print(f"| method | allocation | weighting | {fractions} |")
     print(f"|---|---|---|{'---:|' * len(SPARSITIES)}")
-    for setting in sorted(SETTINGS, key=lambda setting: float(rows[*setting, BY][4])):
+    measured = [setting for setting in SETTINGS if (*setting, BY) in rows]
+    for setting in sorted(measured, key=lambda setting: float(rows[*setting, BY][4])):
         found = [rows.get((*setting, sparsity)) for sparsity in SPARSITIES]
         cells = ["–" if row is None else f"{float(row[4]):.2f}" for row in found]
         print(f"| {' | '.join([*setting, *cells])} |")

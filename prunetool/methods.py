@@ -24,6 +24,8 @@ class Method(NamedTuple):
       updates: ``compensate`` moves the weights that it keeps, by `unstructured.sparsegpt`.
       damping: default, as a fraction of the mean diagonal of its system.
       pattern: default pattern.
+      published: options that ``--published`` sets, by name (None: left to the function); None if
+        there is no such setting.
     """
 
     function: str
@@ -35,6 +37,7 @@ class Method(NamedTuple):
     updates: bool = False
     damping: float = 1e-4
     pattern: str = "unstructured"
+    published: Mapping[str, Any] | None = None
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
@@ -51,10 +54,16 @@ _NEWTON = ("sparsity", "lam", "damping")
 
 # Functions of `units.Evidence` that return a `units.Ranking`.
 UNITS = {
-    "newton": Method("pruning.units:newton", (*_NEWTON, "newton_iterations"), sums_energy=True),
+    "newton": Method(
+        "pruning.units:newton",
+        (*_NEWTON, "newton_iterations"),
+        sums_energy=True,
+        published={"allocation": "global", "lam": 1.0, "weighting": "none"},
+    ),
     "newton-box": Method("pruning.units:newton_box", _NEWTON, sums_energy=True),
     "newton-tied": Method("pruning.units:newton_tied", _NEWTON, sums_energy=True),
     "obs": Method("pruning.units:obs", ("damping",), raw_loss=True),
+    "greedy": Method("pruning.units:greedy", ("damping",), raw_loss=True, damping=1e-2),
     "flap": Method("pruning.units:flap"),
     "wanda-sp": Method("pruning.units:wanda_sp", raw_loss=True),
     "magnitude": Method("pruning.units:magnitude", raw_loss=True),
@@ -77,13 +86,16 @@ WEIGHTS = {
 # For q and k together: functions of `steps.attention.AttentionLayer` that return scores of both.
 QK = {
     "attention-gd": Method(
-        "steps.attention:learned_by_descent", ("lam", "learning_rate", "iterations", "published")
+        "steps.attention:learned_by_descent",
+        ("lam", "learning_rate", "iterations", "published"),
+        published={"lam": None, "learning_rate": None},
     ),
     "attention-diag": Method("steps.attention:saliency"),
 }
 UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
 UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)
+PUBLISHED = tuple(n for n, row in (UNITS | QK | WEIGHTS).items() if row.published is not None)
 NAMES = tuple(dict.fromkeys((*UNITS, *QK, *WEIGHTS)))
 
 

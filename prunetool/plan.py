@@ -59,8 +59,11 @@ def gradient_bytes(
 
 def units_bytes(model: Model) -> int:
     """Bytes of the units' scores and of the files of kept units."""
-    units = (shape.kv_heads + shape.channels for shape in model.config.layer_shapes)
-    return sum(17 * count + FILE_BYTES for count in units)
+    # A score, one to compare, a loss and whether it stays; for each count of KV groups, which go.
+    return sum(
+        25 * (shape.kv_heads + shape.channels) + shape.kv_heads**2 + FILE_BYTES
+        for shape in model.config.layer_shapes
+    )
 
 
 def masks_bytes(model: Model, parts: tuple[str, ...]) -> int:

@@ -230,6 +230,7 @@ VALUES: dict[str, Shape] = {
     "kept": {"heads": _count, "kv_heads": _count, "channels": _count},
     "loss": BOTH,
     "energy": BOTH,
+    "nats": {...: ("(o|down)_proj", _number)},
     "masks": {...: (MATRIX, MASK)},
     "attention": {...: (".*", _number)},
     "refit": {...: (rf"{MATRIX}_proj(\.masked)?", REFIT)},

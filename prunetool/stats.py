@@ -193,38 +193,19 @@ def gradient_shapes(
     return found
 
 
-class Stats:
-    """A layer's sums over the calibration tokens, read on demand.
+class _Sums:
+    """Sums of a layer in one file or several alike, read on demand.
 
     Args:
       work: the work directory.
-      record: the layer's record.
-      config: the model's config.
-
-    Attributes:
-      splits: kinds of the files: the tokens to fit (``stats``), and any held out (``held_out``).
-        All requested arrays are summed over ``splits``.
-
-    Raises:
-      RecordError: if the stream does not come from calibrate.
+      names: names of the files below it; an array is summed over them.
+      shapes: shape of every array.
     """
 
-    todo = "run prunetool calibrate before this step"
-    _shapes_of = staticmethod(array_shapes)
-
-    def __init__(
-        self,
-        work: Path,
-        record: records.LayerRecord,
-        config: LlamaConfig,
-        splits: tuple[str, ...] = ("stats", "held_out"),
-    ) -> None:
-        if splits[0] not in record.files:
-            raise RecordError(f"layer {record.index}", f"has no {splits[0]}", self.todo)
-        self.splits = tuple(split for split in splits if split in record.files)
-        self._files = [workdir.TensorFile(work, record.files[split]) for split in self.splits]
-        self._where = work / record.files[splits[0]]
-        self._shapes = self._shapes_of(config, config.layer_shapes[record.index])
+    def __init__(self, work: Path, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._files = [workdir.TensorFile(work, name) for name in names]
+        self._where = work / names[0]
+        self._shapes = shapes
 
     def __contains__(self, name: str) -> bool:
         return name in self._files[0]
@@ -251,18 +232,54 @@ class Stats:
         return int(self["tokens"][0])
 
 
-class Gradients(Stats):
-    """A layer's sums over the gradients of -log p(y), y sampled from the model, at its outputs.
+class Stats(_Sums):
+    """A layer's sums over the calibration tokens.
 
     Args:
-      work, record, config: as in `Stats`.
+      work: the work directory.
+      record: the layer's record.
+      config: the model's config.
+
+    Attributes:
+      splits: kinds of the files: the tokens to fit (``stats``), and any held out (``held_out``).
+        All requested arrays are summed over ``splits``.
 
     Raises:
-      RecordError: if calibrate made no gradients.
+      RecordError: if the stream does not come from calibrate.
     """
 
-    todo = "run calibrate with --gradients 32, or more"
-    _shapes_of = staticmethod(gradient_shapes)
+    def __init__(
+        self,
+        work: Path,
+        record: records.LayerRecord,
+        config: LlamaConfig,
+        splits: tuple[str, ...] = ("stats", "held_out"),
+    ) -> None:
+        if "stats" not in record.files:
+            raise RecordError(
+                f"layer {record.index}", "has no stats", "run prunetool calibrate before this step"
+            )
+        self.splits = tuple(split for split in splits if split in record.files)
+        names = [record.files[split] for split in self.splits]
+        super().__init__(work, names, array_shapes(config, config.layer_shapes[record.index]))
+
+
+class Gradients(_Sums):
+    """A layer's sums over gradients of -log p(y), in nats, y drawn from the model (`add_gradients`).
+
+    Args:
+      work: the work directory.
+      record: the layer's record.
+      config: the model's config.
+
+    Raises:
+      RecordError: if calibrate kept no gradients.
+    """
 
     def __init__(self, work: Path, record: records.LayerRecord, config: LlamaConfig) -> None:
-        super().__init__(work, record, config, ("gradients",))
+        if "gradients" not in record.files:
+            raise RecordError(
+                f"layer {record.index}", "has no gradients", "calibrate with --gradients"
+            )
+        shapes = gradient_shapes(config, config.layer_shapes[record.index])
+        super().__init__(work, [record.files["gradients"]], shapes)

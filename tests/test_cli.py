@@ -98,7 +98,18 @@ def test_every_command_has_help_and_an_example(command):
                 "--lambda",
                 "1",
             ],
-            "--published goes with",
+            "--published sets --lambda itself: leave out one of them",
+        ),
+        *(
+            (["score", "--sparsity", ".2", "--published", *more], words)
+            for more, words in {
+                ("--lambda", "inf"): "--published sets --lambda itself",
+                ("--allocation", "uniform"): "--published sets --allocation itself",
+                ("--allocation", "loss"): "--published sets --allocation itself",
+                ("--weighting", "token"): "--published sets --weighting itself",
+                ("--method", "obs"): "goes with --method newton or attention-gd, not obs of heads,",
+                ("--target", "v"): "goes with --method newton or attention-gd, not newton of v",
+            }.items()
         ),
         (
             ["calibrate", "m", "--text", "a", "--samples", "8", "--attention-samples", "5"],

@@ -74,5 +74,5 @@ def test_help_names_every_method_and_the_defaults_that_differ(name):
     with click.Context(score) as context:
         said = " ".join(score.get_help(context).split())
     assert name in said
-    assert "(0.0001; sparsegpt: 0.01); x>=0]" in said
+    assert "(0.0001; greedy: 0.01; sparsegpt: 0.01); x>=0]" in said
     assert "[default: (unstructured; wanda: per-output)]" in said

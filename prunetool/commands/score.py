@@ -13,6 +13,7 @@ from prunetool.llama.parts import MATRICES
 from prunetool.methods import (
     NAMES,
     PATTERNS,
+    PUBLISHED,
     QK,
     UNIT_TARGETS,
     UNITS,
@@ -22,7 +23,7 @@ from prunetool.methods import (
 )
 
 OF_UNITS = ("allocation", "weighting", "multiple_of", "min_channels", "newton_iterations")
-OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "published", "refine")
+OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
 SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 
 
@@ -53,11 +54,12 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 )
 @click.option(
     "--allocation",
-    type=click.Choice(["global", "uniform"]),
+    type=click.Choice(["global", "uniform", "loss"]),
     default="global",
     show_default=True,
     help="global: one ranking over all layers. uniform: the same counts in "
-    "every layer, met to one step of --multiple-of in each.",
+    "every layer, met to one step of --multiple-of in each. loss: the least predicted loss of "
+    "the model, from calibrate --gradients; --method then only orders the channels of a layer.",
 )
 @click.option(
     "--weighting",
@@ -99,8 +101,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     default=None,
     show_default=default_of("damping"),
     type=options.Finite(0),
-    help="What the solves of newton, obs and sparsegpt add to the diagonal, as a fraction of its "
-    "mean; newton's systems are scaled to a diagonal of ones first.",
+    help="What the solves of newton, obs, greedy and sparsegpt add to the diagonal, as a "
+    "fraction of its mean; newton's systems are scaled to a diagonal of ones first.",
 )
 @click.option(
     "--pattern",
@@ -124,7 +126,12 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     show_default="1/(λ + largest curvature)",
     help="Step of attention-gd.",
 )
-@click.option("--published", is_flag=True, help="attention-gd as published: λ, η, T and order.")
+@click.option(
+    "--published",
+    is_flag=True,
+    help="A method as published: newton (its λ, one global ranking, no weighting); of q,k "
+    "attention-gd (λ, η, T and order).",
+)
 @click.option(
     "--refine",
     default=0,
@@ -163,6 +170,8 @@ def score(
     """
     targets = _targets(target)
     units = targets[0] in UNIT_TARGETS
+    if how["published"]:
+        _publish(targets, how)
     _check(targets, how)
     how = _resolved(targets, how)
     options.keep_inputs([sink, profile], [source])
@@ -202,6 +211,32 @@ def _targets(target: str) -> tuple[str, ...]:
     )
 
 
+def _given(option: str) -> bool:
+    source = click.get_current_context().get_parameter_source(option)
+    return source is ParameterSource.COMMANDLINE
+
+
+def _publish(targets: tuple[str, ...], how: dict[str, Any]) -> None:
+    """Set the method and options that ``--published`` stands for.
+
+    Raises:
+      click.UsageError: if none of the targets' methods has such options, or another was given.
+    """
+    rows = {n: row.published for n, row in methods_of(targets).items() if row.published is not None}
+    if not _given("method"):
+        how["method"] = next(iter(rows), how["method"])
+    if how["method"] not in rows:
+        raise click.UsageError(
+            f"--published goes with --method {' or '.join(PUBLISHED)}, not {how['method']} of "
+            f"{','.join(targets)}"
+        )
+    for option, value in rows[how["method"]].items():
+        if _given(option) and how[option] != value:
+            flag = "--lambda" if option == "lam" else f"--{option.replace('_', '-')}"
+            raise click.UsageError(f"--published sets {flag} itself: leave out one of them")
+        how[option] = value
+
+
 def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
     """Refuse options that contradict each other."""
     method, allowed = how["method"], methods_of(targets)
@@ -216,8 +251,6 @@ def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
         raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
     if how["refine"] and targets != SHORTHANDS["qk"]:
         raise click.UsageError("--refine goes with --target qk")
-    if how["published"] and ("published" not in takes or how["lam"] or how["learning_rate"]):
-        raise click.UsageError("--published goes with --method attention-gd, and sets λ and η")
     if how["pattern"] == "2:4" and how["sparsity"] != 0.5:
         raise click.UsageError("--pattern 2:4 removes half: give --sparsity 0.5")
 
@@ -228,9 +261,9 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
     Raises:
       click.UsageError: if an option was given that does not matter.
     """
-    context, units = click.get_current_context(), targets[0] in UNIT_TARGETS
+    units = targets[0] in UNIT_TARGETS
     for key in OF_WEIGHTS if units else OF_UNITS:
-        if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
+        if _given(key):
             raise click.UsageError(
                 f"--{key.replace('_', '-')} is only for "
                 f"{'weights' if units else 'heads and channels'}, "

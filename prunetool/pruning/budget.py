@@ -6,6 +6,8 @@ head). With grouped-query attention a unit is a KV group with its query heads.
 """
 
 from collections.abc import Sequence
+from heapq import heapify, heapreplace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +30,11 @@ class Limits(NamedTuple):
         """Fewest channels that a layer with ``channels`` may keep."""
         least = -(-max(self.min_channels, 1) // self.multiple_of) * self.multiple_of
         return min(least, channels)
+
+    def removable(self, channels: int) -> np.ndarray:
+        """All numbers of channels that a layer with ``channels`` may lose, ascending, int."""
+        kept = np.arange(self.fewest(channels), channels, self.multiple_of)
+        return np.concatenate([[0], channels - kept[::-1]])
 
 
 class Counts(NamedTuple):
@@ -90,6 +97,162 @@ def allocate_global(
         sizes = np.array([len(s) for s in channel_scores])
         channels = _round_to_grid(channels, sizes, budget, limits)
     return Counts(groups, channels)
+
+
+class _Curve:
+    """What a layer loses with its units of one kind.
+
+    Args:
+      losses: after removing 0, 1, … units.
+      numbers: those of units that may go, ascending from 0.
+      cost: parameters of a unit.
+
+    Attributes:
+      at: place of the number chosen so far.
+    """
+
+    def __init__(self, losses: np.ndarray, numbers: np.ndarray, cost: int) -> None:
+        self.numbers, self.costs, self.losses = numbers, numbers * cost, losses[numbers]
+        self.at = 0
+
+    def cheapest(self, left: float) -> tuple[float, int]:
+        """The further place of least loss per parameter, for at most ``left`` parameters.
+
+        Returns:
+          That slope, infinite if no place is as near, and the place; the farthest of equals.
+        """
+        stop = np.searchsorted(self.costs, self.costs[self.at] + left, side="right")
+        slopes = self._slopes(int(stop))
+        if not slopes.size:
+            return np.inf, self.at
+        best = slopes.size - 1 - int(np.argmin(slopes[::-1]))
+        return float(slopes[best]), self.at + 1 + best
+
+    def step(self, forth: int) -> tuple[float, int]:
+        """Loss per parameter, and parameters, from here to the next place (1) or the one before.
+
+        Returns:
+          Both are negative on the way back; (∞, 0) if there is no such place.
+        """
+        place = self.at + forth
+        if not 0 <= place < len(self.costs):
+            return np.inf, 0
+        cost = self.cost_to(place)
+        return float(self.losses[place] - self.losses[self.at]) / abs(cost), cost
+
+    def cost_to(self, place: int) -> int:
+        """Parameters between the chosen place and another."""
+        return int(self.costs[place] - self.costs[self.at])
+
+    def _slopes(self, stop: int) -> np.ndarray:
+        """Loss per parameter from the chosen place to all those behind it and before ``stop``."""
+        ahead = slice(self.at + 1, stop)
+        rise = self.losses[ahead] - self.losses[self.at]
+        return np.asarray(rise / (self.costs[ahead] - self.costs[self.at]))
+
+
+def allocate_loss(
+    group_curves: Sequence[np.ndarray],
+    channel_curves: Sequence[np.ndarray],
+    group_costs: Sequence[int],
+    channel_cost: int,
+    target: int,
+    limits: Limits,
+) -> Counts:
+    """The least total loss at the target, if the losses of layers add up.
+
+    With a Lagrange multiplier ν a parameter, each curve minimises loss − ν · parameters removed by
+    itself, at a vertex of its lower convex hull. As ν rises, the vertices come in the order of loss
+    per parameter, and are taken while they fit: at the total of such a set nothing is better. Then
+    the cheapest places that still fit follow, and a step of channels beyond the target if it ends
+    nearer to it; and KV groups are exchanged for channels while that helps (heuristics).
+
+    Args:
+      group_curves: for each layer, the losses after removing 0 … n_kv − 1 KV groups, (n_kv,);
+        (1,) if they are not to be pruned.
+      channel_curves: likewise for 0 … I channels, (I + 1,).
+      group_costs: parameters of a KV group, per layer.
+      channel_cost: parameters of a channel.
+      target: parameters to remove.
+      limits: the grid.
+
+    Raises:
+      ConfigError: if the units cannot reach the target.
+    """
+    groups = [
+        _Curve(losses, np.arange(len(losses)), cost)
+        for losses, cost in zip(group_curves, group_costs, strict=True)
+    ]
+    channels = [
+        _Curve(losses, limits.removable(len(losses) - 1), channel_cost) for losses in channel_curves
+    ]
+    curves = [*groups, *channels]
+    _check_reachable(sum(int(curve.costs[-1]) for curve in curves), target)
+    left = target
+    moves = [(*curve.cheapest(left), number) for number, curve in enumerate(curves)]
+    heapify(moves)
+    while moves[0][0] < np.inf:
+        _, place, number = moves[0]
+        curve = curves[number]
+        if curve.cost_to(place) <= left:
+            left -= curve.cost_to(place)
+            curve.at = place
+        heapreplace(moves, (*curve.cheapest(left), number))
+    _exchange(groups, channels, left, limits.multiple_of * channel_cost / 2)
+    return Counts(*(np.array([c.numbers[c.at] for c in each]) for each in (groups, channels)))
+
+
+def _exchange(
+    groups: Sequence[_Curve], channels: Sequence[_Curve], left: int, within: float
+) -> None:
+    """Move one KV group at a time, and channels the other way, while that lowers the total loss.
+
+    Args:
+      groups, channels: the curves at their places.
+      left: parameters still to remove.
+      within: how far from the target all totals are equally good; beyond, a nearer one is better.
+    """
+    curves = [*groups, *channels]
+
+    def badness(left: int) -> tuple[float, float]:
+        return max(abs(left), within), sum(float(curve.losses[curve.at]) for curve in curves)
+
+    left = _fill(channels, left)
+    least, again = badness(left), True
+    while again:
+        again = False
+        for curve, forth in product(groups, (1, -1)):
+            _, cost = curve.step(forth)
+            if not cost:
+                continue
+            before = [each.at for each in curves]
+            curve.at += forth
+            after = _fill(channels, left - cost)
+            if badness(after) < least:
+                least, left, again = badness(after), after, True
+            else:
+                for each, place in zip(curves, before, strict=True):
+                    each.at = place
+
+
+def _fill(channels: Sequence[_Curve], left: int) -> int:
+    """Step by step, remove or return the cheapest channels until no step ends nearer to 0.
+
+    Args:
+      channels: the curves at their places.
+      left: parameters still to remove; negative to return some.
+
+    Returns:
+      What is left then.
+    """
+    while left:
+        forth = 1 if left > 0 else -1
+        (_, cost), number = min((curve.step(forth), n) for n, curve in enumerate(channels))
+        if abs(left - cost) >= abs(left):
+            break
+        channels[number].at += forth
+        left -= cost
+    return left
 
 
 def allocate_uniform(

@@ -201,6 +201,23 @@ def block(packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return mirror(A)
 
 
+def reordered(packed: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The lower triangle of a packed Gram matrix with its features in another order, (D, D).
+
+    Args:
+      packed: as from `pack`.
+      order: the features, (D,) int.
+
+    Returns:
+      float64; zero above the diagonal.
+    """
+    A = np.zeros((len(order), len(order)))
+    for m, i in enumerate(order):
+        before = order[: m + 1]
+        A[m, : m + 1] = packed[_begin(np.maximum(i, before)) + np.minimum(i, before)]
+    return A
+
+
 def mirror(A: np.ndarray, *, upper: bool = False) -> np.ndarray:
     """Make A symmetric in place from its lower triangle, or its upper one; returns A."""
     source = A.T if upper else A
@@ -217,8 +234,8 @@ def blocks_of_rows(size: int) -> Iterator[slice]:
     return (slice(*panel) for panel in _panels(size))
 
 
-def _begin(row: int) -> int:
-    """Offset of a row in the packed triangle."""
+def _begin(row: Any) -> Any:
+    """Offset of a row, or of each of several, in the packed triangle."""
     return row * (row + 1) // 2
 
 

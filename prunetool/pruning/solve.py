@@ -14,12 +14,15 @@ LAPACK_ROWS, BLOCK = 11_008, 4096
 
 
 @contextmanager
-def definite(what: str, at: str = "") -> Iterator[None]:
+def definite(
+    what: str, at: str = "", todo: str = "raise --damping or calibrate on more tokens"
+) -> Iterator[None]:
     """Name the matrix if a Cholesky factorisation fails.
 
     Args:
       what: the matrix.
       at: further words, such as its damping.
+      todo: what the user can do about it.
 
     Raises:
       NumericalError: instead of LAPACK's error.
@@ -28,9 +31,7 @@ def definite(what: str, at: str = "") -> Iterator[None]:
         yield
     except np.linalg.LinAlgError as error:
         raise NumericalError(
-            what,
-            " ".join(["is not positive definite", at]).rstrip(),
-            "raise --damping or calibrate on more tokens",
+            what, " ".join(["is not positive definite", at]).rstrip(), todo
         ) from error
 
 

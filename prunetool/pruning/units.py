@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prunetool.pruning import gram, structural
+from prunetool.pruning import curve, gram, structural
 from prunetool.pruning import newton as numerical
 
 
@@ -25,6 +25,7 @@ class Evidence(NamedTuple):
       blocks: KV groups, each a block of rows of W; 0 if each row is a unit.
       weighted: output energy of each unit alone, with weighted tokens; None without --weighting.
       place: layer, and whether units are blocks; with the seed, determines random scores.
+      root: C of the outputs' metric C Cᵀ (`curve`), (D', D'); None if all directions count equally.
     """
 
     W: np.ndarray
@@ -34,6 +35,7 @@ class Evidence(NamedTuple):
     blocks: int
     weighted: np.ndarray | None
     place: Sequence[int]
+    root: np.ndarray | None = None
 
     def by_unit(self, rows: np.ndarray, merge: Callable[..., np.ndarray] = np.sum) -> np.ndarray:
         """Turn scores of rows into scores of units: the sum over a block, or another ``merge``."""
@@ -80,6 +82,19 @@ def random(of: Evidence, *, seed: int) -> Ranking:
 def obs(of: Evidence, *, damping: float) -> Ranking:
     """`structural.obs`."""
     return Ranking(structural.obs(of.W, of.A, damping=damping, blocks=of.blocks))
+
+
+def greedy(of: Evidence, *, damping: float) -> Ranking:
+    """`curve.greedy`: the cheapest unit, or batch of rows, goes and the others are refitted, again.
+
+    A later unit may cost less at its turn than one before it. To keep the order, the i-th to go
+    scores the i-th smallest of the losses.
+    """
+    WC = of.W if of.root is None else of.W @ of.root
+    order, losses = curve.greedy(of.A, WC, damping=damping, blocks=of.blocks)
+    scores = np.empty(len(order))
+    scores[order] = np.sort(losses)
+    return Ranking(scores)
 
 
 def newton(

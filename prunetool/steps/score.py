@@ -1,30 +1,44 @@
 """Score the layers' units, and share the budget out between layers."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from prunetool import console, records, workdir
-from prunetool.errors import ConfigError, naming
+from prunetool.errors import ConfigError, RecordError, naming
 from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, used_weight
 from prunetool.llama.parts import UNIT_MATRICES
 from prunetool.methods import methods_of
-from prunetool.pruning import budget, compensation, gram, structural, units
-from prunetool.stats import Stats
+from prunetool.pruning import budget, compensation, curve, gram, structural, units
+from prunetool.stats import Gradients, Stats
 from prunetool.steps.run import Run
 
 OUTPUT_MATRICES = tuple(f"{matrix}_proj" for matrix in UNIT_MATRICES)  # units make their inputs
+MATRIX_OF = dict(zip((GROUPS, CHANNELS), OUTPUT_MATRICES, strict=True))
 
 
 @dataclass
 class _Units:
-    """A layer's units of one target: the order of removal, and the scores to compare layers by."""
+    """A layer's units of one target.
+
+    Attributes:
+      score: the order of removal.
+      between_layers: scores to compare layers by.
+      curve: losses after removing 0, 1, … units, nats a token; empty without ``--allocation loss``.
+      subsets: row k says which k units go, (n, n) bool; None if the order of scores does.
+    """
 
     score: np.ndarray
     between_layers: np.ndarray
+    curve: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    subsets: np.ndarray | None = None
+
+    def keep(self, removed: int) -> np.ndarray:
+        """Which units stay, bool."""
+        return budget.keep(self.score, removed) if self.subsets is None else ~self.subsets[removed]
 
 
 @dataclass
@@ -51,10 +65,17 @@ class Scoring:
         self.model, self.work = run.model, run.work
         self._method = methods_of(targets)[how["method"]]
         self._rank_units = self._method.load()
+        self._by_loss = how["allocation"] == "loss"
         self.said: list[str] = []  # what was reached, after the last layer
 
     def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         """Score every layer, share the budget out, then yield each layer's record."""
+        if self._by_loss and not self.run.header.calibration.get("gradients"):
+            raise RecordError(
+                "--allocation loss",
+                "needs gradients, which this stream's calibration did not keep",
+                "calibrate with --gradients, or give --allocation global",
+            )
         self._check_budget()
         return self._kept(source)
 
@@ -65,13 +86,10 @@ class Scoring:
 
         def make(record: records.LayerRecord) -> dict[str, np.ndarray]:
             units = scored[record.index].units
-            kept = {
-                target: budget.keep(units[target].score, int(lost[target][record.index]))
-                for target in self.targets
-            }
+            kept = {t: units[t].keep(int(lost[t][record.index])) for t in self.targets}
             return kept | self._lost(record, self._masks(record) | kept)
 
-        rows, worst = [], []
+        rows, worst, predicted = [], [], 0.0
         records_in = [layer.record for layer in scored]
         for record, name, arrays in self.run.layers(records_in, make, "loss of layer"):
             layer, shape = scored[record.index], self.model.config.layer_shapes[record.index]
@@ -84,14 +102,37 @@ class Scoring:
             now = {"heads": heads, "kv_heads": groups, "channels": channels}
             worst.append(max(losses.values()))
             ratios = [f"{heads}/{shape.heads}", f"{channels}/{shape.channels}"]
-            rows.append([record.index, *ratios, *(f"{losses[m]:.4f}" for m in OUTPUT_MATRICES)])
+            nats = {
+                MATRIX_OF[t]: float(layer.units[t].curve[lost[t][record.index]])
+                for t in self.targets
+                if self._by_loss
+            }
+            predicted += sum(nats.values())
+            errors = [f"{losses[m]:.4f}" for m in OUTPUT_MATRICES]
+            rows.append([record.index, *ratios, *errors, *(f"{x:.5f}" for x in nats.values())])
             yield record.adding(
                 {f"kept.{t}": name for t in self.targets},
-                {"kept": now, "loss": losses, "energy": layer.energy, **layer.seconds},
+                {"kept": now, "loss": losses, "energy": layer.energy, **layer.seconds}
+                | self._with_earlier(record, nats),
             )
         columns = ["layer", "heads", "channels", *OUTPUT_MATRICES]
-        console.table("Relative output error by plain removal", columns, rows, by=worst)
+        title = "Relative output error by plain removal"
+        if self._by_loss:
+            columns += [f"{MATRIX_OF[t]} nats" for t in self.targets]
+            title += ", and loss in nats a token after the best refit"
+        console.table(title, columns, rows, by=worst)
         self._say_ratio(counts)
+        if self._by_loss:
+            self.said.append(f"predicted loss {predicted:.3g} nats a token")
+
+    def _with_earlier(
+        self, record: records.LayerRecord, nats: dict[str, float]
+    ) -> dict[str, dict[str, float]]:
+        """The record's ``nats``: those of earlier steps too, if this one did not decide again."""
+        decided = {MATRIX_OF[t] for t in self.targets}
+        earlier = record.values.get("nats", {})
+        nats = {m: x for m, x in earlier.items() if m not in decided} | nats
+        return {"nats": nats} if nats or earlier else {}
 
     def _scored(self, source: Iterator[records.LayerRecord]) -> Iterator[_Scored]:
         """The scores of each layer, made once for a sweep of sparsities if the method allows."""
@@ -100,6 +141,8 @@ class Scoring:
         always = ("method", "lam", "newton_iterations", "damping", "seed", "weighting")
         shared = {key: self.how[key] for key in (*always, *self._method.options)}
         shared.setdefault("sparsity", None)
+        if self._by_loss:
+            shared["curve"] = [curve.MIX, curve.DAMPING]
         directory = f"scores-{workdir.digest([header.history[:-1], shared])}"
         for record in console.progress(source, header.layers):
             name = workdir.layer_file(directory, record.index)
@@ -108,7 +151,15 @@ class Scoring:
                 arrays = workdir.make_once(self.work, name, partial(self._scores, record))
             yield _Scored(
                 record,
-                {t: _Units(arrays[f"{t}.order"], arrays[f"{t}.compared"]) for t in self.targets},
+                {
+                    t: _Units(
+                        arrays[f"{t}.order"],
+                        arrays[f"{t}.compared"],
+                        arrays.get(f"{t}.curve", np.zeros(0)),
+                        arrays.get(f"{t}.subsets"),
+                    )
+                    for t in self.targets
+                },
                 {m: float(arrays[f"{m}.energy"][0]) for m in OUTPUT_MATRICES},
                 self.run.profile.take("score", record.values),
             )
@@ -119,14 +170,18 @@ class Scoring:
 
     def _check_budget(self) -> None:
         """Refuse an impossible sparsity before any layer is scored."""
+
+        def units(count: int, removable: int) -> _Units:
+            return _Units(np.zeros(count), np.zeros(count), np.zeros(removable + 1))
+
         empty = [
             {
-                t: _Units(*[np.zeros(shape.kv_heads if t == GROUPS else shape.channels)] * 2)
-                for t in self.targets
+                GROUPS: units(shape.kv_heads, shape.kv_heads - 1),
+                CHANNELS: units(shape.channels, shape.channels),
             }
             for shape in self.model.config.layer_shapes
         ]
-        self._share_out(empty)
+        self._share_out([{t: layer[t] for t in self.targets} for layer in empty])
 
     @cached_property
     def _costs(self) -> tuple[list[int], int, int]:
@@ -144,6 +199,11 @@ class Scoring:
         group_costs, channel_cost, total = self._costs
         target = round(self.how["sparsity"] * total)
         limits = budget.Limits(self.how["multiple_of"], self.how["min_channels"])
+        if self._by_loss:
+            whole = np.zeros(1)
+            groups = [u[GROUPS].curve if GROUPS in u else whole for u in ranked]
+            channels = [u[CHANNELS].curve if CHANNELS in u else whole for u in ranked]
+            return budget.allocate_loss(groups, channels, group_costs, channel_cost, target, limits)
         if self.how["allocation"] == "global":
             empty = np.zeros(0)
             groups = [u[GROUPS].between_layers if GROUPS in u else empty for u in ranked]
@@ -170,17 +230,22 @@ class Scoring:
         stats = Stats(self.work, record, self.model.config)
         shape = self.model.config.layer_shapes[record.index]
         group_costs, channel_cost, _ = self._costs
-        out = {}
+        out: dict[str, np.ndarray] = {}
         for kind, matrix, blocks, cost in (
             (GROUPS, "o", shape.kv_heads, group_costs[record.index]),
             (CHANNELS, "down", 0, channel_cost),
         ):
             W = used_weight(self.model, record.index, matrix)
-            where = f"layer {record.index}, {matrix}_proj"
+            where, root = f"layer {record.index}, {matrix}_proj", None
             with naming(where), self.run.profile.phase(f"rank {matrix}_proj"):
-                found, energy = self._rank(
-                    W, stats, matrix, blocks, cost, (record.index, blocks > 0)
-                )
+                if self._by_loss:
+                    gradients = Gradients(self.work, record, self.model.config)
+                    root = curve.metric_root(gradients[f"{matrix}.gram"], gradients.tokens)
+                place = (record.index, blocks > 0)
+                found, energy = self._rank(W, stats, matrix, blocks, cost, place, root)
+            if root is not None:
+                with naming(where), self.run.profile.phase(f"curve {matrix}_proj"):
+                    out |= _curve(kind, W @ root, stats, matrix, blocks, found.score)
             console.within(1 if blocks else 2, 2, "matrix")
             out[f"{kind}.order"], out[f"{kind}.compared"] = found.score, found.between_layers
             out[f"{matrix}_proj.energy"] = np.array([energy])
@@ -194,6 +259,7 @@ class Scoring:
         blocks: int,
         cost: int,
         place: tuple[int, bool],
+        root: np.ndarray | None,
     ) -> tuple[_Units, float]:
         """Score the rows of W, or its ``blocks`` blocks of rows, by the requested method.
 
@@ -219,7 +285,7 @@ class Scoring:
         energy = None if by_method else compensation.output_energy(gram.mirror(A), W)
         if weighted_gram in stats:
             A = gram.unpack(stats[weighted_gram])
-        evidence = units.Evidence(W, A, second, mean, blocks, weighted, place)
+        evidence = units.Evidence(W, A, second, mean, blocks, weighted, place, root)
         ranking = self._rank_units(evidence, **self._method.given(self.how))
         if ranking.warning:
             console.log.warning("%s", ranking.warning)
@@ -254,3 +320,15 @@ class Scoring:
             f"{removed / total:.4%} (target {self.how['sparsity']:.2%})",
             f"{removed / self.model.parameters():.2%} of all parameters",
         ]
+
+
+def _curve(
+    target: str, WC: np.ndarray, stats: Stats, matrix: str, blocks: int, scores: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The loss curve of a matrix's units, in the form of a file (`curve`)."""
+    packed, tokens = stats[f"{matrix}.gram"], stats.tokens
+    if blocks:
+        found = curve.group_curve(gram.unpack_lower(packed), WC, blocks, tokens=tokens)
+        return {f"{target}.curve": found.losses, f"{target}.subsets": found.removed}
+    order = np.argsort(scores, kind="stable")
+    return {f"{target}.curve": curve.row_curve(packed, WC, order, tokens=tokens)}

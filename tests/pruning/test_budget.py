@@ -188,3 +188,115 @@ def test_uniform_takes_another_group_where_the_channels_cannot_make_up_the_rest(
 def test_keep_drops_the_lowest_and_the_first_of_equals():
     assert budget.keep(np.array([3.0, 1, 1, 2]), 1).tolist() == [True, False, True, True]
     assert budget.keep(np.array([-np.inf, 1.0]), 0).all()
+
+
+def curves(seed, layers=3, groups=4, channels=64, convex=True):
+    """Loss curves of KV groups and of channels, convex or not."""
+    random = np.random.default_rng(seed)
+
+    def curve(units, scale):
+        steps = random.exponential(size=units) * random.exponential() * scale
+        return np.concatenate([[0.0], np.cumsum(np.sort(steps) if convex else steps)])
+
+    per_group = GROUP_COST / CHANNEL_COST
+    return (
+        [curve(groups - 1, per_group) for _ in range(layers)],
+        [curve(channels, 1.0) for _ in range(layers)],
+    )
+
+
+def allocated(found, target, limits):
+    costs = [GROUP_COST] * len(found[0])
+    counts = budget.allocate_loss(*found, costs, CHANNEL_COST, target, limits)
+    losses = [
+        curve[count]
+        for kind, number in zip(found, counts, strict=True)
+        for curve, count in zip(kind, number, strict=True)
+    ]
+    return counts, sum(losses)
+
+
+def every_allocation(found, limits):
+    """Parameters removed and total loss of all allocations of these layers."""
+    costs, losses = np.zeros(1), np.zeros(1)
+    for kind, cost in zip(found, (GROUP_COST, CHANNEL_COST), strict=True):
+        for curve in kind:
+            numbers = np.arange(len(curve))
+            if cost == CHANNEL_COST:
+                kept = numbers[-1] - numbers
+                numbers = numbers[(numbers == 0) | (kept % limits.multiple_of == 0)]
+                numbers = numbers[len(curve) - 1 - numbers >= limits.min_channels]
+            costs = np.add.outer(costs, numbers * cost).ravel()
+            losses = np.add.outer(losses, curve[numbers]).ravel()
+    return costs, losses
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_at_the_totals_of_the_hulls_vertices_no_allocation_loses_less(seed):
+    """A vertex of the whole is where loss − ν · parameters removed is least, for some ν."""
+    found, limits = curves(seed, groups=3, convex=False), budget.Limits(16, 16)
+    costs, losses = every_allocation(found, limits)
+    for multiplier in np.quantile(losses / np.maximum(costs, 1), [0.1, 0.5, 0.9]):
+        target = int(costs[np.argmin(losses - multiplier * costs)])
+        counts, loss = allocated(found, target, limits)
+        assert loss <= losses[costs >= target].min() * (1 + 1e-9)
+        assert abs(removed(counts) - target) <= 8 * CHANNEL_COST
+
+
+def test_between_the_vertices_the_loss_is_close_to_the_least():
+    limits, ratios = budget.Limits(8, 8), []
+    for seed in range(60):
+        found = curves(seed)
+        costs, losses = every_allocation(found, limits)
+        counts, loss = allocated(found, int(0.05 * (1 + seed % 15) * costs.max()), limits)
+        ratios.append(loss / losses[costs >= removed(counts)].min())
+    assert min(ratios) >= 1 - 1e-9
+    assert np.mean(np.array(ratios) <= 1 + 1e-9) >= 0.75
+    assert np.quantile(ratios, 0.9) <= 1.1
+
+
+@given(
+    st.integers(0, 1000),
+    st.floats(0, 0.95),
+    st.sampled_from([1, 8, 32]),
+    st.lists(st.integers(40, 200), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_the_ratio_removed_at_least_loss_is_the_ratio_asked(
+    seed, sparsity, multiple, sizes, convex
+):
+    found = [], []
+    for number, size in enumerate(sizes):
+        for kinds, kind in zip(found, curves(seed + number, 1, 4, size, convex), strict=True):
+            kinds += kind
+    limits = budget.Limits(multiple, 1)
+    most = sum(size - limits.fewest(size) for size in sizes) * CHANNEL_COST
+    target = round(sparsity * (most + 3 * len(sizes) * GROUP_COST))
+    assume(most >= GROUP_COST)
+    counts, _ = allocated(found, target, limits)
+    kept = np.array(sizes) - counts.channels
+    assert all(k == size or k % multiple == 0 for k, size in zip(kept, sizes, strict=True))
+    assert (kept >= [limits.fewest(size) for size in sizes]).all()
+    assert (counts.groups < 4).all()
+    assert abs(removed(counts) - target) <= multiple * CHANNEL_COST / 2
+
+
+def test_heads_alone_and_channels_alone_are_allocated_at_least_loss():
+    groups, channels = curves(5)
+    limits, nothing = budget.Limits(8, 8), [np.zeros(1)] * 3
+    counts, loss = allocated((groups, nothing), 4 * GROUP_COST, limits)
+    steps = np.sort(np.concatenate([np.diff(curve) for curve in groups]))
+    assert counts.groups.sum() == 4
+    assert loss == pytest.approx(steps[:4].sum())
+    counts, loss = allocated((nothing, channels), 10 * 8 * CHANNEL_COST, limits)
+    steps = np.sort(np.concatenate([np.diff(curve[:57:8]) for curve in channels]))
+    assert counts.channels.sum() == 80
+    assert loss == pytest.approx(steps[:10].sum())
+
+
+def test_least_loss_too_keeps_the_last_group_and_the_fewest_channels():
+    found = [np.zeros(1)] * 2, [np.zeros(65)] * 2
+    counts, _ = allocated(found, 64 * CHANNEL_COST, budget.Limits(32, 32))
+    assert (counts.groups.tolist(), counts.channels.tolist()) == ([0, 0], [32, 32])
+    with pytest.raises(ConfigError, match="but at most 12,288 can be removed"):
+        allocated(found, 65 * CHANNEL_COST, budget.Limits(32, 32))

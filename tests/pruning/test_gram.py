@@ -100,3 +100,13 @@ def test_a_partition_has_the_blocks(size, seed):
     parts = gram.partition(gram.pack(A), kept)
     for part, place in zip(parts, [(kept, kept), (kept, ~kept), (~kept, ~kept)], strict=True):
         np.testing.assert_array_equal(part, A[np.ix_(*place)])
+
+
+@given(st.integers(1, 30), st.integers(0, 100))
+def test_a_reordered_gram_matrix_has_its_features_in_that_order(size, seed):
+    random = np.random.default_rng(seed)
+    A = random.standard_normal((size, size))
+    A, order = A + A.T, random.permutation(size)
+    np.testing.assert_array_equal(
+        gram.reordered(gram.pack(A), order), np.tril(A[np.ix_(order, order)])
+    )
