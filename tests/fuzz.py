@@ -39,7 +39,7 @@ from safetensors.numpy import load, save
 if __name__ == "__main__":  # run by hand
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from prunetool import cli, console, corpus, streaming, workdir
+from prunetool import cli, console, corpus, methods, streaming, workdir
 from prunetool.checkpoint import checksum
 from prunetool.errors import LONGEST, PrunetoolError
 from prunetool.model import open_model
@@ -334,9 +334,7 @@ def read_corpus(random: Random, path: str) -> None:
 def read_stream(random: Random, path: str) -> None:
     """Any step on a stream, by options that it was run with before or by others."""
     stream = path if path in STREAMS else random.choice(STREAMS)
-    unit_method = random.choice(
-        ["newton", "newton-box", "newton-tied", "obs", "flap", "wanda-sp", "magnitude", "random"]
-    )
+    unit_method = random.choice(list(methods.UNITS))
     weight_method = random.choice(["magnitude", "wanda", "sparsegpt", "random"])
     target = random.choice(["weights", "qk", "v,o", "down"])
     made = ["-o", "made"]
