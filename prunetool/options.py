@@ -7,7 +7,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,12 +131,16 @@ length_opt = click.option(
     type=click.IntRange(2, 1 << 20),
     help="Tokens per sequence.",
 )
+SELF = "self"  # instead of a file: the model writes its own text
+TEXT_HELP = (
+    "Text to use: plain or JSON lines (--text-field), also as .gz, .zst, .bz2 or .xz. Several are "
+    "joined."
+)
+SELF_HELP = (
+    f" {SELF}: sequences that the model itself writes, which takes memory for all of it; a file of "
+    f"this name is ./{SELF}."
+)
 TEXT = (
-    click.option(
-        "--text", "texts", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
-        help="Text to use: plain or JSON lines (--text-field), also as .gz, .zst, .bz2 or .xz. "
-        "Several are joined.",
-    ),
     click.option(
         "--text-field", default="text", show_default=True, help="Field of the JSON lines."
     ),
@@ -153,23 +157,42 @@ TEXT = (
 )  # fmt: skip
 
 
-def text_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options for the model's text, passed as one argument ``text`` (`corpus.Text`)."""
+def text_options(command: Callable[..., None], *, by_model: bool = False) -> Callable[..., None]:
+    """Add the options for the model's text, passed as one argument ``text`` (`corpus.Text`).
+
+    Args:
+      command: the command.
+      by_model: whether it can use a text that the model writes.
+    """
 
     @wraps(command)
     def gathered(
-        *, texts: tuple[Path, ...], text_field: str, tokens_path: Path | None, length: int,
+        *, texts: tuple[str, ...], text_field: str, tokens_path: Path | None, length: int,
         bos: str, **others: Any,
     ) -> None:  # fmt: skip
         if bool(texts) == bool(tokens_path):
             raise click.UsageError("give either --text or --tokens")
+        if SELF in texts and not by_model:
+            raise click.UsageError(
+                f"--text {SELF} is for calibrate: a file of this name is ./{SELF}"
+            )
+        if SELF in texts and len(texts) > 1:
+            raise click.UsageError(f"--text {SELF} cannot be joined with other text")
         from prunetool.corpus import Text
 
-        command(text=Text(texts, text_field, tokens_path, length, bos), **others)
+        paths = tuple(Path(path) for path in texts if path != SELF)
+        command(text=Text(paths, text_field, tokens_path, length, bos, SELF in texts), **others)
 
-    for option in reversed(TEXT):
+    text_opt = click.option(
+        "--text", "texts", multiple=True, metavar="FILE", type=click.Path(),
+        help=TEXT_HELP + SELF_HELP * by_model,
+    )  # fmt: skip
+    for option in (*reversed(TEXT), text_opt):
         gathered = option(gathered)
     return gathered
+
+
+text_or_self_options = partial(text_options, by_model=True)
 
 
 dtype_opt = click.option(

@@ -2,6 +2,7 @@
 
     work/
       run.json              the run's identity: checkpoint, tokens, options, version
+      self-8c0d….safetensors  ids that the model wrote for --text self, shared by several runs
       weights.json          checksums of the checkpoint's tensors, as calibrate read them
       stats/                sums over calibration tokens, two files per layer (fit, held-out)
       hidden-00012          residual stream before layer 12, while calibrate runs
@@ -51,7 +52,10 @@ EVERYTHING = ("*", "*/*")
 STATS_KINDS = (STATS, "held_out", "attention")  # of the files that calibrate makes for a layer
 # Names of everything that the steps make in a work directory; nothing else is ever removed.
 DIRECTORIES = re.compile(r"stats|(scores|score|compensate)-[0-9a-f]{12}")
-FILES = re.compile(r"(hidden-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded")
+OWN_TEXT = re.compile(r"self-[0-9a-f]{12}\.safetensors")
+FILES = re.compile(
+    rf"(hidden-\d{{5}}|calibrated)(\.\d+of\d+)?|weights\.json|discarded|{OWN_TEXT.pattern}"
+)
 RECORDS_NAME = "records.jsonl"
 STEP_FILES = re.compile(rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}")
 AGAIN = (
@@ -179,9 +183,8 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
             drop(work)  # run.json is replaced last: it says whose this is
     else:
         old = {}
-        if work.exists() and not (work.is_dir() and files.is_empty(work)):
-            if not (work / STATS).is_dir() or not all(map(_is_ours, work.iterdir())):
-                raise WorkError(work, "is not a work directory of prunetool", "give another --work")
+        refuse_foreign(work)
+        if (work / STATS).is_dir():
             if not overwrite:
                 raise WorkError(
                     work,
@@ -196,6 +199,20 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
             files.sweep_old(directory)
     if old != run:
         files.write_json(run_path, checksum.sealed(run))
+
+
+def refuse_foreign(work: Path) -> None:
+    """Refuse to write in a directory that the steps have not made.
+
+    Raises:
+      WorkError: if it has files that are not theirs, and no run.json.
+    """
+    if (work / RUN_NAME).exists() or not work.exists():
+        return
+    if work.is_dir() and files.is_empty(work, but=OWN_TEXT):
+        return
+    if not (work / STATS).is_dir() or not all(map(_is_ours, work.iterdir())):
+        raise WorkError(work, "is not a work directory of prunetool", "give another --work")
 
 
 class Change(NamedTuple):
@@ -240,8 +257,12 @@ def _in_words(changes: Sequence[Change]) -> str:
     return shown(", ".join(words), 140)
 
 
-def drop(work: Path) -> None:
+def drop(work: Path, *, own_text: bool = False) -> None:
     """Remove only what the steps made below ``work``; run.json stays.
+
+    Args:
+      work: the directory.
+      own_text: also the ids that the model wrote, which other runs can use.
 
     Raises:
       WorkError: if one of their directories is a link, or a step is running there.
@@ -252,7 +273,8 @@ def drop(work: Path) -> None:
                 pass
     for entry in sorted(filter(_is_ours, work.iterdir())):
         if not DIRECTORIES.fullmatch(entry.name):
-            entry.unlink(missing_ok=True)
+            if own_text or not OWN_TEXT.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
             continue
         _refuse_link(entry)
         files.sweep(entry)
@@ -274,7 +296,7 @@ def _is_ours(entry: Path) -> bool:
 
 def clear(work: Path) -> None:
     """Remove everything that the steps made in ``work``, and ``work`` itself if then empty."""
-    drop(work)
+    drop(work, own_text=True)
     (work / RUN_NAME).unlink()
     with suppress(OSError):  # has the user's files, or cannot be removed
         work.rmdir()

@@ -16,7 +16,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
 
 @click.command(cls=options.Command)
 @options.model_arg
-@options.text_options
+@options.text_or_self_options
 @click.option(
     "--samples", default=128, show_default=True, type=click.IntRange(1), help="Sequences to use."
 )
@@ -25,7 +25,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     type=click.IntRange(0),
     metavar="SEED",
     help="Draw windows at random positions of all the text (which tokenises all of it) instead of "
-    "consecutive ones from the start.",
+    "consecutive ones from the start. With --text self: the seed it is sampled with (default 0).",
 )
 @click.option(
     "--held-out",
@@ -132,24 +132,36 @@ def calibrate(
     _check(text.length, samples, held_out, attention_samples, attention_length)
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
+    if text.by_model and coordinator is not None:
+        raise click.UsageError(
+            "--text self is for a single process: give several ones the ids that it keeps in its "
+            "work directory, by --tokens"
+        )
     options.keep_inputs([sink, profile], [model, *text.files])
 
     from prunetool import devices, streaming
+    from prunetool.model import open_model
     from prunetool.profiling import Profile
     from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
-    from prunetool.steps.run import open_with_text
+    from prunetool.steps.run import read_text
+    from prunetool.steps.selftext import own_text
 
     kept = min(text.length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
     with console.summary("calibrate") as said:
         team = devices.start(device, coordinator, processes, process_id)
-        opened, tokens, bos_id = open_with_text(model, revision, text, samples, shuffle)
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
+        opened = open_model(model, revision)
+        dtype = options.product_dtype(dtype, opened.dtype)
+        if text.by_model:
+            tokens, chosen = own_text(opened, text, samples, dtype, shuffle or 0, work, said)
+        else:
+            tokens, bos = read_text(opened, text, samples, shuffle)
+            chosen = {"shuffle": shuffle, "bos": bos}
         job = Calibration(
-            opened, tokens, held_out, stats,
-            Precision(options.product_dtype(dtype, opened.dtype), stats_dtype), work,
+            opened, tokens, held_out, stats, Precision(dtype, stats_dtype), work,
             AttentionSamples(attention_samples, kept),
             batch or streaming.batch_size(text.length) * devices.local_mesh().size, team,
-            Profile(profile), {"shuffle": shuffle, "bos": bos_id}, overwrite,
+            Profile(profile), chosen, overwrite,
         )  # fmt: skip
         job.write(model, partial(options.open_sink, sink))
         said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]

@@ -252,6 +252,34 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = Non
     return jnp.moveaxis(out.reshape(B, n_kv * g * d, N), 0, 1)
 
 
+def attention_inputs(
+    h: jax.Array, w: Layer, rope: Rotation, *, head_dim: int, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The normalised input x, and queries, keys and values, of a layer for its input h.
+
+    Returns:
+      (D, B, N), (n_kv, g, d, B, N) and twice (n_kv, d, B, N), in the dtype of the products.
+    """
+    dtype = w.q.dtype
+    x = rms_norm(h, w.input_norm, eps, dtype)
+    q, k = queries_keys(x, w, rope, head_dim=head_dim, eps=eps)
+    v = linear(w.v, w.v_bias, x).reshape(-1, head_dim, *h.shape[1:])
+    return x, q, k, v.astype(dtype)
+
+
+def after_attention(
+    h: jax.Array, x: jax.Array, a: jax.Array, w: Layer, *, eps: float
+) -> tuple[jax.Array, Taps]:
+    """The rest of a layer, from its input h, the normalised x and the heads' outputs a."""
+    after = h + linear(w.o, w.o_bias, a)
+
+    y = rms_norm(after, w.post_norm, eps, w.q.dtype)
+    gate, up = linear(w.gate, w.gate_bias, y), linear(w.up, w.up_bias, y)
+    z = (jax.nn.silu(gate) * up).astype(w.q.dtype)
+    out = after + linear(w.down, w.down_bias, z)
+    return out, Taps(x, a, y, z, h, after)
+
+
 def decoder_layer(
     h: jax.Array, w: Layer, rope: Rotation, *, head_dim: int, eps: float, window: int | None = None
 ) -> tuple[jax.Array, Taps]:
@@ -267,20 +295,8 @@ def decoder_layer(
     Returns:
       The residual stream after the layer, and the inputs of its matrices.
     """
-    dtype = w.q.dtype
-    _, B, N = h.shape
-
-    x = rms_norm(h, w.input_norm, eps, dtype)
-    q, k = queries_keys(x, w, rope, head_dim=head_dim, eps=eps)
-    v = linear(w.v, w.v_bias, x).reshape(-1, head_dim, B, N)
-    a = attention(q, k, v.astype(dtype), window)
-    after = h + linear(w.o, w.o_bias, a)
-
-    y = rms_norm(after, w.post_norm, eps, dtype)
-    gate, up = linear(w.gate, w.gate_bias, y), linear(w.up, w.up_bias, y)
-    z = (jax.nn.silu(gate) * up).astype(dtype)
-    out = after + linear(w.down, w.down_bias, z)
-    return out, Taps(x, a, y, z, h, after)
+    x, q, k, v = attention_inputs(h, w, rope, head_dim=head_dim, eps=eps)
+    return after_attention(h, x, attention(q, k, v, window), w, eps=eps)
 
 
 def logits(h: jax.Array, norm: jax.Array, head: jax.Array, *, eps: float) -> jax.Array:
