@@ -137,8 +137,8 @@ TEXT_HELP = (
     "joined."
 )
 SELF_HELP = (
-    f" {SELF}: sequences that the model itself writes, which takes memory for all of it; a file of "
-    f"this name is ./{SELF}."
+    f" {SELF}: sequences that the model itself writes, with all of it in memory; a file of this "
+    f"name is ./{SELF}."
 )
 TEXT = (
     click.option(

@@ -25,7 +25,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     type=click.IntRange(0),
     metavar="SEED",
     help="Draw windows at random positions of all the text (which tokenises all of it) instead of "
-    "consecutive ones from the start. With --text self: the seed it is sampled with (default 0).",
+    "consecutive ones from the start. With --text self: the seed of its sampling (default 0).",
 )
 @click.option(
     "--held-out",

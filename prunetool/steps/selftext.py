@@ -26,8 +26,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from prunetool import console, plan, streaming, workdir
-from prunetool.corpus import Text
+from prunetool import console, corpus, plan, streaming, workdir
 from prunetool.errors import ConfigError, RecordError
 from prunetool.llama import decode
 from prunetool.model import Model
@@ -84,6 +83,7 @@ class Sampler:
           WorkError: if the directory has other files, or another process writes there.
           ConfigError: if the memory is too small.
           NumericalError: if the model's output is not finite.
+          CorpusError: if the ids in the directory are not this model's.
         """
         with workdir.lock(work):
             workdir.refuse_foreign(work)
@@ -98,7 +98,8 @@ class Sampler:
                     workdir.write(work, self.name, {"tokens": ids})
                 del decoder
                 streaming.return_free_memory()
-        return ids[:samples]
+        vocab_size = self.model.config.vocab_size
+        return corpus.sequences(ids, samples, self.length, vocab_size, work / self.name)
 
     def _kept(self, work: Path) -> np.ndarray:
         """The sequences that an earlier run kept, in whole batches."""
@@ -171,7 +172,13 @@ def free_memory_bytes() -> int:
 
 
 def own_text(
-    model: Model, text: Text, samples: int, dtype: str, seed: int, work: Path, said: list[str]
+    model: Model,
+    text: corpus.Text,
+    samples: int,
+    dtype: str,
+    seed: int,
+    work: Path,
+    said: list[str],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The sequences of `Sampler` for ``--text self``, and how they were made, for the history."""
     started = time.monotonic()

@@ -6,9 +6,9 @@ import signal
 import click
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from prunetool import corpus
+from prunetool import card, corpus, records, workdir
 from prunetool.model import open_model
 from prunetool.steps import selftext
 from tests.conftest import error_of
@@ -121,6 +121,35 @@ def test_sequences_begin_with_the_bos_or_anywhere(checkpoint, run, tmp_path, bos
     tokens = ids(tmp_path / "w")
     assert {*tokens[:, 0]} == first or (first is None and len({*tokens[:, 0]}) > 5)
     assert len({*tokens[:, 1]}) > 5
+
+
+def test_ids_of_another_vocabulary_are_refused(checkpoint, run, tmp_path):
+    model = checkpoint()
+    run(*words(model, samples=2))
+    name = kept(tmp_path / "w").name
+    workdir.write(tmp_path / "w", name, {"tokens": np.full((2, 16), 260, np.int32)})
+    line = error_of(run(*words(model, samples=2), ok=False))
+    assert f"{name}: has token ids up to 260, outside the vocabulary of 260" in line
+
+
+def test_what_is_not_finite_is_not_sampled_from(checkpoint, run, tmp_path):
+    model = checkpoint()
+    tensors = load_file(model / "model.safetensors")
+    for part in ("gate", "up"):
+        tensors[f"model.layers.1.mlp.{part}_proj.weight"] *= 1e30
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    line = error_of(run(*words(model), ok=False))
+    assert "outputs NaN or infinity" in line
+    assert not list((tmp_path / "w").glob("self-*"))
+
+
+def test_the_card_names_it_as_the_text(checkpoint, run, tmp_path):
+    run(*words(checkpoint(), "--shuffle", 3))
+    with (tmp_path / "w.jsonl").open() as stream:
+        header, _ = records.read(stream)
+    (command,) = card.commands(header.history, "me/model")
+    assert command.startswith("prunetool calibrate me/model --samples 5 ")
+    assert " --text self --shuffle 3 --bos never " in command
 
 
 @pytest.mark.parametrize(
