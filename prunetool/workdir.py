@@ -170,20 +170,11 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
                 raise WorkError(run_path, error.what, todo) from error
             old = {"command": run["command"]}
         if changes := differing(old, run):
-            if changes[0].key == "command":
-                raise WorkError(
-                    work, f"holds a run of {shown(old['command'])}", "give another --work"
-                )
-            if not overwrite:
-                raise WorkError(
-                    work,
-                    f"holds another run: {_in_words(changes)}",
-                    "give --overwrite to delete it, or another --work",
-                )
+            _refuse(work, changes, overwrite=overwrite)
             drop(work)  # run.json is replaced last: it says whose this is
     else:
         old = {}
-        refuse_foreign(work)
+        _refuse_foreign(work)
         if (work / STATS).is_dir():
             if not overwrite:
                 raise WorkError(
@@ -201,15 +192,36 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
         files.write_json(run_path, checksum.sealed(run))
 
 
-def refuse_foreign(work: Path) -> None:
-    """Refuse to write in a directory that the steps have not made.
+def check(work: Path, known: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Refuse early what `claim` will refuse, while only a part of a run's `identity` is known.
 
     Raises:
-      WorkError: if it has files that are not theirs, and no run.json.
+      WorkError: if ``work`` has a run that differs in it, or files that are not the steps'.
     """
-    if (work / RUN_NAME).exists() or not work.exists():
+    if not (work / RUN_NAME).exists():
+        _refuse_foreign(work)
         return
-    if work.is_dir() and files.is_empty(work, but=OWN_TEXT):
+    with suppress(CheckpointError):  # damaged: `claim` says it
+        old = checksum.read_sealed(work / RUN_NAME)
+        if changes := differing({key: old.get(key) for key in known}, known):
+            _refuse(work, changes, overwrite=overwrite)
+
+
+def _refuse(work: Path, changes: Sequence["Change"], *, overwrite: bool) -> None:
+    """Refuse a directory whose run differs; with ``overwrite`` only if it is another command's."""
+    if changes[0].key == "command":
+        raise WorkError(work, f"holds a run of {shown(changes[0].was)}", "give another --work")
+    if not overwrite:
+        raise WorkError(
+            work,
+            f"holds another run: {_in_words(changes)}",
+            "give --overwrite to delete it, or another --work",
+        )
+
+
+def _refuse_foreign(work: Path) -> None:
+    """Refuse a directory without run.json that has files that are not the steps'."""
+    if not work.exists() or (work.is_dir() and files.is_empty(work, but=OWN_TEXT)):
         return
     if not (work / STATS).is_dir() or not all(map(_is_ours, work.iterdir())):
         raise WorkError(work, "is not a work directory of prunetool", "give another --work")

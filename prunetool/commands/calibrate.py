@@ -153,7 +153,9 @@ def calibrate(
         opened = open_model(model, revision)
         dtype = options.product_dtype(dtype, opened.dtype)
         if text.by_model:
-            tokens, chosen = own_text(opened, text, samples, dtype, shuffle or 0, work, said)
+            tokens, chosen = own_text(
+                opened, text, samples, dtype, shuffle or 0, work, said, overwrite=overwrite
+            )
         else:
             tokens, bos = read_text(opened, text, samples, shuffle)
             chosen = {"shuffle": shuffle, "bos": bos}

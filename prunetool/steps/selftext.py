@@ -80,13 +80,12 @@ class Sampler:
           (samples, N), int32.
 
         Raises:
-          WorkError: if the directory has other files, or another process writes there.
+          WorkError: if another process writes there.
           ConfigError: if the memory is too small.
           NumericalError: if the model's output is not finite.
           CorpusError: if the ids in the directory are not this model's.
         """
         with workdir.lock(work):
-            workdir.refuse_foreign(work)
             ids = self._kept(work)
             if len(ids) < samples:
                 self._need_memory()
@@ -179,11 +178,21 @@ def own_text(
     seed: int,
     work: Path,
     said: list[str],
+    *,
+    overwrite: bool,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The sequences of `Sampler` for ``--text self``, and how they were made, for the history."""
+    """The sequences of `Sampler` for ``--text self``, and how they were made, for the history.
+
+    Raises:
+      WorkError: at once if calibrate could not use the work directory afterwards.
+    """
     started = time.monotonic()
     bos = bos_id(model.directory, model.config.vocab_size, text.bos)
+    chosen = {"text": "self", "shuffle": seed, "bos": bos}
+    sizes = {"samples": samples, "sequence_length": text.length, "dtype": dtype}
+    known = {"command": "calibrate", **model.identity(), **sizes, **chosen}
+    workdir.check(work, known, overwrite=overwrite)
     tokens = Sampler(model, text.length, bos, dtype, seed).load(work, samples)
     console.doing("checking")
     said.append(f"own text in {time.monotonic() - started:.1f} s")
-    return tokens, {"text": "self", "shuffle": seed, "bos": bos}
+    return tokens, chosen

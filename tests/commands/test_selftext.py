@@ -123,6 +123,31 @@ def test_sequences_begin_with_the_bos_or_anywhere(checkpoint, run, tmp_path, bos
     assert len({*tokens[:, 1]}) > 5
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--shuffle", 1], "holds another run: --shuffle was 0 and is 1"),
+        (["--samples", 3], "holds another run: --samples was 2 and is 3"),
+        (["--dtype", "bfloat16"], 'holds another run: --dtype was "float32" and is "bfloat16"'),
+    ],
+)
+def test_another_run_is_refused_before_anything_is_sampled(
+    checkpoint, run, tmp_path, monkeypatch, more, says
+):
+    model = checkpoint()
+    run(*words(model, samples=2))
+    monkeypatch.delattr(selftext.Sampler, "load")
+    assert says in error_of(run(*words(model, *more, samples=2), ok=False))
+
+
+def test_the_work_directory_of_another_command_is_refused_at_once(checkpoint, run, tmp_path):
+    model = checkpoint()
+    claimed = workdir.identity("evaluate", open_model(str(model)).identity(), "", "1", {})
+    workdir.claim(tmp_path / "w", claimed)
+    line = error_of(run(*words(model, "--overwrite"), ok=False))
+    assert line.endswith("w: holds a run of evaluate; give another --work")
+
+
 def test_ids_of_another_vocabulary_are_refused(checkpoint, run, tmp_path):
     model = checkpoint()
     run(*words(model, samples=2))
