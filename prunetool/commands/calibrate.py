@@ -2,14 +2,17 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prunetool import console, options
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from prunetool.corpus import Text
+    from prunetool.model import Model
 
 ATTENTION_LENGTH = 512  # learning's cost grows with its square
 
@@ -129,22 +132,15 @@ def calibrate(
     """
     if held_out is None:
         held_out = max(samples // 8, min(samples - 1, 1))
-    _check(text.length, samples, held_out, attention_samples, attention_length)
+    _check(text, samples, held_out, attention_samples, attention_length, coordinator)
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
-    if text.by_model and coordinator is not None:
-        raise click.UsageError(
-            "--text self is for a single process: give several ones the ids that it keeps in its "
-            "work directory, by --tokens"
-        )
     options.keep_inputs([sink, profile], [model, *text.files])
 
     from prunetool import devices, streaming
     from prunetool.model import open_model
     from prunetool.profiling import Profile
     from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
-    from prunetool.steps.run import read_text
-    from prunetool.steps.selftext import own_text
 
     kept = min(text.length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
     with console.summary("calibrate") as said:
@@ -152,13 +148,7 @@ def calibrate(
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         opened = open_model(model, revision)
         dtype = options.product_dtype(dtype, opened.dtype)
-        if text.by_model:
-            tokens, chosen = own_text(
-                opened, text, samples, dtype, shuffle or 0, work, said, overwrite=overwrite
-            )
-        else:
-            tokens, bos = read_text(opened, text, samples, shuffle)
-            chosen = {"shuffle": shuffle, "bos": bos}
+        tokens, chosen = _read(opened, text, samples, shuffle, dtype, work, said, overwrite)
         job = Calibration(
             opened, tokens, held_out, stats, Precision(dtype, stats_dtype), work,
             AttentionSamples(attention_samples, kept),
@@ -169,10 +159,30 @@ def calibrate(
         said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]
 
 
+def _read(
+    model: "Model", text: "Text", samples: int, shuffle: int | None, dtype: str, work: Path,
+    said: list[str], overwrite: bool,
+) -> tuple["np.ndarray", dict[str, Any]]:  # fmt: skip
+    """The sequences, (samples, N), and how they were chosen, for the history."""
+    from prunetool.steps.run import read_text
+    from prunetool.steps.selftext import own_text
+
+    if text.by_model:
+        return own_text(model, text, samples, dtype, shuffle or 0, work, said, overwrite=overwrite)
+    tokens, bos = read_text(model, text, samples, shuffle)
+    return tokens, {"shuffle": shuffle, "bos": bos}
+
+
 def _check(
-    length: int, samples: int, held_out: int, attention_samples: int, attention_length: int | None
-) -> None:
-    """Refuse numbers that contradict each other."""
+    text: "Text", samples: int, held_out: int, attention_samples: int,
+    attention_length: int | None, coordinator: str | None,
+) -> None:  # fmt: skip
+    """Refuse options that contradict each other."""
+    if text.by_model and coordinator is not None:
+        raise click.UsageError(
+            "--text self is for a single process; several can take the ids that it keeps in its "
+            "work directory, by --tokens"
+        )
     if held_out >= samples:
         raise click.BadParameter(f"--held-out {held_out} of --samples {samples} leaves none to fit")
     if 2 * attention_samples > samples:
@@ -180,9 +190,9 @@ def _check(
             f"--attention-samples {attention_samples} and as many held out need --samples "
             f"{2 * attention_samples}"
         )
-    if attention_length and attention_length > length:
+    if attention_length and attention_length > text.length:
         raise click.BadParameter(
-            f"--attention-length {attention_length} exceeds --sequence-length {length}"
+            f"--attention-length {attention_length} exceeds --sequence-length {text.length}"
         )
     if not held_out:
         console.log.warning(
