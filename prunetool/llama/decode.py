@@ -6,12 +6,13 @@ layers lie side by side in memory, and one compiled function serves all of the s
 | symbol | is | shape |
 |---|---|---|
 | h | residual stream of the current tokens, float32 | (D, B, 1) |
-| L | positions that the cache has room for | |
+| L | positions that the blocks of the cache have room for | |
 | u | uniform random numbers in [0, 1), float64 | (B,) |
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, partial, reduce
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -23,24 +24,25 @@ from prunetool.llama import forward
 from prunetool.llama.forward import MASKED, Rotation
 from prunetool.llama.weights import Layer
 
-# The cache begins with room for this many positions, and grows by a quarter, or by as many again:
-# each size is compiled once, and little of what attention reads is empty.
+# The cache begins with a block for this many positions, and grows by further ones, of a quarter of
+# it or of this size: each number of blocks is compiled once, and attention reads little that is
+# empty.
 ROOM = 256
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first
 
 
 class Cache(NamedTuple):
-    """A layer's keys, rotated, and values of all positions so far, as rounded by the forward.
+    """A layer's keys, rotated, and values of a block of positions, as rounded by the forward.
 
     In float32: on a CPU, bfloat16 took up to 1.4 times as long in products of so few rows.
     """
 
-    k: jax.Array  # (n_kv, B, d, L)
-    v: jax.Array  # (n_kv, B, L, d)
+    k: jax.Array  # (n_kv, B, d, its part of L)
+    v: jax.Array  # (n_kv, B, its part of L, d)
 
     @property
     def room(self) -> int:
-        """Positions that it has room for, L."""
+        """Positions that it has room for."""
         return self.v.shape[2]
 
 
@@ -52,33 +54,42 @@ def room_for(position: int, length: int) -> int:
     return min(room, length)
 
 
-def attention(q: jax.Array, kv: Cache, position: jax.Array, window: int | None) -> jax.Array:
+def attention(
+    q: jax.Array, blocks: Sequence[Cache], position: jax.Array, window: int | None
+) -> jax.Array:
     """softmax(qᵀk) v of the current queries over the cache.
 
     Args:
       q: queries, already scaled by 1/√d, (n_kv, g, d, B, 1).
-      kv: the cache, this position included.
+      blocks: the cache, this position included.
       position: of the queries, () int32; what lies behind it is not seen.
       window: how many keys a query sees, up to its own; None for all.
 
     Returns:
       The heads' outputs, (n_kv · g · d, B, 1), in the dtype of ``q``.
     """
-    back = position - jnp.arange(kv.room, dtype=jnp.int32)  # (L,)
-    seen = (back >= 0) & (back < (kv.room if window is None else window))
+    ends = list(accumulate(block.room for block in blocks))
+    back = position - jnp.arange(ends[-1], dtype=jnp.int32)  # (L,)
+    seen = (back >= 0) & (back < (ends[-1] if window is None else window))
     rows = q[..., 0].transpose(0, 3, 1, 2).astype(jnp.float32)  # (n_kv, B, g, d)
-    S = jnp.matmul(rows, kv.k, precision=lax.Precision.HIGHEST)  # (n_kv, B, g, L)
+    S = jnp.concatenate([_matmul(rows, block.k) for block in blocks], axis=3)  # (n_kv, B, g, L)
     S = jnp.where(seen[None, None, None], S, jnp.float32(MASKED))
     P = jnp.exp(S - jnp.max(S, axis=3, keepdims=True))
     total = jnp.sum(P, axis=3, keepdims=True)
-    out = jnp.matmul(P, kv.v, precision=lax.Precision.HIGHEST) / total  # (n_kv, B, g, d)
+    parts = jnp.split(P, ends[:-1], axis=3)
+    summed = [_matmul(part, block.v) for part, block in zip(parts, blocks, strict=True)]
+    out = reduce(jnp.add, summed) / total  # (n_kv, B, g, d)
     return out.transpose(0, 2, 3, 1).reshape(-1, q.shape[3], 1).astype(q.dtype)
+
+
+_matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def layer(
     h: jax.Array,
     w: Layer,
-    kv: Cache,
+    full: Sequence[Cache],
+    last: Cache,
     rope: Rotation,
     position: jax.Array,
     *,
@@ -86,16 +97,30 @@ def layer(
     eps: float,
     window: int | None,
 ) -> tuple[jax.Array, Cache]:
-    """One decoder layer for the tokens at ``position``: h after it, and the cache with them."""
+    """One decoder layer for the tokens at ``position``.
+
+    Args:
+      h: (D, B, 1), float32.
+      w: the layer's weights.
+      full: the blocks of its cache before the last.
+      last: the block that this position is in.
+      rope: the angles of all positions.
+      position: () int32.
+      head_dim, eps, window: as in `forward.decoder_layer`.
+
+    Returns:
+      h after the layer, and the last block with this position.
+    """
     here = Rotation(*(lax.dynamic_slice_in_dim(angles, position, 1, 1) for angles in rope))
     x, q, k, v = forward.attention_inputs(h, w, here, head_dim=head_dim, eps=eps)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)  # (n_kv, B, d, 1), (n_kv, B, 1, d)
-    kv = Cache(
-        lax.dynamic_update_slice_in_dim(kv.k, k.astype(jnp.float32), position, 3),
-        lax.dynamic_update_slice_in_dim(kv.v, v.astype(jnp.float32), position, 2),
+    place = position - jnp.int32(sum(block.room for block in full))
+    last = Cache(
+        lax.dynamic_update_slice_in_dim(last.k, k.astype(jnp.float32), place, 3),
+        lax.dynamic_update_slice_in_dim(last.v, v.astype(jnp.float32), place, 2),
     )
-    a = attention(q, kv, position, window)
-    return forward.after_attention(h, x, a, w, eps=eps)[0], kv
+    a = attention(q, [*full, last], position, window)
+    return forward.after_attention(h, x, a, w, eps=eps)[0], last
 
 
 class Decoder:
@@ -125,7 +150,7 @@ class Decoder:
         self._layers, self._embedding, self._norm, self._head = layers, embedding, norm, head
         self._rope, self._head_dim = rope, head_dim
         self._step, self._scores = _compiled(head_dim, eps, window)
-        self._caches: list[Cache] = []
+        self._caches: list[list[Cache]] = []  # blocks, for each layer
 
     def __call__(self, ids: np.ndarray, position: int) -> jax.Array:
         """Scores of the tokens after these, (V, B), float32.
@@ -134,16 +159,16 @@ class Decoder:
           ids: the sequences' tokens at ``position``, (B,), int32.
           position: 0 begins new sequences; the others follow in order.
         """
-        room = room_for(position, self._rope.c.shape[1])
         if position == 0:
-            self._caches = [self._empty(w, len(ids), room) for w in self._layers]
-        elif (more := room - self._caches[0].room) > 0:
-            for number, (k, v) in enumerate(self._caches):  # only one layer's is in memory twice
-                self._caches[number] = Cache(_grown(k, 3, more), _grown(v, 2, more))
+            self._caches = [[] for _ in self._layers]
+        room = room_for(position, self._rope.c.shape[1])
+        if more := room - sum(block.room for block in self._caches[0]):
+            for w, blocks in zip(self._layers, self._caches, strict=True):
+                blocks.append(self._empty(w, len(ids), more))
         h = jnp.asarray(self._embedding[ids].astype(np.float32).T[:, :, None])
         at = jnp.int32(position)
-        for number, w in enumerate(self._layers):
-            h, self._caches[number] = self._step(h, w, self._caches[number], self._rope, at)
+        for w, blocks in zip(self._layers, self._caches, strict=True):
+            h, blocks[-1] = self._step(h, w, blocks[:-1], blocks[-1], self._rope, at)
         scores: jax.Array = self._scores(h, self._norm, self._head)
         return scores
 
@@ -154,22 +179,17 @@ class Decoder:
         return Cache(k, v)
 
 
-def _grown(array: jax.Array, axis: int, more: int) -> jax.Array:
-    """The array with zeros at the end of an axis."""
-    return jnp.pad(array, [(0, more if each == axis else 0) for each in range(array.ndim)])
-
-
 @cache
 def _compiled(
     head_dim: int, eps: float, window: int | None
 ) -> tuple[Callable[..., tuple[jax.Array, Cache]], Callable[..., jax.Array]]:
-    """The compiled layer, which updates its cache in place, and the compiled head."""
+    """The compiled layer, which updates its last block in place, and the compiled head."""
     step = partial(layer, head_dim=head_dim, eps=eps, window=window)
 
     def scores(h: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
         return forward.logits(h.swapaxes(1, 2), norm, head, eps=eps)
 
-    return jax.jit(step, donate_argnums=2), jax.jit(scores)
+    return jax.jit(step, donate_argnums=3), jax.jit(scores)
 
 
 @jax.jit
