@@ -137,7 +137,7 @@ def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
     for step in history:
         words = ["prunetool", step["command"]]
         if step["command"] == "calibrate":
-            words += [model, "--text", "TEXT"]
+            words += [model, *([] if "text" in step["options"] else ["--text", "TEXT"])]
         if step["command"] == "export":
             words.append("OUT")
         for option, value in step["options"].items():

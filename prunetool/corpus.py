@@ -32,6 +32,7 @@ class Text(NamedTuple):
       tokens_path: a file of token ids instead.
       length: tokens per sequence.
       bos: ``auto``, ``always`` or ``never`` (`tokenizer.bos_id`).
+      by_model: no text: the model writes its own (`steps.selftext`).
     """
 
     texts: Sequence[Path] = ()
@@ -39,6 +40,7 @@ class Text(NamedTuple):
     tokens_path: Path | None = None
     length: int = 2048
     bos: str = "auto"
+    by_model: bool = False
 
     @property
     def files(self) -> list[Path]:

@@ -131,12 +131,16 @@ length_opt = click.option(
     type=click.IntRange(2, 1 << 20),
     help="Tokens per sequence.",
 )
+SELF = "self"  # instead of a file: the model writes its own text
+TEXT_HELP = (
+    "Text to use: plain or JSON lines (--text-field), also as .gz, .zst, .bz2 or .xz. Several are "
+    "joined."
+)
+SELF_HELP = (
+    f" {SELF}: sequences that the model itself writes, with all of it in memory; a file of this "
+    f"name is ./{SELF}."
+)
 TEXT = (
-    click.option(
-        "--text", "texts", multiple=True, metavar="FILE", type=click.Path(path_type=Path),
-        help="Text to use: plain or JSON lines (--text-field), also as .gz, .zst, .bz2 or .xz. "
-        "Several are joined.",
-    ),
     click.option(
         "--text-field", default="text", show_default=True, help="Field of the JSON lines."
     ),
@@ -153,25 +157,41 @@ TEXT = (
 )  # fmt: skip
 
 
-def text_options(command: Callable[..., None], *, required: bool = True) -> Callable[..., None]:
-    """Add the options for the model's text, passed as one argument ``text``.
+def text_options(
+    command: Callable[..., None], *, by_model: bool = False, required: bool = True
+) -> Callable[..., None]:
+    """Add the options for the model's text, passed as one argument ``text`` (`corpus.Text`).
 
-    It is a `corpus.Text`; None if none is given and none is ``required``.
+    Args:
+      command: the command.
+      by_model: whether it can use a text that the model writes.
+      required: whether one must be given; without it, ``text`` is None.
     """
 
     @wraps(command)
     def gathered(
-        *, texts: tuple[Path, ...], text_field: str, tokens_path: Path | None, length: int,
+        *, texts: tuple[str, ...], text_field: str, tokens_path: Path | None, length: int,
         bos: str, **others: Any,
     ) -> None:  # fmt: skip
         if (texts and tokens_path) or (required and not (texts or tokens_path)):
             raise click.UsageError("give either --text or --tokens")
+        if SELF in texts and not by_model:
+            raise click.UsageError(
+                f"--text {SELF} is for calibrate: a file of this name is ./{SELF}"
+            )
+        if SELF in texts and len(texts) > 1:
+            raise click.UsageError(f"--text {SELF} cannot be joined with other text")
         from prunetool.corpus import Text
 
-        given = Text(texts, text_field, tokens_path, length, bos)
-        command(text=given if given.files else None, **others)
+        paths = tuple(Path(path) for path in texts if path != SELF)
+        text = Text(paths, text_field, tokens_path, length, bos, SELF in texts)
+        command(text=text if texts or tokens_path else None, **others)
 
-    for option in reversed(TEXT):
+    text_opt = click.option(
+        "--text", "texts", multiple=True, metavar="FILE", type=click.Path(),
+        help=TEXT_HELP + SELF_HELP * by_model,
+    )  # fmt: skip
+    for option in (*reversed(TEXT), text_opt):
         gathered = option(gathered)
     return gathered
 

@@ -90,6 +90,30 @@ def layer_bytes(model: Model) -> int:
     return max(sizes) * np.dtype(model.dtype).itemsize
 
 
+def cache_bytes(model: Model, length: int) -> int:
+    """Bytes of the keys and values of one sequence, in all layers, float32."""
+    config = model.config
+    return 2 * model.layers * config.widest.kv_heads * config.head_dim * length * 4
+
+
+def weights_bytes(model: Model, dtype: str) -> int:
+    """Bytes of the whole model in the dtype of the products, layers padded to the widest."""
+    config = model.config
+    ends = config.vocab_size * config.hidden_size * (1 if config.tied else 2)
+    in_layers = model.layers * model.layer_parameters(config.widest)
+    return (in_layers + ends) * np.dtype(dtype).itemsize
+
+
+def self_text_memory(model: Model, length: int, width: int, dtype: str) -> int:
+    """Peak bytes while the model writes its own text, ``width`` sequences at a time."""
+    config = model.config
+    V, D = config.vocab_size, config.hidden_size
+    # The embedding as stored, two layers read ahead; scores and their exponentials.
+    memory = WITH_JAX + weights_bytes(model, dtype) + width * cache_bytes(model, length)
+    memory += V * D * np.dtype(model.dtype).itemsize + 2 * layer_bytes(model) + 16 * V * width
+    return int(1.1 * memory)
+
+
 def calibrate(
     model: Model, samples: int, length: int, batch: int, stats: str, stats_dtype: str
 ) -> Need:

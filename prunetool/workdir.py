@@ -2,6 +2,7 @@
 
     work/
       run.json              the run's identity: checkpoint, tokens, options, version
+      self-8c0d….safetensors  ids that the model wrote for --text self, shared by several runs
       weights.json          checksums of the checkpoint's tensors, as calibrate read them
       tokens.safetensors    the sequences of token ids
       stats/                sums over calibration tokens, two files per layer (fit, held-out)
@@ -51,23 +52,16 @@ TOKENS_NAME = "tokens.safetensors"
 DISCARDED_NAME = "discarded"
 SILENT_SECONDS = 60.0  # of waiting for a lock before it is reported
 BROKEN_SECONDS = 2.0  # writing a lock file takes less than this
-CALIBRATED = (
-    "stats/*.safetensors",
-    "hidden-*",
-    "residual-*",
-    "gradient-*",
-)  # its files, for `size_bytes`
+# Files of calibrate, for `size_bytes`.
+CALIBRATED = ("stats/*.safetensors", "hidden-*", "residual-*", "gradient-*")
 EVERYTHING = ("*", "*/*")
-STATS_KINDS = (
-    STATS,
-    "held_out",
-    "attention",
-    "gradients",
-)  # of the files that calibrate makes for a layer
+STATS_KINDS = (STATS, "held_out", "attention", "gradients")  # of calibrate's files for a layer
 # Names of everything that the steps make in a work directory; nothing else is ever removed.
 DIRECTORIES = re.compile(r"stats|(scores|score|compensate|recover)-[0-9a-f]{12}")
+OWN_TEXT = re.compile(r"self-[0-9a-f]{12}\.safetensors")
 FILES = re.compile(
-    rf"((hidden|residual|gradient)-\d{{5}}|calibrated)(\.\d+of\d+)?|weights\.json|discarded|{re.escape(TOKENS_NAME)}"
+    r"((hidden|residual|gradient)-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded"
+    rf"|tokens\.safetensors|{OWN_TEXT.pattern}"
 )
 RECORDS_NAME = "records.jsonl"
 STEP_FILES = re.compile(
@@ -186,22 +180,12 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
                 raise WorkError(run_path, error.what, todo) from error
             old = {"command": run["command"]}
         if changes := differing(old, run):
-            if changes[0].key == "command":
-                raise WorkError(
-                    work, f"holds a run of {shown(old['command'])}", "give another --work"
-                )
-            if not overwrite:
-                raise WorkError(
-                    work,
-                    f"holds another run: {_in_words(changes)}",
-                    "give --overwrite to delete it, or another --work",
-                )
+            _refuse(work, changes, overwrite=overwrite)
             drop(work)  # run.json is replaced last: it says whose this is
     else:
         old = {}
-        if work.exists() and not (work.is_dir() and files.is_empty(work)):
-            if not (work / STATS).is_dir() or not all(map(_is_ours, work.iterdir())):
-                raise WorkError(work, "is not a work directory of prunetool", "give another --work")
+        _refuse_foreign(work)
+        if (work / STATS).is_dir():
             if not overwrite:
                 raise WorkError(
                     work,
@@ -216,6 +200,41 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
             files.sweep_old(directory)
     if old != run:
         files.write_json(run_path, checksum.sealed(run))
+
+
+def check(work: Path, known: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Refuse early what `claim` will refuse, while only a part of a run's `identity` is known.
+
+    Raises:
+      WorkError: if ``work`` has a run that differs in it, or files that are not the steps'.
+    """
+    if not (work / RUN_NAME).exists():
+        _refuse_foreign(work)
+        return
+    with suppress(CheckpointError):  # damaged: `claim` says it
+        old = checksum.read_sealed(work / RUN_NAME)
+        if changes := differing({key: old.get(key) for key in known}, known):
+            _refuse(work, changes, overwrite=overwrite)
+
+
+def _refuse(work: Path, changes: Sequence["Change"], *, overwrite: bool) -> None:
+    """Refuse a directory whose run differs; with ``overwrite`` only if it is another command's."""
+    if changes[0].key == "command":
+        raise WorkError(work, f"holds a run of {shown(changes[0].was)}", "give another --work")
+    if not overwrite:
+        raise WorkError(
+            work,
+            f"holds another run: {_in_words(changes)}",
+            "give --overwrite to delete it, or another --work",
+        )
+
+
+def _refuse_foreign(work: Path) -> None:
+    """Refuse a directory without run.json that has files that are not the steps'."""
+    if not work.exists() or (work.is_dir() and files.is_empty(work, but=OWN_TEXT)):
+        return
+    if not (work / STATS).is_dir() or not all(map(_is_ours, work.iterdir())):
+        raise WorkError(work, "is not a work directory of prunetool", "give another --work")
 
 
 class Change(NamedTuple):
@@ -260,8 +279,12 @@ def _in_words(changes: Sequence[Change]) -> str:
     return shown(", ".join(words), 140)
 
 
-def drop(work: Path) -> None:
+def drop(work: Path, *, own_text: bool = False) -> None:
     """Remove only what the steps made below ``work``; run.json stays.
+
+    Args:
+      work: the directory.
+      own_text: also the ids that the model wrote, which other runs can use.
 
     Raises:
       WorkError: if one of their directories is a link, or a step is running there.
@@ -272,7 +295,8 @@ def drop(work: Path) -> None:
                 pass
     for entry in sorted(filter(_is_ours, work.iterdir())):
         if not DIRECTORIES.fullmatch(entry.name):
-            entry.unlink(missing_ok=True)
+            if own_text or not OWN_TEXT.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
             continue
         _refuse_link(entry)
         files.sweep(entry)
@@ -294,7 +318,7 @@ def _is_ours(entry: Path) -> bool:
 
 def clear(work: Path) -> None:
     """Remove everything that the steps made in ``work``, and ``work`` itself if then empty."""
-    drop(work)
+    drop(work, own_text=True)
     (work / RUN_NAME).unlink()
     with suppress(OSError):  # has the user's files, or cannot be removed
         work.rmdir()

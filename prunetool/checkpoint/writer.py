@@ -416,9 +416,10 @@ def work_of(directory: Path) -> str:
     return ""
 
 
-def is_empty(directory: Path) -> bool:
-    """Whether a directory is empty but for what killed writers left."""
-    return all(map(_is_leftover, directory.iterdir()))
+def is_empty(directory: Path, *, but: re.Pattern[str] | None = None) -> bool:
+    """Whether a directory has only what killed writers left, and files with names like ``but``."""
+    others = (entry for entry in directory.iterdir() if not but or not but.fullmatch(entry.name))
+    return all(map(_is_leftover, others))
 
 
 def whole_files(directory: Path) -> list[str]:

@@ -2,14 +2,17 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prunetool import console, options
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from prunetool.corpus import Text
+    from prunetool.model import Model
 
 GRADIENTS = 32
 ATTENTION_LENGTH = 512  # learning's cost grows with its square
@@ -17,7 +20,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
 
 @click.command(cls=options.Command)
 @options.model_arg
-@options.text_options
+@partial(options.text_options, by_model=True)
 @click.option(
     "--samples", default=128, show_default=True, type=click.IntRange(1), help="Sequences to use."
 )
@@ -26,7 +29,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     type=click.IntRange(0),
     metavar="SEED",
     help="Draw windows at random positions of all the text (which tokenises all of it) instead of "
-    "consecutive ones from the start.",
+    "consecutive ones from the start. With --text self: the seed of its sampling (default 0).",
 )
 @click.option(
     "--held-out",
@@ -150,7 +153,7 @@ def calibrate(
         held_out = max(samples // 8, min(samples - 1, 1))
     if gradients is None:
         gradients = min(GRADIENTS, samples - held_out)
-    _check(text.length, samples, held_out, attention_samples, attention_length)
+    _check(text, samples, held_out, attention_samples, attention_length, coordinator)
     if gradients > samples - held_out:
         raise click.BadParameter(
             f"--gradients {gradients}: only {samples - held_out} samples are not held out"
@@ -160,31 +163,52 @@ def calibrate(
     options.keep_inputs([sink, profile], [model, *text.files])
 
     from prunetool import devices, streaming
+    from prunetool.model import open_model
     from prunetool.profiling import Profile
     from prunetool.steps.backward import Precision
     from prunetool.steps.calibrate import AttentionSamples, Calibration
-    from prunetool.steps.run import open_with_text
 
     kept = min(text.length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
     with console.summary("calibrate") as said:
         team = devices.start(device, coordinator, processes, process_id)
-        opened, tokens, bos_id = open_with_text(model, revision, text, samples, shuffle)
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
+        opened = open_model(model, revision)
+        dtype = options.product_dtype(dtype, opened.dtype)
+        tokens, chosen = _read(opened, text, samples, shuffle, dtype, work, said, overwrite)
         job = Calibration(
-            opened, tokens, held_out, stats,
-            Precision(options.product_dtype(dtype, opened.dtype), stats_dtype, stream_dtype), work,
+            opened, tokens, held_out, stats, Precision(dtype, stats_dtype, stream_dtype), work,
             AttentionSamples(attention_samples, kept),
             batch or streaming.batch_size(text.length) * devices.local_mesh().size, gradients, team,
-            Profile(profile), {"shuffle": shuffle, "bos": bos_id}, overwrite,
+            Profile(profile), chosen, overwrite,
         )  # fmt: skip
         job.write(model, partial(options.open_sink, sink))
         said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]
 
 
+def _read(
+    model: "Model", text: "Text", samples: int, shuffle: int | None, dtype: str, work: Path,
+    said: list[str], overwrite: bool,
+) -> tuple["np.ndarray", dict[str, Any]]:  # fmt: skip
+    """The sequences, (samples, N), and how they were chosen, for the history."""
+    from prunetool.steps.run import read_text
+    from prunetool.steps.selftext import own_text
+
+    if text.by_model:
+        return own_text(model, text, samples, dtype, shuffle or 0, work, said, overwrite=overwrite)
+    tokens, bos = read_text(model, text, samples, shuffle)
+    return tokens, {"shuffle": shuffle, "bos": bos}
+
+
 def _check(
-    length: int, samples: int, held_out: int, attention_samples: int, attention_length: int | None
-) -> None:
-    """Refuse numbers that contradict each other."""
+    text: "Text", samples: int, held_out: int, attention_samples: int,
+    attention_length: int | None, coordinator: str | None,
+) -> None:  # fmt: skip
+    """Refuse options that contradict each other."""
+    if text.by_model and coordinator is not None:
+        raise click.UsageError(
+            "--text self is for a single process; several can take the ids that it keeps in its "
+            "work directory, by --tokens"
+        )
     if held_out >= samples:
         raise click.BadParameter(f"--held-out {held_out} of --samples {samples} leaves none to fit")
     if 2 * attention_samples > samples:
@@ -192,9 +216,9 @@ def _check(
             f"--attention-samples {attention_samples} and as many held out need --samples "
             f"{2 * attention_samples}"
         )
-    if attention_length and attention_length > length:
+    if attention_length and attention_length > text.length:
         raise click.BadParameter(
-            f"--attention-length {attention_length} exceeds --sequence-length {length}"
+            f"--attention-length {attention_length} exceeds --sequence-length {text.length}"
         )
     if not held_out:
         console.log.warning(

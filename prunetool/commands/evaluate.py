@@ -68,11 +68,12 @@ def evaluate(
     from prunetool.model import open_model
     from prunetool.steps.compare import compare
     from prunetool.steps.evaluate import claimed, mean_loss, perplexity
-    from prunetool.steps.run import open_with_text
+    from prunetool.steps.run import read_text
 
     with console.summary("evaluate") as said, ExitStack() as stack:
         devices.start(device)
-        opened, tokens, bos_id = open_with_text(model, revision, text, samples)
+        opened = open_model(model, revision)
+        tokens, bos_id = read_text(opened, text, samples)
         dtype = options.product_dtype(dtype, opened.dtype)
         how = {
             "samples": tokens.shape[0],

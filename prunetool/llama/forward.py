@@ -32,7 +32,6 @@ QUERY_BLOCK = 128  # queries per step; 64, 256, 512 were no faster on a CPU with
 # slower than in tiles.
 WHOLE, TILE = 2048, (1024, 4096)
 MASKED = -1e30  # far below any logit, and finite: no NaN from inf - inf
-SAMPLE_BLOCK = 128  # of the vocabulary
 
 
 class Rotation(NamedTuple):
@@ -298,6 +297,34 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = Non
     return jnp.moveaxis(out.reshape(B, n_kv * g * d, N), 0, 1)
 
 
+def attention_inputs(
+    h: jax.Array, w: Layer, rope: Rotation, *, head_dim: int, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The normalised input x, and queries, keys and values, of a layer for its input h.
+
+    Returns:
+      (D, B, N), (n_kv, g, d, B, N) and twice (n_kv, d, B, N), in the dtype of the products.
+    """
+    dtype = w.q.dtype
+    x = rms_norm(h, w.input_norm, eps, dtype)
+    q, k = queries_keys(x, w, rope, head_dim=head_dim, eps=eps)
+    v = linear(w.v, w.v_bias, x).reshape(-1, head_dim, *h.shape[1:])
+    return x, q, k, v.astype(dtype)
+
+
+def after_attention(
+    h: jax.Array, x: jax.Array, a: jax.Array, w: Layer, *, eps: float
+) -> tuple[jax.Array, Taps]:
+    """The rest of a layer, from its input h, the normalised x and the heads' outputs a."""
+    after = h + linear(w.o, w.o_bias, a)
+
+    y = rms_norm(after, w.post_norm, eps, w.q.dtype)
+    gate, up = linear(w.gate, w.gate_bias, y), linear(w.up, w.up_bias, y)
+    z = (jax.nn.silu(gate) * up).astype(w.q.dtype)
+    out = after + linear(w.down, w.down_bias, z)
+    return out, Taps(x, a, y, z, h, after)
+
+
 def decoder_layer(
     h: jax.Array, w: Layer, rope: Rotation, *, head_dim: int, eps: float, window: int | None = None
 ) -> tuple[jax.Array, Taps]:
@@ -313,20 +340,8 @@ def decoder_layer(
     Returns:
       The residual stream after the layer, and the inputs of its matrices.
     """
-    dtype = w.q.dtype
-    _, B, N = h.shape
-
-    x = rms_norm(h, w.input_norm, eps, dtype)
-    q, k = queries_keys(x, w, rope, head_dim=head_dim, eps=eps)
-    v = linear(w.v, w.v_bias, x).reshape(-1, head_dim, B, N)
-    a = attention(q, k, v.astype(dtype), window)
-    after = h + linear(w.o, w.o_bias, a)
-
-    y = rms_norm(after, w.post_norm, eps, dtype)
-    gate, up = linear(w.gate, w.gate_bias, y), linear(w.up, w.up_bias, y)
-    z = (jax.nn.silu(gate) * up).astype(dtype)
-    out = after + linear(w.down, w.down_bias, z)
-    return out, Taps(x, a, y, z, h, after)
+    x, q, k, v = attention_inputs(h, w, rope, head_dim=head_dim, eps=eps)
+    return after_attention(h, x, attention(q, k, v, window), w, eps=eps)
 
 
 def logits(h: jax.Array, norm: jax.Array, head: jax.Array, *, eps: float) -> jax.Array:
@@ -356,25 +371,3 @@ def divergences(scores: jax.Array, other: jax.Array) -> jax.Array:
     """KL(p‖p') of each token's next-token distributions, from logits (V, n) of both; (n,), nats."""
     log_p, log_q = jax.nn.log_softmax(scores, axis=0), jax.nn.log_softmax(other, axis=0)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=0)
-
-
-def sample(scores: jax.Array, uniform: jax.Array) -> jax.Array:
-    """A token of each next-token distribution, by inverting its cumulative sum; (n,), int32.
-
-    The sum is taken over blocks of the vocabulary first: over all of it, it would be the slowest
-    part of a pass.
-
-    Args:
-      scores: logits, (V, n).
-      uniform: numbers in [0, 1), (n,), float32.
-    """
-    V, n = scores.shape
-    p = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
-    p = jnp.pad(p, ((0, -V % SAMPLE_BLOCK), (0, 0))).reshape(-1, SAMPLE_BLOCK, n)
-    below = jnp.cumsum(jnp.sum(p, axis=1), axis=0)  # (V / block, n)
-    target = uniform * below[-1]
-    block = jnp.sum(below[:-1] <= target[None], axis=0)
-    start = jnp.where(block > 0, below[block - 1, jnp.arange(n)], jnp.float32(0))
-    within = jnp.cumsum(p[block, :, jnp.arange(n)], axis=1) + start[:, None]  # (n, block)
-    place = jnp.sum(within[:, :-1] <= target[:, None], axis=1)
-    return jnp.minimum(block * SAMPLE_BLOCK + place, V - 1).astype(jnp.int32)

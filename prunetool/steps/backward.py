@@ -20,7 +20,7 @@ import numpy as np
 from prunetool import console, stats, streaming, workdir
 from prunetool.devices import BY_DEVICE, BY_SEQUENCE, EVERYWHERE, Spread, Team
 from prunetool.errors import RecordError
-from prunetool.llama import backward, forward
+from prunetool.llama import backward, decode, forward
 from prunetool.llama.parts import MATRICES, PARTS
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
@@ -145,7 +145,7 @@ class Backward:
             h: jax.Array, uniform: jax.Array, norm: jax.Array, head: jax.Array
         ) -> jax.Array:
             def loss(scores: jax.Array) -> jax.Array:
-                drawn = forward.sample(jax.lax.stop_gradient(scores), uniform)
+                drawn = decode.draw(jax.lax.stop_gradient(scores), uniform)
                 return jnp.sum(forward.token_losses(scores, drawn))
 
             return backward.top(loss, h, norm, head, eps=ends.eps)[1]
@@ -155,7 +155,7 @@ class Backward:
             for place in console.progress(range(len(self.mine)), len(self.mine), what="labels of"):
                 h, g = below.read(range(place, place + 1)), []
                 generator = np.random.default_rng([LABEL_SEED, int(self.mine[place])])
-                u: np.ndarray = generator.random(length, dtype=np.float32)  # type: ignore[assignment]
+                u = generator.random(length)
                 for start in range(0, length, LOGIT_TOKENS):
                     block = slice(start, start + LOGIT_TOKENS)
                     g.append(np.asarray(gradient(h[:, :, block], u[block], ends.norm, ends.head)))

@@ -71,25 +71,23 @@ def recall_weights(model: Model, work: Path, *, overwrite: bool) -> bool:
     return False
 
 
-def open_with_text(
-    model: str, revision: str | None, text: Text, samples: int | None, shuffle: int | None = None
-) -> tuple[Model, np.ndarray, int | None]:
-    """Open a checkpoint and cut text for it.
+def read_text(
+    model: Model, text: Text, samples: int | None, shuffle: int | None = None
+) -> tuple[np.ndarray, int | None]:
+    """Cut text for a checkpoint.
 
     Args:
-      model: a directory or Hub id.
-      revision: revision of the Hub model.
+      model: the checkpoint.
       text: the text.
       samples, shuffle: as in `corpus.sequences`.
 
     Returns:
-      The checkpoint; the sequences, (samples, N), int32; the BOS that begins each, or None.
+      The sequences, (samples, N), int32; the BOS that begins each, or None.
     """
-    opened = open_model(model, revision)
     console.doing("reading text")
-    tokens, bos = text.load(opened.directory, opened.config.vocab_size, samples, shuffle)
+    tokens, bos = text.load(model.directory, model.config.vocab_size, samples, shuffle)
     console.doing("checking")
-    return opened, tokens, bos
+    return tokens, bos
 
 
 @dataclass
