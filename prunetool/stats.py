@@ -265,7 +265,7 @@ class Stats(_Sums):
 
 
 class Gradients(_Sums):
-    """A layer's sums over gradients of -log p(y), in nats, y drawn from the model (`add_gradients`).
+    """A layer's sums (`add_gradients`) over gradients of -log p(y), in nats, y drawn from it.
 
     Args:
       work: the work directory.
