@@ -296,6 +296,20 @@ def allocate_uniform(
     return Counts(np.full(layers, lost_groups), np.full(layers, lost_channels))
 
 
+def check_weights(sparsity: float) -> None:
+    """Refuse a sparsity that `allocate_weights` cannot reach.
+
+    Raises:
+      ConfigError: if it is beyond `MOST`.
+    """
+    if sparsity > MOST:
+        raise ConfigError(
+            "--allocation loss",
+            f"removes at most {MOST:.0%} of the weights of any matrix",
+            "lower --sparsity, or give --allocation uniform",
+        )
+
+
 def allocate_weights(histograms: Sequence[np.ndarray], target: int) -> np.ndarray:
     """How many weights each matrix loses if those of least loss go, whatever their matrix.
 
@@ -304,21 +318,12 @@ def allocate_weights(histograms: Sequence[np.ndarray], target: int) -> np.ndarra
 
     Args:
       histograms: of each matrix's losses, over the same bins, ascending, (B,) int.
-      target: weights to remove.
+      target: weights to remove, at most `MOST` of them all.
 
     Returns:
       (M,), int.
-
-    Raises:
-      ConfigError: if the matrices cannot lose so many.
     """
     most = np.ceil([MOST * h.sum(dtype=np.int64) for h in histograms]).astype(int)
-    if target > most.sum():
-        raise ConfigError(
-            "--allocation loss",
-            f"removes at most {MOST:.0%} of the weights of any matrix",
-            "lower --sparsity, or give --allocation uniform",
-        )
 
     def below(bins: int) -> np.ndarray:
         each = [h[:bins].sum(dtype=np.int64) for h in histograms]

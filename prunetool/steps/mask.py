@@ -52,6 +52,8 @@ class Masking:
           ConfigError: if ``--allocation loss`` cannot remove that much.
         """
         self._check_kept(self.run.header.calibration)
+        if self._by_loss:
+            budget.check_weights(self.how["sparsity"])
         return self._masked(source)
 
     def _masked(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:

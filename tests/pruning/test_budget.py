@@ -331,8 +331,9 @@ def test_weights_of_least_loss_go_up_to_the_most_of_each_matrix(sizes, fraction,
     assert all(abs(n - ratio * room) < 1 for n, room in shared)
 
 
-def test_more_than_the_most_of_each_matrix_is_refused():
+def test_the_most_of_each_matrix_can_go_and_no_more():
     histograms = [np.array([0, 10]), np.array([5, 0])]
     np.testing.assert_array_equal(budget.allocate_weights(histograms, 12), [8, 4])
+    budget.check_weights(0.8)
     with pytest.raises(ConfigError, match="removes at most 80% of the weights of any matrix"):
-        budget.allocate_weights(histograms, 13)
+        budget.check_weights(0.81)

@@ -86,9 +86,7 @@ def edge(number):
 def test_the_histogram_counts_the_loss_of_each_weight_and_of_its_best_refit():
     W, A = problem(rows=5, width=12, tokens=80)
     g2 = np.array([1e-6, 0.1, 1.0, 5.0, 1e4])
-    loss = [
-        [references.weight_loss(W, A, g2, 80, 0.01, i, j) for j in range(12)] for i in range(5)
-    ]
+    loss = [[references.weight_loss(W, A, g2, 80, 0.01, i, j) for j in range(12)] for i in range(5)]
     own = unstructured.inverse_diagonal(A.copy(), 0.01)
     counts = unstructured.histogram(W, own, g2, 80)
     assert counts.sum() == W.size
