@@ -17,6 +17,7 @@ class Method(NamedTuple):
       options: options of ``score`` that the function takes as keywords; scores are kept by their
         values, so without ``sparsity`` a sweep shares them.
       needs_gram: it requires the Gram matrix of the inputs.
+      needs_gradients: it requires the mean squared gradients at the outputs, its third argument.
       raw_loss: its scores are a loss in output units. Layers are then compared by loss per
         parameter; the scores of other methods are already relative to their layer.
       sums_energy: it also returns the output energy of all units together.
@@ -31,6 +32,7 @@ class Method(NamedTuple):
     function: str
     options: tuple[str, ...] = ()
     needs_gram: bool = False
+    needs_gradients: bool = False
     raw_loss: bool = False
     sums_energy: bool = False
     cuts: bool = False
@@ -76,6 +78,15 @@ WEIGHTS = {
         "pruning.unstructured:chosen_by_sparsegpt",
         ("sparsity", "pattern", "damping"),
         needs_gram=True,
+        cuts=True,
+        updates=True,
+        damping=1e-2,
+    ),
+    "fisher": Method(
+        "pruning.unstructured:chosen_by_fisher",
+        ("sparsity", "pattern", "damping"),
+        needs_gram=True,
+        needs_gradients=True,
         cuts=True,
         updates=True,
         damping=1e-2,

@@ -8,6 +8,7 @@ import numpy as np
 from prunetool.llama.weights import input_sizes, part_shapes
 from prunetool.model import Model
 from prunetool.pruning.compensation import CHOICE_OUTPUTS
+from prunetool.pruning.unstructured import BINS
 from prunetool.stats import array_shapes, gradient_shapes
 
 FILE_BYTES = 4096  # of names, shapes and checksums in a file of a layer
@@ -66,9 +67,15 @@ def units_bytes(model: Model) -> int:
     )
 
 
-def masks_bytes(model: Model, parts: tuple[str, ...]) -> int:
-    """Bytes of the masks of these matrices, new values of q and k included."""
-    total = 0
+def masks_bytes(model: Model, parts: tuple[str, ...], *, by_loss: bool) -> int:
+    """Bytes of the masks of these matrices, new values of q and k included.
+
+    Args:
+      model: the checkpoint.
+      parts: the matrices.
+      by_loss: the losses of their weights are counted, to share the sparsity out.
+    """
+    total = model.layers * (4 * BINS * len(parts) + FILE_BYTES) if by_loss else 0
     for shape in model.config.layer_shapes:
         sizes = {part: int(np.prod(part_shapes(model.config, shape)[part])) for part in parts}
         total += sum(size // 8 + (4 * size if part in "qk" else 0) for part, size in sizes.items())

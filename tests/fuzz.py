@@ -335,7 +335,7 @@ def read_stream(random: Random, path: str) -> None:
     """Any step on a stream, by options that it was run with before or by others."""
     stream = path if path in STREAMS else random.choice(STREAMS)
     unit_method = random.choice(list(methods.UNITS))
-    weight_method = random.choice(["magnitude", "wanda", "sparsegpt", "random"])
+    weight_method = random.choice(list(methods.WEIGHTS))
     target = random.choice(["weights", "qk", "v,o", "down"])
     made = ["-o", "made"]
     steps = [

@@ -69,13 +69,24 @@ def refit(X, W, kept, damping):
     return np.linalg.lstsq(left, right, rcond=None)[0]
 
 
-def sparsegpt(W, A, damping, sparsity, pattern, block):
+def weight_loss(W, A, g2, tokens, damping, i, j):
+    """Nats a token that removing w_ij costs, by refitting the rest of its row explicitly."""
+    A = A / tokens + damping * np.diagonal(A).mean() / tokens * np.eye(len(A))
+    others = np.arange(len(A)) != j
+    V = np.zeros(len(A))
+    V[others] = np.linalg.solve(A[np.ix_(others, others)], A[others] @ W[i])
+    return 0.5 * g2[i] * (W[i] - V) @ A @ (W[i] - V)
+
+
+def sparsegpt(W, A, damping, sparsity, pattern, block, outputs=None):
     """SparseGPT by its idea: each column in turn is removed by OBS from those not yet frozen.
 
     The inverse of the Hessian of the columns left is made anew for every column; no factorisation
-    is shared between columns, and the score is OBS's w²/[H⁻¹]_jj of that inverse.
+    is shared between columns, and the score is OBS's w²/[H⁻¹]_jj of that inverse,
+    times its row's factor in ``outputs``.
     """
     W, D = W.copy(), W.shape[1]
+    outputs = np.ones(len(W)) if outputs is None else outputs
     H = A + damping * np.diagonal(A).mean() * np.eye(D)
     kept = np.ones(W.shape, bool)
     size = 4 if pattern == "2:4" else block
@@ -83,6 +94,7 @@ def sparsegpt(W, A, damping, sparsity, pattern, block):
     for start in range(0, D, size):
         stop = min(start + size, D)
         scores = np.stack([W[:, j] ** 2 / inverses[j][0, 0] for j in range(start, stop)], axis=1)
+        scores *= outputs[:, None]
         if pattern == "unstructured":
             lost = round(round(sparsity * W.size) * stop / D) - round(
                 round(sparsity * W.size) * start / D

@@ -101,6 +101,13 @@ def test_every_command_has_help_and_an_example(command):
             "--published sets --lambda itself: leave out one of them",
         ),
         *(
+            (["score", "--sparsity", ".2", "--target", "v", "--method", "wanda", *more], words)
+            for more, words in {
+                ("--allocation", "global"): "is only for heads and channels; give uniform or loss",
+                ("--allocation", "loss"): "--pattern per-output fixes what each matrix loses;",
+            }.items()
+        ),
+        *(
             (["score", "--sparsity", ".2", "--published", *more], words)
             for more, words in {
                 ("--lambda", "inf"): "--published sets --lambda itself",

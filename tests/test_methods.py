@@ -64,7 +64,7 @@ def test_a_name_without_a_row_scores_nothing(calibrated, call):
 @pytest.mark.parametrize("row", ROWS)
 def test_a_function_takes_the_options_of_its_row(row):
     function = row.load()
-    first = (None, None) if row in WEIGHTS.values() else (None,)
+    first = [None] * (1 + (row in WEIGHTS.values()) + row.needs_gradients)
     inspect.signature(function).bind(*first, **dict.fromkeys(row.options))
     assert set(row.options) <= {option.name for option in score.params}
 
@@ -74,5 +74,5 @@ def test_help_names_every_method_and_the_defaults_that_differ(name):
     with click.Context(score) as context:
         said = " ".join(score.get_help(context).split())
     assert name in said
-    assert "(0.0001; greedy: 0.01; sparsegpt: 0.01); x>=0]" in said
+    assert "(0.0001; greedy: 0.01; sparsegpt: 0.01; fisher: 0.01); x>=0]" in said
     assert "[default: (unstructured; wanda: per-output)]" in said

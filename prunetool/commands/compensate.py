@@ -25,7 +25,8 @@ def compensate(
 
     Reads the records of score. The refit to the kept heads and channels is closed-form; its damping
     is chosen on the held-out calibration tokens, and the final refit uses all tokens. Matrices
-    that sparsegpt masked get its update; those masked by other methods keep their values.
+    that sparsegpt or fisher masked get SparseGPT's update; those masked by other methods keep
+    their values.
 
     \b
     Example:

@@ -22,7 +22,7 @@ from prunetool.methods import (
     methods_of,
 )
 
-OF_UNITS = ("allocation", "weighting", "multiple_of", "min_channels", "newton_iterations")
+OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
 SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 
@@ -34,7 +34,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     required=True,
     type=options.Finite(0, 1, max_open=True),
     help="Fraction to remove. heads and channels: of the parameters of all decoder layers' seven "
-    "matrices. Weights: of each matrix (or row, see --pattern).",
+    "matrices. Weights: of each matrix (or row, see --pattern); with --allocation loss, of "
+    "all matrices of --target together.",
 )
 @click.option(
     "--method",
@@ -55,11 +56,11 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 @click.option(
     "--allocation",
     type=click.Choice(["global", "uniform", "loss"]),
-    default="global",
-    show_default=True,
+    show_default="global; weights: uniform",
     help="global: one ranking over all layers. uniform: the same counts in "
-    "every layer, met to one step of --multiple-of in each. loss: the least predicted loss of "
-    "the model, from calibrate --gradients; --method then only orders the channels of a layer.",
+    "every layer, met to one step of --multiple-of in each; of weights, the same share of each "
+    "matrix. loss: the least predicted loss of the model, from calibrate --gradients; --method "
+    "then only orders the channels of a layer, or the weights of a matrix.",
 )
 @click.option(
     "--weighting",
@@ -101,7 +102,7 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     default=None,
     show_default=default_of("damping"),
     type=options.Finite(0),
-    help="What the solves of newton, obs, greedy and sparsegpt add to the diagonal, as a "
+    help="What the solves of newton, obs, greedy, sparsegpt and fisher add to the diagonal, as a "
     "fraction of its mean; newton's systems are scaled to a diagonal of ones first.",
 )
 @click.option(
@@ -159,8 +160,8 @@ def score(
     """Choose which heads and channels, or which weights, each layer keeps.
 
     Reads the records of calibrate and adds what is kept; several score steps in one pipe each
-    decide their own --target. A global ranking of heads and channels needs all layers before it
-    writes its first record; weights are decided layer by layer.
+    decide their own --target. A global ranking of heads and channels, and --allocation loss, need
+    all layers before they write their first record; else weights are decided layer by layer.
 
     \b
     Example:
@@ -194,7 +195,12 @@ def score(
         header = header.after("score", target=",".join(targets), **how)
         run = Run.of(header, profile, discard)
         job = (Scoring if units else Masking)(run, targets, how)
-        need = plan.units_bytes(run.model) if units else plan.masks_bytes(run.model, targets)
+        by_loss = how["allocation"] == "loss"
+        need = (
+            plan.units_bytes(run.model)
+            if units
+            else plan.masks_bytes(run.model, targets, by_loss=by_loss)
+        )
         run.write(partial(options.open_sink, sink), job.layers(layers), need)
         said += job.said
 
@@ -275,6 +281,17 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
         how["lam"] = 1.0
     if how["damping"] is None:
         how["damping"] = method.damping
-    if not units and how["pattern"] is None:
-        how["pattern"] = method.pattern
+    if how["allocation"] is None:
+        how["allocation"] = "global" if units else "uniform"
+    if not units:
+        how["pattern"] = how["pattern"] or method.pattern
+        if how["allocation"] == "global":
+            raise click.UsageError(
+                "--allocation global is only for heads and channels; give uniform or loss"
+            )
+        if how["allocation"] == "loss" and how["pattern"] != "unstructured":
+            raise click.UsageError(
+                f"--pattern {how['pattern']} fixes what each matrix loses; --allocation loss goes "
+                "with --pattern unstructured"
+            )
     return how

@@ -14,6 +14,8 @@ import numpy as np
 
 from prunetool.errors import ConfigError
 
+MOST = 0.8  # of a matrix that `allocate_weights` removes; measured on SmolLM2-135M
+
 
 class Limits(NamedTuple):
     """The least a layer may keep of its channels.
@@ -292,6 +294,55 @@ def allocate_uniform(
         kept = channels if channels - ideal_kept < abs(ideal_kept - kept) else kept
         lost_channels = channels - max(kept, limits.fewest(channels))
     return Counts(np.full(layers, lost_groups), np.full(layers, lost_channels))
+
+
+def check_weights(sparsity: float) -> None:
+    """Refuse a sparsity that `allocate_weights` cannot reach.
+
+    Raises:
+      ConfigError: if it is beyond `MOST`.
+    """
+    if sparsity > MOST:
+        raise ConfigError(
+            "--allocation loss",
+            f"removes at most {MOST:.0%} of the weights of any matrix",
+            "lower --sparsity, or give --allocation uniform",
+        )
+
+
+def allocate_weights(histograms: Sequence[np.ndarray], target: int) -> np.ndarray:
+    """How many weights each matrix loses if those of least loss go, whatever their matrix.
+
+    One threshold, and no matrix loses more than `MOST` of its weights, rounded up. Of the last bin
+    that is needed, each matrix loses the same share, by largest remainder: the total is exact.
+
+    Args:
+      histograms: of each matrix's losses, over the same bins, ascending, (B,) int.
+      target: weights to remove, at most `MOST` of them all.
+
+    Returns:
+      (M,), int.
+    """
+    most = np.ceil([MOST * h.sum(dtype=np.int64) for h in histograms]).astype(int)
+
+    def below(bins: int) -> np.ndarray:
+        each = [h[:bins].sum(dtype=np.int64) for h in histograms]
+        return np.asarray(np.minimum(each, most))
+
+    first, last = 0, len(histograms[0])  # bins that are too few or just enough, and enough
+    while last - first > 1:
+        middle = (first + last) // 2
+        if below(middle).sum() <= target:
+            first = middle
+        else:
+            last = middle
+    lost = below(first)
+    room = below(last) - lost
+    share = (target - lost.sum()) * room / max(room.sum(), 1)
+    lost += share.astype(int)
+    left = target - int(lost.sum())
+    lost[np.argsort(share.astype(int) - share, kind="stable")[:left]] += 1
+    return np.asarray(lost)
 
 
 def keep(scores: np.ndarray, removed: int) -> np.ndarray:

@@ -159,6 +159,11 @@ def unpack(packed: np.ndarray) -> np.ndarray:
     return mirror(unpack_lower(packed))
 
 
+def diagonal(packed: np.ndarray) -> np.ndarray:
+    """The diagonal of a packed matrix, (D,)."""
+    return np.asarray(packed[_begin(np.arange(_size(packed)) + 1) - 1])
+
+
 class Partition(NamedTuple):
     """A Gram matrix partitioned into features that stay (k) and go (p), float64."""
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from prunetool import console, records
+from prunetool import console, records, workdir
 from prunetool.errors import NumericalError, RecordError, naming
 from prunetool.kept import Extent, Mask, extents, kept_units, pack_mask
-from prunetool.llama.parts import MATRICES
+from prunetool.llama.parts import MATRICES, UNIT_MATRICES
 from prunetool.methods import QK, methods_of
-from prunetool.pruning import compensation, gram, unstructured
-from prunetool.stats import GIVEN, SITES, Stats
+from prunetool.pruning import budget, compensation, curve, gram, unstructured
+from prunetool.stats import GIVEN, SITES, Gradients, Stats
 from prunetool.steps.attention import AttentionLayer, turn_of
 from prunetool.steps.run import Run
 
@@ -32,6 +32,8 @@ class Masking:
         self._method = methods_of(parts)[how["method"]]
         self._scorer = self._method.load()
         self._turns = cache(partial(turn_of, run.model))
+        self._by_loss = how["allocation"] == "loss"
+        self._shares: dict[tuple[int, str], float] = {}  # what each matrix loses, if by loss
         self.said: list[str] = []  # what was reached, after the last layer
 
     @property
@@ -47,19 +49,23 @@ class Masking:
 
         Raises:
           RecordError: before the first layer, if calibrate did not keep what the method needs.
+          ConfigError: if ``--allocation loss`` cannot remove that much.
         """
         self._check_kept(self.run.header.calibration)
+        if self._by_loss:
+            budget.check_weights(self.how["sparsity"])
         return self._masked(source)
 
     def _masked(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         make = self.run.profile.phase("mask")(self._make)
         rows, worst = [], []
-        lost = total = 0
+        counts = {part: np.zeros(2, int) for part in self.parts}  # removed, and all
+        if self._by_loss:
+            source = iter(self._allocated(source))
         for record, name, arrays in self.run.layers(source, make):
             values = self._values(arrays)
             for part in self.parts:
-                lost += int(arrays[f"{part}.count"][0])
-                total += int(arrays[f"{part}.count"][1])
+                counts[part] += arrays[f"{part}.count"]
             rows.append(self._row(record.index, values))
             worst.append(max(mask["loss"] or 0.0 for mask in values["masks"].values()))
             if not {"q", "k"} & set(self.parts):
@@ -72,17 +78,27 @@ class Masking:
             title += ", and error of the attention matrices"
             columns += ["attention: calibration", "held out"]
         console.table(title, columns, rows, by=worst)
+        lost, total = map(int, np.sum([*counts.values()], axis=0))
         if total:
             self.said += [
                 f"removes {lost:,} of {total:,} weights of {', '.join(self.parts)}",
                 f"{lost / total:.4%} (target {self.how['sparsity']:.2%})",
             ]
+        if total and self._by_loss:
+            shares = (f"{part} {gone / (size or 1):.0%}" for part, (gone, size) in counts.items())
+            self.said.append(", ".join(shares))
 
     def _check_kept(self, calibration: dict[str, Any]) -> None:
-        missing = [f"{part}_proj" for part in self.parts if not SITES[GIVEN[part]].of_units]
-        if missing and self._method.needs_gram and calibration.get("stats") != "all":
+        why = "--allocation loss" if self._by_loss else f"--method {self.how['method']}"
+        if (self._by_loss or self._method.needs_gradients) and not calibration.get("gradients"):
             raise RecordError(
-                f"--method {self.how['method']}",
+                why, "calibrate kept no gradients", "run calibrate with --gradients 32, or more"
+            )
+        missing = [f"{part}_proj" for part in self.parts if not SITES[GIVEN[part]].of_units]
+        needed = self._by_loss or self._method.needs_gram
+        if missing and needed and calibration.get("stats") != "all":
+            raise RecordError(
+                why,
                 f"calibrate kept no sums of the inputs of {', '.join(missing)}",
                 "run calibrate with --stats all",
             )
@@ -92,6 +108,63 @@ class Masking:
                 "calibrate kept no attention inputs",
                 "run calibrate with --attention-samples 8, or more",
             )
+
+    def _allocated(self, source: Iterator[records.LayerRecord]) -> list[records.LayerRecord]:
+        """Decide what each matrix of each layer loses, in `_shares`; gives the layers' records.
+
+        The losses are counted once for a sweep of sparsities.
+        """
+        header, found = self.run.header, []
+        histograms: dict[tuple[int, str], np.ndarray] = {}
+        digest = workdir.digest([header.history[:-1], self.parts, curve.MIX, curve.DAMPING])
+        for record in console.progress(source, header.layers, what="loss of layer"):
+            name = workdir.layer_file(f"scores-{digest}", record.index)
+            with naming(f"layer {record.index}"), workdir.lock(self.work / name, wait=True):
+                arrays = workdir.make_once(self.work, name, partial(self._histograms, record))
+            histograms |= {(record.index, part): arrays[part] for part in self.parts}
+            found.append(record)
+        sizes = [int(each.sum(dtype=np.int64)) for each in histograms.values()]
+        target = round(self.how["sparsity"] * sum(sizes))
+        lost = budget.allocate_weights(list(histograms.values()), target)
+        for place, gone, size in zip(histograms, lost, sizes, strict=True):
+            self._shares[place] = int(gone) / (size or 1)
+        return found
+
+    def _histograms(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
+        """How many weights of each matrix cost what (`unstructured.histogram`)."""
+        kept, stats = self._extents(record), Stats(self.work, record, self.model.config)
+        own: dict[str, np.ndarray] = {}  # by site: matrices share their inputs
+        out = {}
+        for part in self.parts:
+            W = kept[part].of(self.model.part(record.index, part))
+            if not W.size:
+                out[part] = np.zeros(unstructured.BINS, np.uint32)
+                continue
+            with naming(f"{part}_proj"), self.run.profile.phase("count losses"):
+                if GIVEN[part] not in own:
+                    A = self._gram(stats, part, kept[part], record.index)
+                    own[GIVEN[part]] = unstructured.inverse_diagonal(A, curve.DAMPING)
+                g2 = self._gradients(record, part, kept[part])
+                out[part] = unstructured.histogram(W, own[GIVEN[part]], g2, stats.tokens)
+            console.within(len(out), len(self.parts), "matrix")
+        return out
+
+    def _extents(self, record: records.LayerRecord) -> dict[str, Extent]:
+        shape = self.model.config.layer_shapes[record.index]
+        return extents(kept_units(self.work, record, shape), shape, self.model.config)
+
+    def _gradients(self, record: records.LayerRecord, part: str, kept: Extent) -> np.ndarray:
+        """Mean squared gradient at each output that is kept; mixed with their mean as in `curve`.
+
+        The outputs of q, k, v, gate and up are as they are: each belongs to few weights.
+        """
+        gradients = Gradients(self.work, record, self.model.config)
+        if part in UNIT_MATRICES:
+            g2 = gram.diagonal(gradients[f"{part}.gram"]) / gradients.tokens
+            g2 = curve.MIX * g2 + (1 - curve.MIX) * g2.mean()
+        else:
+            g2 = gradients[f"{part}.square"] / gradients.tokens
+        return np.asarray(g2[kept.rows])
 
     def _values(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """The numbers of a layer's file, for its record."""
@@ -120,18 +193,18 @@ class Masking:
           of the kept units) and ``loss`` (relative output error, NaN if unknown); and
           ``attention.…``, the numbers of the descent.
         """
-        shape = self.model.config.layer_shapes[record.index]
-        kept = extents(kept_units(self.work, record, shape), shape, self.model.config)
-        stats = Stats(self.work, record, self.model.config)
+        kept, stats = self._extents(record), Stats(self.work, record, self.model.config)
         attention = self._attention(record, kept)
         learned, said = self._learn(attention)
         out: dict[str, np.ndarray] = {}
         masks = {}
         for part in self.parts:
             W = kept[part].of(self.model.part(record.index, part)).astype(np.float64)
-            A = self._gram(stats, part, kept[part], record.index)
+            A = None
+            if self._method.needs_gram or f"{GIVEN[part]}.gram" in stats:
+                A = self._gram(stats, part, kept[part], record.index)
             with naming(f"{part}_proj"):
-                masks[part] = self._choose(part, W, A, learned.get(part), record.index)
+                masks[part] = self._choose(part, W, A, learned.get(part), record, kept[part])
             loss = np.nan
             if A is not None:
                 gone = compensation.output_energy(A, np.where(masks[part], 0, W).T)
@@ -193,25 +266,30 @@ class Masking:
         scores, said = self._scorer(attention, **self._method.given(self.how))
         return dict(zip(self.parts, map(np.asarray, scores), strict=True)), said
 
-    def _gram(self, stats: Stats, part: str, kept: Extent, layer: int) -> np.ndarray | None:
-        """Gram matrix of a matrix's inputs from kept units; None if neither stored nor needed."""
+    def _gram(self, stats: Stats, part: str, kept: Extent, layer: int) -> np.ndarray:
+        """Gram matrix of a matrix's inputs from kept units."""
         name = f"{GIVEN[part]}.gram"
-        if name in stats:
-            A = gram.unpack(stats[name])
-            return A if kept.columns.all() else A[np.ix_(kept.columns, kept.columns)]
-        if self._method.needs_gram:
+        if name not in stats:
             raise RecordError(
                 f"layer {layer}",
                 f"has no sums of the inputs of {part}_proj",
                 "run calibrate with --stats all",
             )
-        return None
+        A = gram.unpack(stats[name])
+        return A if kept.columns.all() else A[np.ix_(kept.columns, kept.columns)]
 
     def _choose(
-        self, part: str, W: np.ndarray, A: np.ndarray | None, learned: np.ndarray | None, layer: int
+        self,
+        part: str,
+        W: np.ndarray,
+        A: np.ndarray | None,
+        learned: np.ndarray | None,
+        record: records.LayerRecord,
+        kept: Extent,
     ) -> np.ndarray:
         """The mask of one matrix."""
-        sparsity, pattern = self.how["sparsity"], self.how["pattern"]
+        sparsity = self._shares.get((record.index, part), self.how["sparsity"])
+        pattern = self.how["pattern"]
         if pattern == "2:4" and W.shape[1] % 4:
             raise NumericalError(
                 f"{W.shape[1]} inputs", "are not a multiple of 4", "choose another --pattern"
@@ -220,9 +298,12 @@ class Masking:
             # Nothing was learned if there is nothing to remove, or no KV group is left.
             score = np.ones(W.shape) if learned is None else learned
         else:
-            place = [layer, MATRICES.index(part)]
-            how = self.how | {"seed": [self.how["seed"], *place]}
-            score = self._scorer(W, A, **self._method.given(how))
+            place = [record.index, MATRICES.index(part)]
+            how = self.how | {"sparsity": sparsity, "seed": [self.how["seed"], *place]}
+            evidence = [W, A]
+            if self._method.needs_gradients:
+                evidence.append(self._gradients(record, part, kept))
+            score = self._scorer(*evidence, **self._method.given(how))
         return score if self._method.cuts else unstructured.keep(score, sparsity, pattern)
 
     def _row(self, layer: int, values: dict[str, Any]) -> list[object]:

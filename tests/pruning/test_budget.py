@@ -300,3 +300,40 @@ def test_least_loss_too_keeps_the_last_group_and_the_fewest_channels():
     assert (counts.groups.tolist(), counts.channels.tolist()) == ([0, 0], [32, 32])
     with pytest.raises(ConfigError, match="but at most 12,288 can be removed"):
         allocated(found, 65 * CHANNEL_COST, budget.Limits(32, 32))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    fraction=st.floats(0, 0.8),
+    spread=st.integers(1, 30),
+    seed=st.integers(0, 999),
+)
+def test_weights_of_least_loss_go_up_to_the_most_of_each_matrix(sizes, fraction, spread, seed):
+    random = np.random.default_rng(seed)
+    bins = [random.integers(0, spread, size) for size in sizes]
+    histograms = [np.bincount(b, minlength=spread).astype(np.uint32) for b in bins]
+    most = np.ceil(budget.MOST * np.array(sizes)).astype(int)
+    target = round(fraction * sum(sizes))
+    lost = budget.allocate_weights(histograms, target)
+    assert lost.sum() == target
+    assert (lost <= most).all()
+    dearest = [np.sort(b)[n - 1] if n else -1 for b, n in zip(bins, lost, strict=True)]
+    cheapest = [
+        np.sort(b)[n] if n < m else spread for b, n, m in zip(bins, lost, most, strict=True)
+    ]
+    assert max(dearest) <= min(cheapest)  # one threshold, but for the bin that holds it
+    shared = [
+        (n - (b < max(dearest)).sum(), min((b == max(dearest)).sum(), m - (b < max(dearest)).sum()))
+        for b, n, m in zip(bins, lost, most, strict=True)
+        if n < m or (b < max(dearest)).sum() < m
+    ]
+    ratio = sum(n for n, _ in shared) / max(sum(room for _, room in shared), 1)
+    assert all(abs(n - ratio * room) < 1 for n, room in shared)
+
+
+def test_the_most_of_each_matrix_can_go_and_no_more():
+    histograms = [np.array([0, 10]), np.array([5, 0])]
+    np.testing.assert_array_equal(budget.allocate_weights(histograms, 12), [8, 4])
+    budget.check_weights(0.8)
+    with pytest.raises(ConfigError, match="removes at most 80% of the weights of any matrix"):
+        budget.check_weights(0.81)

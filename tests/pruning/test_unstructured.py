@@ -64,6 +64,54 @@ def test_sparsegpt_is_obs_one_column_after_another(pattern, block, monkeypatch):
     np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_fisher_is_obs_with_the_curvature_of_each_output(pattern, monkeypatch):
+    monkeypatch.setattr(unstructured, "COLUMN_BLOCK", 8)
+    W, A = problem(rows=5, width=24, tokens=80)
+    g2 = np.array([1e-3, 0.1, 1.0, 5.0, 1e3])
+    kept = unstructured.chosen_by_fisher(W, A, g2, damping=0.01, sparsity=0.5, pattern=pattern)
+    expected, values = references.sparsegpt(W, A, 0.01, 0.5, pattern, 8, g2)
+    np.testing.assert_array_equal(kept, expected)
+    _, updated = unstructured.sparsegpt(W, A, damping=0.01, mask=kept)
+    np.testing.assert_allclose(updated, values, rtol=1e-9, atol=1e-12)
+    plain, _ = unstructured.sparsegpt(W, A, damping=0.01, sparsity=0.5, pattern=pattern)
+    assert (kept != plain).any() == (pattern == "unstructured")  # else a row's factor cancels
+
+
+def edge(number):
+    """The least loss of a bin: the float32 of these first bits."""
+    return (np.array([number], np.uint32) << np.uint32(16)).view(np.float32)[0]
+
+
+def test_the_histogram_counts_the_loss_of_each_weight_and_of_its_best_refit():
+    W, A = problem(rows=5, width=12, tokens=80)
+    g2 = np.array([1e-6, 0.1, 1.0, 5.0, 1e4])
+    loss = [[references.weight_loss(W, A, g2, 80, 0.01, i, j) for j in range(12)] for i in range(5)]
+    own = unstructured.inverse_diagonal(A.copy(), 0.01)
+    counts = unstructured.histogram(W, own, g2, 80)
+    assert counts.sum() == W.size
+    for number in np.flatnonzero(counts):
+        low, high = edge(number), edge(number + 1)
+        assert 1 < high / low < 1.008
+        assert counts[number] == ((low <= np.array(loss)) & (np.array(loss) < high)).sum()
+
+
+def test_weights_of_an_input_that_is_always_zero_cost_nothing():
+    W, A = problem()
+    A[3], A[:, 3] = 0, 0
+    own = unstructured.inverse_diagonal(A, 0.01)
+    assert np.isinf(own[3])
+    assert np.isfinite(own[[0, 1, 2, 4]]).all()
+    assert unstructured.histogram(W, own, np.ones(6), 60)[0] == 6
+
+
+def test_a_loss_of_nan_is_refused():
+    W, A = problem()
+    own = unstructured.inverse_diagonal(A, 0.01)
+    with pytest.raises(NumericalError, match="the loss of its weights: contains NaN"):
+        unstructured.histogram(W, own, np.array([1, 1, 1, 1, 1, np.nan]), 60)
+
+
 @given(
     rows=st.integers(1, 7),
     width=st.integers(1, 40),
