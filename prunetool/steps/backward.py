@@ -155,7 +155,7 @@ class Backward:
             for place in console.progress(range(len(self.mine)), len(self.mine), what="labels of"):
                 h, g = below.read(range(place, place + 1)), []
                 generator = np.random.default_rng([LABEL_SEED, int(self.mine[place])])
-                u = generator.random(length)
+                u = generator.random((length,))
                 for start in range(0, length, LOGIT_TOKENS):
                     block = slice(start, start + LOGIT_TOKENS)
                     g.append(np.asarray(gradient(h[:, :, block], u[block], ends.norm, ends.head)))
