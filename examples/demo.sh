@@ -13,7 +13,7 @@ measure() {
 
 "$prunetool" calibrate "$model" --text "$text" --samples "$samples" --sequence-length "$length" \
     --work "$5/work" --overwrite \
-    | "$prunetool" score --sparsity "$sparsity" --method wanda-sp --weighting token \
+    | "$prunetool" score --sparsity "$sparsity" \
     | "$prunetool" compensate \
     | "$prunetool" export "$out" --overwrite
 measure "$model" > "$5/before.json"

@@ -7,7 +7,7 @@ mkdir -p "$out"
 prunetool calibrate "$model" --text "$text" --samples "${SAMPLES:-32}" \
     --sequence-length "${LENGTH:-2048}" --work "$out/work" -o "$out/stats.jsonl"
 for sparsity; do
-    prunetool score --sparsity "$sparsity" --method wanda-sp --weighting token "$out/stats.jsonl" \
+    prunetool score --sparsity "$sparsity" "$out/stats.jsonl" \
         | prunetool compensate \
         | prunetool export "$out/pruned-$sparsity"
 done

@@ -54,8 +54,10 @@ class Method(NamedTuple):
 
 _NEWTON = ("sparsity", "lam", "damping")
 
+# The first row of each table is the default.
 # Functions of `units.Evidence` that return a `units.Ranking`.
 UNITS = {
+    "greedy": Method("pruning.units:greedy", ("damping",), raw_loss=True, damping=1e-2),
     "newton": Method(
         "pruning.units:newton",
         (*_NEWTON, "newton_iterations"),
@@ -65,7 +67,6 @@ UNITS = {
     "newton-box": Method("pruning.units:newton_box", _NEWTON, sums_energy=True),
     "newton-tied": Method("pruning.units:newton_tied", _NEWTON, sums_energy=True),
     "obs": Method("pruning.units:obs", ("damping",), raw_loss=True),
-    "greedy": Method("pruning.units:greedy", ("damping",), raw_loss=True, damping=1e-2),
     "flap": Method("pruning.units:flap"),
     "wanda-sp": Method("pruning.units:wanda_sp", raw_loss=True),
     "magnitude": Method("pruning.units:magnitude", raw_loss=True),
@@ -73,15 +74,6 @@ UNITS = {
 }
 # Functions of W and the Gram matrix of its inputs (or None) that return scores, or a mask.
 WEIGHTS = {
-    "wanda": Method("pruning.unstructured:wanda", needs_gram=True, pattern="per-output"),
-    "sparsegpt": Method(
-        "pruning.unstructured:chosen_by_sparsegpt",
-        ("sparsity", "pattern", "damping"),
-        needs_gram=True,
-        cuts=True,
-        updates=True,
-        damping=1e-2,
-    ),
     "fisher": Method(
         "pruning.unstructured:chosen_by_fisher",
         ("sparsity", "pattern", "damping"),
@@ -91,30 +83,39 @@ WEIGHTS = {
         updates=True,
         damping=1e-2,
     ),
+    "wanda": Method("pruning.unstructured:wanda", needs_gram=True, pattern="per-output"),
+    "sparsegpt": Method(
+        "pruning.unstructured:chosen_by_sparsegpt",
+        ("sparsity", "pattern", "damping"),
+        needs_gram=True,
+        cuts=True,
+        updates=True,
+        damping=1e-2,
+    ),
     "magnitude": Method("pruning.unstructured:magnitude"),
     "random": Method("pruning.unstructured:random", ("seed",)),
 }
 # For q and k together: functions of `steps.attention.AttentionLayer` that return scores of both.
 QK = {
+    "attention-diag": Method("steps.attention:saliency"),
     "attention-gd": Method(
         "steps.attention:learned_by_descent",
         ("lam", "learning_rate", "iterations", "published"),
         published={"lam": None, "learning_rate": None},
     ),
-    "attention-diag": Method("steps.attention:saliency"),
 }
 UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
 UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)
 PUBLISHED = tuple(n for n, row in (UNITS | QK | WEIGHTS).items() if row.published is not None)
-NAMES = tuple(dict.fromkeys((*UNITS, *QK, *WEIGHTS)))
+NAMES = tuple(dict.fromkeys((*UNITS, *WEIGHTS, *QK)))
 
 
 def methods_of(targets: Sequence[str]) -> dict[str, Method]:
     """The methods that score these targets of ``score``, by name."""
     if set(UNIT_TARGETS) & set(targets):
         return UNITS
-    return WEIGHTS | QK if set(targets) == {"q", "k"} else WEIGHTS
+    return QK | WEIGHTS if set(targets) == {"q", "k"} else WEIGHTS
 
 
 def default_of(option: str) -> str:

@@ -40,8 +40,7 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 @click.option(
     "--method",
     type=click.Choice(NAMES),
-    default="newton",
-    show_default=True,
+    show_default=f"{next(iter(UNITS))}; weights: {next(iter(WEIGHTS))}; q,k: {next(iter(QK))}",
     help=f"How to rank them. heads and channels: {', '.join(UNITS)}. Weights: "
     f"{', '.join(WEIGHTS)}; q,k also {', '.join(QK)}.",
 )
@@ -56,7 +55,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 @click.option(
     "--allocation",
     type=click.Choice(["global", "uniform", "loss"]),
-    show_default="global; weights: uniform",
+    show_default="loss, or what --published sets; weights by a method without gradients, or with "
+    "another --pattern than unstructured: uniform",
     help="global: one ranking over all layers. uniform: the same counts in "
     "every layer, met to one step of --multiple-of in each; of weights, the same share of each "
     "matrix. loss: the least predicted loss of the model, from calibrate --gradients; --method "
@@ -230,7 +230,7 @@ def _publish(targets: tuple[str, ...], how: dict[str, Any]) -> None:
     """
     rows = {n: row.published for n, row in methods_of(targets).items() if row.published is not None}
     if not _given("method"):
-        how["method"] = next(iter(rows), how["method"])
+        how["method"] = next(iter(rows), next(iter(methods_of(targets))))
     if how["method"] not in rows:
         raise click.UsageError(
             f"--published goes with --method {' or '.join(PUBLISHED)}, not {how['method']} of "
@@ -245,7 +245,8 @@ def _publish(targets: tuple[str, ...], how: dict[str, Any]) -> None:
 
 def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
     """Refuse options that contradict each other."""
-    method, allowed = how["method"], methods_of(targets)
+    allowed = methods_of(targets)
+    method = how["method"] = how["method"] or next(iter(allowed))
     if method not in allowed:
         raise click.UsageError(
             f"--method {method} does not score {','.join(targets)}; give {', '.join(allowed)}"
@@ -281,10 +282,11 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
         how["lam"] = 1.0
     if how["damping"] is None:
         how["damping"] = method.damping
-    if how["allocation"] is None:
-        how["allocation"] = "global" if units else "uniform"
     if not units:
         how["pattern"] = how["pattern"] or method.pattern
+    by_loss = units or (method.needs_gradients and how["pattern"] == "unstructured")
+    how["allocation"] = how["allocation"] or ("loss" if by_loss else "uniform")
+    if not units:
         if how["allocation"] == "global":
             raise click.UsageError(
                 "--allocation global is only for heads and channels; give uniform or loss"
