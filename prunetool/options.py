@@ -72,6 +72,24 @@ class Finite(click.FloatRange):
         return number
 
 
+class Several(click.ParamType[tuple[tuple[str, float], ...]]):
+    """Numbers of a range, separated by commas, as (as typed, number) pairs."""
+
+    name = "LIST"
+
+    def __init__(self, each: Finite) -> None:
+        self.each = each
+
+    def convert(
+        self, value: Any, param: Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, float], ...]:
+        """The numbers; none twice."""
+        found = [(part, self.each.convert(part, param, ctx)) for part in value.split(",")]
+        if len({number for _, number in found}) < len(found):
+            self.fail(f"{value} names a number twice", param, ctx)
+        return tuple(found)
+
+
 def _no_terminal(_: click.Context, __: Parameter, path: str) -> str:
     if path == "-" and sys.stdin.isatty():
         raise click.UsageError(

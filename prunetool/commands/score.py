@@ -24,6 +24,7 @@ from prunetool.methods import (
 
 OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
+PLACE = "{sparsity}"  # in the name of an output, for each of several
 SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 
 
@@ -31,11 +32,14 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 @options.source_arg
 @click.option(
     "--sparsity",
+    "sparsities",
     required=True,
-    type=options.Finite(0, 1, max_open=True),
-    help="Fraction to remove. heads and channels: of the parameters of all decoder layers' seven "
-    "matrices. Weights: of each matrix (or row, see --pattern); with --allocation loss, of "
-    "all matrices of --target together.",
+    type=options.Several(options.Finite(0, 1, max_open=True)),
+    metavar="LIST",
+    help="Fraction to remove; several, separated by commas, for one output each (-o "
+    f"kept-{PLACE}.jsonl). heads and channels: of the parameters of all decoder layers' seven "
+    "matrices. Weights: of each matrix (or row, see --pattern); with --allocation loss, of all "
+    "matrices of --target together.",
 )
 @click.option(
     "--method",
@@ -151,6 +155,7 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 def score(
     source: str,
     target: str,
+    sparsities: tuple[tuple[str, float], ...],
     discard: bool,
     device: str,
     profile: Path | None,
@@ -173,9 +178,12 @@ def score(
     units = targets[0] in UNIT_TARGETS
     if how["published"]:
         _publish(targets, how)
-    _check(targets, how)
+    _check(targets, how, [number for _, number in sparsities])
     how = _resolved(targets, how)
-    options.keep_inputs([sink, profile], [source])
+    if len(sparsities) > 1 and PLACE not in sink:
+        raise click.UsageError(f"several sparsities need -o with {PLACE}, as in kept-{PLACE}.jsonl")
+    sinks = [sink.replace(PLACE, typed) for typed, _ in sparsities]
+    options.keep_inputs([*sinks, profile], [source])
 
     from prunetool import devices, plan
     from prunetool.steps.mask import Masking
@@ -185,24 +193,28 @@ def score(
     with console.summary("score") as said, options.open_source(source) as stream:
         devices.start(device)
         header, layers = records.read(stream)
-        options.keep_inputs([sink, profile], [header.source])
+        options.keep_inputs([*sinks, profile], [header.source])
         if header.had("compensate", "recover"):
             raise RecordError(
                 source,
                 "was already refitted for what is kept so far",
                 "run compensate and recover after the last score",
             )
-        header = header.after("score", target=",".join(targets), **how)
-        run = Run.of(header, profile, discard)
-        job = (Scoring if units else Masking)(run, targets, how)
-        by_loss = how["allocation"] == "loss"
-        need = (
-            plan.units_bytes(run.model)
-            if units
-            else plan.masks_bytes(run.model, targets, by_loss=by_loss)
-        )
-        run.write(partial(options.open_sink, sink), job.layers(layers), need)
-        said += job.said
+        # One sparsity streams: a mask of weights goes on as soon as it is made.
+        source_of = list(layers) if len(sinks) > 1 else layers
+        for number, ((_, sparsity), place) in enumerate(zip(sparsities, sinks, strict=True), 1):
+            own = how | {"sparsity": sparsity}
+            after = header.after("score", target=",".join(targets), **own)
+            run = Run.of(after, profile, discard and number == len(sinks))
+            job = (Scoring if units else Masking)(run, targets, own)
+            by_loss = own["allocation"] == "loss"
+            need = (
+                plan.units_bytes(run.model)
+                if units
+                else plan.masks_bytes(run.model, targets, by_loss=by_loss)
+            )
+            run.write(partial(options.open_sink, place), job.layers(iter(source_of)), need)
+            said += job.said
 
 
 def _targets(target: str) -> tuple[str, ...]:
@@ -243,7 +255,7 @@ def _publish(targets: tuple[str, ...], how: dict[str, Any]) -> None:
         how[option] = value
 
 
-def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
+def _check(targets: tuple[str, ...], how: dict[str, Any], sparsities: list[float]) -> None:
     """Refuse options that contradict each other."""
     allowed = methods_of(targets)
     method = how["method"] = how["method"] or next(iter(allowed))
@@ -258,7 +270,7 @@ def _check(targets: tuple[str, ...], how: dict[str, Any]) -> None:
         raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
     if how["refine"] and targets != SHORTHANDS["qk"]:
         raise click.UsageError("--refine goes with --target qk")
-    if how["pattern"] == "2:4" and how["sparsity"] != 0.5:
+    if how["pattern"] == "2:4" and sparsities != [0.5]:
         raise click.UsageError("--pattern 2:4 removes half: give --sparsity 0.5")
 
 
