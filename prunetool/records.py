@@ -65,6 +65,10 @@ class Header:
         options: dict[str, Any] = self.history[0]["options"]
         return options
 
+    def had(self, *commands: str) -> bool:
+        """Whether one of these steps is in its history."""
+        return any(step["command"] in commands for step in self.history)
+
     def after(self, command: str, **options: Any) -> "Header":
         """The header with one more step in its history."""
         step = {"command": command, "version": __version__, "options": options}

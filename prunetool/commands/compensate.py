@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from prunetool import console, options, records
+from prunetool.errors import RecordError
 
 COLUMNS = ("layer", "matrix", "removed → refitted", "held out", "damping")
 
@@ -40,6 +41,8 @@ def compensate(
     with console.summary("compensate") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
         options.keep_inputs([sink, profile], [header.source])
+        if header.had("recover"):
+            raise RecordError(source, "was already recovered", "run compensate before recover")
         header = header.after("compensate", damping=list(grid))
         run = Run.of(header, profile, discard)
         rows: list[tuple[Any, ...]] = []

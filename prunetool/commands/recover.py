@@ -85,7 +85,7 @@ def recover(
         devices.start(device)
         header, layers = records.read(stream)
         options.keep_inputs([sink, profile], [header.source])
-        if any(done["command"] == "recover" for done in header.history):
+        if header.had("recover"):
             raise RecordError(source, "was already recovered", "give --epochs to train for longer")
         job = step.prepare(
             header, list(layers), text, samples, HELD_OUT,

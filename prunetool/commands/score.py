@@ -186,11 +186,11 @@ def score(
         devices.start(device)
         header, layers = records.read(stream)
         options.keep_inputs([sink, profile], [header.source])
-        if any(step["command"] == "compensate" for step in header.history):
+        if header.had("compensate", "recover"):
             raise RecordError(
                 source,
                 "was already refitted for what is kept so far",
-                "run compensate after the last score",
+                "run compensate and recover after the last score",
             )
         header = header.after("score", target=",".join(targets), **how)
         run = Run.of(header, profile, discard)

@@ -1,6 +1,8 @@
 """``recover``: its steps are those of torch's Adam on transformers' model, and it resumes."""
 
 import json
+import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ import torch
 from safetensors.numpy import load_file
 
 from prunetool import workdir
+from prunetool.checkpoint.writer import atomic
 from prunetool.steps import recover as step
+from prunetool.steps.trained import Trained
 from tests.test_families import FAMILIES, load
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -36,8 +40,17 @@ def kept(checkpoint, tmp_path, call):
         call(
             "calibrate", "dense", "--tokens", "ids.npy", *WORDS, "--work", "w", "-o", "stats.jsonl"
         )
-        words = score or ["--target", "channels", "--allocation", "uniform", "--sparsity", ".3"]
-        call("score", "stats.jsonl", *words, "--multiple-of", 8, "-o", "kept.jsonl")
+        words = score or [
+            "--target",
+            "channels",
+            "--allocation",
+            "uniform",
+            "--sparsity",
+            ".3",
+            "--multiple-of",
+            8,
+        ]
+        call("score", "stats.jsonl", *words, "-o", "kept.jsonl")
 
     return make
 
@@ -93,3 +106,108 @@ def test_its_steps_are_those_of_adam_on_transformers_model(tmp_path, call, kept,
         # Adam's first steps are signs: where a gradient is near 0, rounding decides.
         far = np.abs(array - expected[name].detach().numpy()) > 1e-5
         assert far.mean() < 0.01, name
+
+
+def contents(directory):
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != "weights.json"  # it has times of files
+    }
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("writes", [3, 8, 20, 31, 50, 77, 115])
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, call, kept, monkeypatch, writes):
+    kept("--method", "random", "--sparsity", ".3", num_hidden_layers=2)
+    words = ["recover", "kept.jsonl", "--learning-rate", "1e-3", "-o"]
+    call(*words, "whole.jsonl")
+    expected = contents(tmp_path / "w")
+    (done,) = (tmp_path / "w").glob("recover-*")
+    shutil.rmtree(done)
+    left, write = [writes], atomic
+
+    @contextmanager
+    def killing(path, **how):
+        with write(path, **how) as partial:
+            yield partial
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+
+    for module in ("steps.trained", "streaming"):
+        monkeypatch.setattr(f"prunetool.{module}.atomic", killing)
+    with pytest.raises(Killed):
+        call(*words, "again.jsonl")
+    assert not list(done.glob("layer-*")) or writes > 20
+    call(*words, "again.jsonl")
+    assert contents(tmp_path / "w") == expected
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_damaged_state_is_not_used(tmp_path, call, run, kept, monkeypatch):
+    kept(num_hidden_layers=2)
+    words = ["recover", "kept.jsonl", "--learning-rate", "1e-3", "-o"]
+    call(*words, "whole.jsonl")
+    (done,) = (tmp_path / "w").glob("recover-*")
+    shutil.rmtree(done)
+    update, left = Trained.update, [40]
+
+    def killing(*given):
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        update(*given)
+
+    monkeypatch.setattr(Trained, "update", killing)
+    with pytest.raises(Killed):
+        call(*words, "again.jsonl")
+    state = sorted(done.glob("state-00001.gate.*"))[-1]
+    data = bytearray(state.read_bytes())
+    data[100] ^= 1
+    state.write_bytes(data)
+    assert "starting again" in run(*words, "again.jsonl").stderr
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_what_diverges_keeps_what_was_before_and_says_so(tmp_path, run, kept):
+    kept()
+    done = run("recover", "kept.jsonl", "--learning-rate", "1e3")
+    assert "what was best before is kept; try a lower --learning-rate" in done.stderr
+    before = (tmp_path / "kept.jsonl").read_text().splitlines()
+    assert done.stdout.splitlines()[1:] == before[1:]  # but for the header
+
+
+def test_masked_weights_stay_zero(tmp_path, call, kept):
+    kept("--target", "weights", "--method", "magnitude", "--sparsity", ".5")
+    call("recover", "kept.jsonl", "--learning-rate", "1e-3", "-o", "recovered.jsonl")
+    for name in ("kept", "recovered"):
+        call("export", name, f"{name}.jsonl")
+    before, after = (load_file(tmp_path / n / SHARD) for n in ("kept", "recovered"))
+    masked = [name for name in before if "_proj" in name]
+    assert len(masked) == 3 * 7
+    for name in masked:
+        assert ((before[name] == 0) == (after[name] == 0)).all()
+        assert (before[name] != after[name]).any()
+
+
+def test_what_it_refuses(tmp_path, call, run, kept):
+    def refused(*words):
+        line = run(*words, ok=False)
+        assert line.returncode == 1
+        return line.stderr.splitlines()[-1]
+
+    kept()
+    assert "nothing was pruned" in refused("recover", "stats.jsonl")
+    call("recover", "kept.jsonl", "--learning-rate", "1e-3", "-o", "recovered.jsonl")
+    assert "was already recovered" in refused("recover", "recovered.jsonl")
+    assert "compensate" in refused("compensate", "recovered.jsonl")
+    path = tmp_path / "w" / workdir.TOKENS_NAME
+    tokens = workdir.TensorFile(tmp_path / "w", workdir.TOKENS_NAME)["tokens"]
+    workdir.write(tmp_path / "w", workdir.TOKENS_NAME, {"tokens": tokens[:, ::-1].copy()})
+    assert "has the tokens of another run" in refused("recover", "kept.jsonl", "--seed", "1")
+    path.unlink()
+    assert path.name in refused("recover", "kept.jsonl", "--seed", "1")
