@@ -83,10 +83,9 @@ def sparsegpt(W, A, damping, sparsity, pattern, block, outputs=None):
 
     The inverse of the Hessian of the columns left is made anew for every column; no factorisation
     is shared between columns, and the score is OBS's w²/[H⁻¹]_jj of that inverse,
-    times its row's factor in ``outputs``.
+    times its row's factor in ``outputs``; with these, 2:4 removes two weights at once.
     """
     W, D = W.copy(), W.shape[1]
-    outputs = np.ones(len(W)) if outputs is None else outputs
     H = A + damping * np.diagonal(A).mean() * np.eye(D)
     kept = np.ones(W.shape, bool)
     size = 4 if pattern == "2:4" else block
@@ -94,7 +93,8 @@ def sparsegpt(W, A, damping, sparsity, pattern, block, outputs=None):
     for start in range(0, D, size):
         stop = min(start + size, D)
         scores = np.stack([W[:, j] ** 2 / inverses[j][0, 0] for j in range(start, stop)], axis=1)
-        scores *= outputs[:, None]
+        if outputs is not None:
+            scores *= outputs[:, None]
         if pattern == "unstructured":
             lost = round(round(sparsity * W.size) * stop / D) - round(
                 round(sparsity * W.size) * start / D
@@ -106,6 +106,17 @@ def sparsegpt(W, A, damping, sparsity, pattern, block, outputs=None):
             for row in range(len(W)):
                 order = np.argsort(scores[row], kind="stable")[: 2 if size == 4 else lost]
                 kept[row, start + order] = False
+        if pattern == "2:4" and outputs is not None:  # two at once
+            kept[:, start:stop] = True
+            for row, w in enumerate(W[:, start:]):
+                losses = {}
+                for pair in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+                    left, losses[pair] = w.copy(), 0.0
+                    for j in pair:
+                        inverse = inverses[start + j]
+                        losses[pair] += left[j] ** 2 / inverse[0, 0]
+                        left[j:] -= left[j] * inverse[0] / inverse[0, 0]
+                kept[row, np.add(start, min(losses, key=losses.get))] = False
         for j in range(start, stop):
             inverse = inverses[j]
             gone = ~kept[:, j]

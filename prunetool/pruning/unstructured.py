@@ -15,6 +15,7 @@ the curvature diag(g²) ⊗ A'/N, of K-FAC's form (Martens & Grosse, arXiv 1503.
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 from scipy.linalg import cholesky
@@ -163,7 +164,8 @@ def sparsegpt(
       sparsity, pattern: as in `keep`; unstructured is cut in blocks of `COLUMN_BLOCK` inputs, after
         their update, to the exact total count.
       mask: use this mask instead of choosing one.
-      outputs: factor on the scores of each row, (D',); None for 1.
+      outputs: factor on the loss of each row, (D',): scores are then losses. It cancels in 2:4,
+        where two weights are chosen by their loss together. None: as published.
 
     Returns:
       The mask, (D', D) bool, and the weights on it, float64.
@@ -173,32 +175,35 @@ def sparsegpt(
 
     Source: Frantar & Alistarh, SparseGPT, arXiv 2301.00774, Algorithm 1.
     """
-    W = W.astype(np.float64)
+    V = W.T.astype(np.float64, order="C")  # (D, D'): the sweep takes its rows one by one
     A = A.copy()
-    W[:, _revive(A)] = 0.0
+    V[_revive(A)] = 0.0
     inverse = damped_inverse(A, damping, overwrite=True)
     with definite(f"a {len(A)} x {len(A)} Gram matrix"):
         U = cholesky(inverse, lower=False, overwrite_a=True, check_finite=False)
-    kept = np.ones(W.shape, bool) if mask is None else mask.copy()
-    own = np.diagonal(U)
-    by_row = np.ones((len(W), 1)) if outputs is None else np.sqrt(outputs)[:, None]
-    D = W.shape[1]
+    kept = np.ones(V.shape, bool) if mask is None else mask.T.copy()
+    own = np.diagonal(U)[:, None]
+    by_row = np.ones(len(W)) if outputs is None else np.sqrt(outputs)
+    D = len(V)
     for start in range(0, D, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, D)
         block = slice(start, stop)
         if mask is None and pattern != "2:4":
-            score = by_row * W[:, block] / own[block]
-            kept[:, block] = _cut(score, start, sparsity, pattern, D)
-        errors = np.empty((len(W), stop - start))
+            score = (by_row * V[block] / own[block]).T
+            kept[block] = _cut(score, start, sparsity, pattern, D).T
+        errors = np.empty((stop - start, len(W)))
         for j in range(start, stop):
             if mask is None and pattern == "2:4" and j % 4 == 0:
                 four = slice(j, j + 4)
-                kept[:, four] = keep(np.abs(W[:, four] / own[four]), 0.5, pattern)
-            gone = np.where(kept[:, j], 0.0, W[:, j]) / own[j]
-            W[:, j:stop] -= np.outer(gone, U[j, j:stop])
-            errors[:, j - start] = gone
-        W[:, stop:] -= errors @ U[block, stop:]
-    return kept, np.where(kept, W, 0.0)
+                if outputs is None:
+                    kept[four] = keep(np.abs(V[four] / own[four]).T, 0.5, pattern).T
+                else:
+                    kept[four] = _cheapest_pair(V[four], U[four, four])
+            gone = np.where(kept[j], 0.0, V[j]) / own[j]
+            V[j:stop] -= np.outer(U[j, j:stop], gone)
+            errors[j - start] = gone
+        V[stop:] -= U[block, stop:].T @ errors
+    return np.ascontiguousarray(kept.T), np.ascontiguousarray(np.where(kept, V, 0.0).T)
 
 
 def _revive(A: np.ndarray) -> np.ndarray:
@@ -206,6 +211,26 @@ def _revive(A: np.ndarray) -> np.ndarray:
     dead = np.diagonal(A) <= 0
     A[dead, dead] = 1.0
     return dead
+
+
+def _cheapest_pair(V: np.ndarray, U: np.ndarray) -> np.ndarray:
+    """Which two of four weights stay if the two go whose removal, one by one, costs least.
+
+    The loss of a pair a < b is (v_a/U_aa)² + (v_b − v_a U_ab/U_aa)²/U_bb²: the second is as the
+    first's removal leaves it.
+
+    Args:
+      V: four columns of W as they are at this point of the sweep, (4, D').
+      U: their block of U, (4, 4).
+
+    Returns:
+      (4, D') bool.
+    """
+    pairs = list(combinations(range(4), 2))
+    first = V / np.diagonal(U)[:, None]
+    losses = [first[a] ** 2 + ((V[b] - first[a] * U[a, b]) / U[b, b]) ** 2 for a, b in pairs]
+    kept = np.array([~np.isin(range(4), pair) for pair in pairs])  # (6, 4)
+    return np.asarray(kept[np.argmin(losses, axis=0)].T)
 
 
 def _cut(score: np.ndarray, start: int, sparsity: float, pattern: str, width: int) -> np.ndarray:

@@ -154,9 +154,9 @@ class Masking:
         return extents(kept_units(self.work, record, shape), shape, self.model.config)
 
     def _gradients(self, record: records.LayerRecord, part: str, kept: Extent) -> np.ndarray:
-        """Mean squared gradient at each output that is kept; mixed with their mean as in `curve`.
+        """Mean squared gradient at each kept output of a matrix, (D',).
 
-        The outputs of q, k, v, gate and up are as they are: each belongs to few weights.
+        At the outputs of o and down mixed with their mean, as in `curve`: so measured.
         """
         gradients = Gradients(self.work, record, self.model.config)
         if part in UNIT_MATRICES:

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -75,7 +77,22 @@ def test_fisher_is_obs_with_the_curvature_of_each_output(pattern, monkeypatch):
     _, updated = unstructured.sparsegpt(W, A, damping=0.01, mask=kept)
     np.testing.assert_allclose(updated, values, rtol=1e-9, atol=1e-12)
     plain, _ = unstructured.sparsegpt(W, A, damping=0.01, sparsity=0.5, pattern=pattern)
-    assert (kept != plain).any() == (pattern == "unstructured")  # else a row's factor cancels
+    assert (kept != plain).any() == (pattern != "per-output")  # where a row's factor cancels
+
+
+def test_two_of_four_go_together_at_the_least_error_of_the_sweep():
+    W, A = problem(rows=40, width=4, tokens=10)
+    H = A + 0.01 * np.diagonal(A).mean() * np.eye(4)
+
+    def errors(mask):
+        _, values = unstructured.sparsegpt(W, A, damping=0.01, mask=mask)
+        return np.einsum("oi,ij,oj->o", W - values, H, W - values)
+
+    masks = [np.tile(np.isin(range(4), pair), (40, 1)) for pair in combinations(range(4), 2)]
+    kept = unstructured.chosen_by_fisher(
+        W, A, np.ones(40), damping=0.01, sparsity=0.5, pattern="2:4"
+    )
+    np.testing.assert_allclose(errors(kept), np.min([*map(errors, masks)], axis=0))
 
 
 def edge(number):
