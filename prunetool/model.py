@@ -84,6 +84,11 @@ class Model:
         """NumPy's name of the layers' dtype (from the first matrix; all are stored alike)."""
         return dtype_of(self.index[tensor_name(0, "q")])
 
+    def product_dtype(self, asked: str) -> str:
+        """Resolve ``--dtype`` against what the checkpoint stores."""
+        auto = "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return auto if asked == "auto" else asked
+
     @property
     def layers(self) -> int:
         """Number of decoder layers."""

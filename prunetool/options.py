@@ -267,11 +267,6 @@ discard_opt = click.option(
 )
 
 
-def product_dtype(asked: str, stored: str) -> str:
-    """Resolve ``--dtype`` against what the checkpoint stores."""
-    return asked if asked != "auto" else "bfloat16" if stored == "bfloat16" else "float32"
-
-
 @contextmanager
 def open_source(path: str) -> Iterator[IO[str]]:
     """Open the records to read, ``-`` being stdin."""

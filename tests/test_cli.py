@@ -522,7 +522,7 @@ ALLOWED = {
     "profiling": set(),
     "methods": set(),
     "card": {"checkpoint", "errors", "llama", "model", "records"},
-    "kept": {"records", "workdir", "llama", "methods", "model", "errors"},
+    "kept": {"records", "workdir", "checkpoint", "llama", "methods", "model", "errors"},
     "stats": {"records", "workdir", "llama", "pruning", "errors"},
     "streaming": {"checkpoint", "llama", "model", "errors"},
     "workdir": {"checkpoint", "records", "console", "errors"},

@@ -173,7 +173,7 @@ def calibrate(
         team = devices.start(device, coordinator, processes, process_id)
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         opened = open_model(model, revision)
-        dtype = options.product_dtype(dtype, opened.dtype)
+        dtype = opened.product_dtype(dtype)
         tokens, chosen = _read(opened, text, samples, shuffle, dtype, work, said, overwrite)
         job = Calibration(
             opened, tokens, held_out, stats, Precision(dtype, stats_dtype, stream_dtype), work,

@@ -74,7 +74,7 @@ def evaluate(
         devices.start(device)
         opened = open_model(model, revision)
         tokens, bos_id = read_text(opened, text, samples)
-        dtype = options.product_dtype(dtype, opened.dtype)
+        dtype = opened.product_dtype(dtype)
         how = {
             "samples": tokens.shape[0],
             "sequence_length": tokens.shape[1],

@@ -110,7 +110,7 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
 
     console.doing("measuring this machine")
     widest = model.config.widest
-    dtype = options.product_dtype(dtype, model.dtype)
+    dtype = model.product_dtype(dtype)
     here = Path.cwd()
     measured = speed.measure((widest.channels, model.config.hidden_size), dtype, here)
     batch = streaming.batch_size(length)

@@ -31,7 +31,6 @@ from prunetool.llama.config import LayerShape
 from prunetool.llama.parts import MATRICES, PARTS
 from prunetool.llama.weights import Layer, part_shapes, scatter
 from prunetool.model import Model
-from prunetool.options import product_dtype
 from prunetool.stats import GIVEN
 from prunetool.steps.evaluate import LOGIT_TOKENS, Ends, final_stream
 from prunetool.steps.run import Run, reopen
@@ -96,7 +95,7 @@ def prepare(
     random = np.random.default_rng(how["seed"])
     trained = len(tokens) - held_out
     order = [int(n) for _ in range(how["epochs"]) for n in random.permutation(trained)]
-    dtype = product_dtype(how["dtype"], model.dtype)
+    dtype = model.product_dtype(how["dtype"])
     header = header.after(
         "recover",
         **how | {"dtype": dtype},
