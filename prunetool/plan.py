@@ -14,6 +14,7 @@ from prunetool.stats import array_shapes, gradient_shapes
 FILE_BYTES = 4096  # of names, shapes and checksums in a file of a layer
 # Resident memory of the program before it reads anything: with JAX in use, and without.
 WITH_JAX, WITHOUT = 400_000_000, 150_000_000
+LOGIT_TOKENS = 256  # tokens whose logits, (V, 256) float32, exist at a time
 
 
 class Need(NamedTuple):
@@ -122,9 +123,22 @@ def self_text_memory(model: Model, length: int, width: int, dtype: str) -> int:
 
 
 def calibrate(
-    model: Model, samples: int, length: int, batch: int, stats: str, stats_dtype: str
+    model: Model,
+    samples: int,
+    length: int,
+    batch: int,
+    stats: str,
+    stats_dtype: str,
+    gradients: int = 0,
 ) -> Need:
-    """Needs of calibrate: one process with one device, ``batch`` sequences at a time."""
+    """Needs of calibrate: one process with one device, ``batch`` sequences at a time.
+
+    Args:
+      model: the checkpoint.
+      samples, length: number of sequences, and tokens in each.
+      batch, stats, stats_dtype: as of the command.
+      gradients: sequences that also run backward, their streams kept in bfloat16.
+    """
     D, T = model.config.hidden_size, batch * length
     widest = model.config.widest
     squares = sum(size**2 for size in input_sizes(model.config, widest).values())
@@ -141,8 +155,37 @@ def calibrate(
         products += tokens * sum(size * (size + 1) for size in features)
         products += tokens * 2 * D * (D + 1) if stats == "all" else 0
     disk = hidden_bytes(model, samples, length) + stats_bytes(model, stats, (0, 0), stats_dtype)
+    if gradients:
+        back = backward(model, gradients, length, batch, stats, stats_dtype)
+        memory, disk = max(memory, back.memory), disk + back.disk
+        products += back.products
     # Measured at 7B and 135M: the allocator takes up to a tenth more.
     return Need(int(1.1 * memory), disk, products)
+
+
+def backward(
+    model: Model, sequences: int, length: int, batch: int, stats: str, stats_dtype: str
+) -> Need:
+    """Needs of calibrate's backward pass over some sequences; as in `calibrate`."""
+    config = model.config
+    D, V, T = config.hidden_size, config.vocab_size, batch * length
+    itemsize = np.dtype(model.dtype).itemsize
+    # As XLA says of the compiled layer: in addition to the forward's, all matrices transposed; per
+    # token, gradients where the forward has values, and at the ends. And the sums of o and down.
+    layer = 4 * layer_bytes(model) + T * (22 * config.widest.channels + 40 * D)
+    layer += 2 * D**2 * 4 + D**2 * np.dtype(stats_dtype).itemsize
+    # The head, twice more to be multiplied from its other side, and four arrays of logits.
+    top = 3 * V * D * itemsize + 16 * V * min(length, LOGIT_TOKENS)
+    tokens = sequences * length
+    products = tokens * 4.0 * V * D  # the logits, and the gradient before them
+    for shape in config.layer_shapes:
+        # The layer again, but for down's product; and those from its outputs to its inputs.
+        products += tokens * (4 * model.layer_parameters(shape) - 2 * D * shape.channels)
+        # Forward twice, once of them block by block, and back.
+        products += 4 * 2 * tokens * length * shape.heads * config.head_dim
+        products += tokens * 2 * D * (D + 1)
+    disk = gradient_bytes(model, sequences, length, stats, "bfloat16", stats_dtype)
+    return Need(WITH_JAX + max(layer, top), disk, products)
 
 
 def score(model: Model, stats_dtype: str) -> Need:

@@ -181,13 +181,11 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def check_finite(h: np.ndarray, layer: int, what: str = "outputs") -> None:
+def check_finite(h: np.ndarray, layer: int, what: str = "outputs NaN or infinity") -> None:
     """Refuse a residual stream that overflowed, or its gradient.
 
     Raises:
       NumericalError: if it has NaN or infinity; names the layer.
     """
     if not np.isfinite(h.sum()):
-        raise NumericalError(
-            f"layer {layer}", f"{what} NaN or infinity", "try --dtype float32, or check the model"
-        )
+        raise NumericalError(f"layer {layer}", what, "try --dtype float32, or check the model")

@@ -450,6 +450,17 @@ def write(work: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
     files.write_tensors(path, arrays, {SUMS: json.dumps(sums)})
 
 
+def is_intact(work: Path, name: str) -> bool:
+    """Whether a file of stats is as written, or discarded; a warning says why not."""
+    try:
+        if not (work / DISCARDED_NAME).exists() or (work / name).exists():
+            TensorFile(work, name).check()
+    except RecordError as error:
+        console.log.warning("%s: %s; starting again", error.where, error.what)
+        return False
+    return True
+
+
 def discard_stats(work: Path, record: LayerRecord) -> None:
     """Delete a layer's stats once their last reader is done."""
     below(work, DISCARDED_NAME).touch()

@@ -248,15 +248,15 @@ def command(words, first=""):
     return [sys.executable, *how, *map(str, words)]
 
 
-def at_layer(number, act):
-    """Python for `command`: at a layer of its forward, calibrate or evaluate does something."""
+def at_layer(number, act, backwards=False):
+    """Python for `command`: at a layer of its forward, or backward, it does something."""
     return f"""
 import os, signal, time
 from pathlib import Path
 from prunetool import streaming
-def check(h, layer, real=streaming.check_finite):
-    real(h, layer)
-    if layer == {number}:
+def check(h, layer, *what, real=streaming.check_finite):
+    real(h, layer, *what)
+    if layer == {number} and bool(what) == {backwards}:
         {act}
 streaming.check_finite = check
 """

@@ -149,15 +149,8 @@ def calibrate(
     Example:
       prunetool calibrate SmolLM2-135M --text wiki.txt --samples 32 > stats.jsonl
     """
-    if held_out is None:
-        held_out = max(samples // 8, min(samples - 1, 1))
-    if gradients is None:
-        gradients = min(GRADIENTS, samples - held_out)
-    _check(text, samples, held_out, attention_samples, attention_length, coordinator)
-    if gradients > samples - held_out:
-        raise click.BadParameter(
-            f"--gradients {gradients}: only {samples - held_out} samples are not held out"
-        )
+    held_out, gradients = split(samples, held_out, gradients)
+    _check(text, samples, held_out, gradients, attention_samples, attention_length, coordinator)
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
     options.keep_inputs([sink, profile], [model, *text.files])
@@ -185,6 +178,15 @@ def calibrate(
         said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]
 
 
+def split(
+    samples: int, held_out: int | None = None, gradients: int | None = None
+) -> tuple[int, int]:
+    """How many samples are held out, and how many of the others run backward."""
+    if held_out is None:
+        held_out = max(samples // 8, min(samples - 1, 1))
+    return held_out, min(GRADIENTS, samples - held_out) if gradients is None else gradients
+
+
 def _read(
     model: "Model", text: "Text", samples: int, shuffle: int | None, dtype: str, work: Path,
     said: list[str], overwrite: bool,
@@ -200,7 +202,7 @@ def _read(
 
 
 def _check(
-    text: "Text", samples: int, held_out: int, attention_samples: int,
+    text: "Text", samples: int, held_out: int, gradients: int, attention_samples: int,
     attention_length: int | None, coordinator: str | None,
 ) -> None:  # fmt: skip
     """Refuse options that contradict each other."""
@@ -211,6 +213,10 @@ def _check(
         )
     if held_out >= samples:
         raise click.BadParameter(f"--held-out {held_out} of --samples {samples} leaves none to fit")
+    if gradients > samples - held_out:
+        raise click.BadParameter(
+            f"--gradients {gradients}: only {samples - held_out} samples are not held out"
+        )
     if 2 * attention_samples > samples:
         raise click.BadParameter(
             f"--attention-samples {attention_samples} and as many held out need --samples "

@@ -106,6 +106,7 @@ def inspect(
 def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str) -> dict[str, Any]:
     """What the steps need and this machine's speed; prints them as a table."""
     from prunetool import plan, streaming
+    from prunetool.commands.calibrate import split
     from prunetool.steps import compensate, speed
 
     console.doing("measuring this machine")
@@ -115,7 +116,9 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     measured = speed.measure((widest.channels, model.config.hidden_size), dtype, here)
     batch = streaming.batch_size(length)
     needs = {
-        "calibrate": plan.calibrate(model, samples, length, batch, "structural", "float32"),
+        "calibrate": plan.calibrate(
+            model, samples, length, batch, "structural", "float32", split(samples)[1]
+        ),
         "score": plan.score(model, "float32"),
         "compensate": plan.compensate(model, sparsity, len(compensate.DAMPING_GRID)),
         "export": plan.export(model, sparsity),

@@ -6,7 +6,7 @@ curvature of the loss where a model fits its data. Its gradients go from the las
 in files, as the residual stream goes forward; memory holds one layer and one batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunetool import console, stats, streaming, workdir
+from prunetool.checkpoint import checksum
 from prunetool.devices import BY_DEVICE, BY_SEQUENCE, EVERYWHERE, Spread, Team
-from prunetool.errors import RecordError
+from prunetool.errors import ConfigError
 from prunetool.llama import backward, decode, forward
-from prunetool.llama.parts import MATRICES, PARTS
-from prunetool.llama.weights import Layer
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES, PARTS
+from prunetool.llama.weights import Layer, part_shapes, tensor_name
 from prunetool.model import Model
+from prunetool.plan import LOGIT_TOKENS
 from prunetool.profiling import Profile
-from prunetool.steps.evaluate import LOGIT_TOKENS, Ends
+from prunetool.steps.evaluate import Ends
 
 LABEL_SEED = 0  # with the number of a sequence: of the tokens drawn
 
@@ -93,8 +95,13 @@ class Backward:
             yield keep
 
     def has_streams(self, layers: int) -> bool:
-        """Whether the streams before and between the first layers are there, as written."""
-        return not len(self.mine) or all(self.stream(n).is_whole() for n in range(layers + 1))
+        """Whether the streams before and between the first layers are as written."""
+        for layer in range(layers + 1) if len(self.mine) else ():
+            stream = self.stream(layer)
+            if not stream.is_whole():
+                console.log.warning("%s: is missing or damaged; starting again", stream.path)
+                return False
+        return True
 
     def forget(self) -> None:
         """Delete the gradients of an earlier pass."""
@@ -105,6 +112,8 @@ class Backward:
         """Yield each layer's number once its sums are written, the last layer first."""
         last = self.model.layers
         left = -self.team.least(-self._left())
+        there = left > last or self.stream(left, "gradient").is_whole()
+        left = left if self.team.least(there) else last + 1
         for other in range(left):  # behind the slowest process
             self.stream(other, "gradient").path.unlink(missing_ok=True)
         if left > last:
@@ -118,19 +127,19 @@ class Backward:
         """How many layers are left; one more if the top is."""
         last = self.model.layers
         for layer in range(last + 1):
-            if self.stream(layer, "gradient").is_whole() and self._are_whole(layer):
+            stream = self.stream(layer, "gradient")
+            if not stream.path.exists():
+                continue
+            if not stream.is_whole():
+                console.log.warning("%s: is damaged; made again", stream.path)
+            elif self._are_intact(layer):
                 return layer
         return last + 1
 
-    def _are_whole(self, first: int) -> bool:
+    def _are_intact(self, first: int) -> bool:
         """Whether the sums of the layers from ``first`` on are as written."""
-        try:
-            for layer in range(first, self.model.layers) if self.team.index == 0 else ():
-                workdir.TensorFile(self.work, self._file(layer)).check()
-        except RecordError as error:
-            console.log.warning("%s: %s; starting again", error.where, error.what)
-            return False
-        return True
+        layers = range(first, self.model.layers) if self.team.index == 0 else ()
+        return all(workdir.is_intact(self.work, self._file(layer)) for layer in layers)
 
     def _file(self, layer: int) -> str:
         return workdir.layer_file("stats", layer, ".gradients")
@@ -139,6 +148,8 @@ class Backward:
         """Draw the tokens, and write the gradient after the last layer."""
         length, last = self.tokens.shape[1], self.model.layers
         ends = Ends.of(self.model, self.precision.dtype)
+        head = EMBEDDING if self.model.config.tied else LM_HEAD
+        refuse_other_weights(self.team, self.model, head, [FINAL_NORM, head])
 
         @jax.jit
         def gradient(
@@ -160,8 +171,12 @@ class Backward:
                     block = slice(start, start + LOGIT_TOKENS)
                     g.append(np.asarray(gradient(h[:, :, block], u[block], ends.norm, ends.head)))
                 found = np.concatenate(g, axis=2)
-                streaming.check_finite(found, last - 1, "is followed by gradients of")
+                streaming.check_finite(
+                    found, last - 1, "the gradients after it are NaN or infinite"
+                )
                 write(range(place, place + 1), found)
+            if self.team.index == 0:
+                self.model.remember(self.work / workdir.WEIGHTS_NAME)
 
     def _compute(self, left: int) -> Iterator[int]:
         """The layers below ``left``, of whose outputs the gradient is there."""
@@ -171,6 +186,9 @@ class Backward:
         above = self.stream(left, "gradient")
         for number, layer in self.model.padded_layers(left, backwards=True):
             weights = everywhere(streaming.to_device(layer, self.precision.dtype))
+            refuse_other_weights(
+                self.team, self.model, f"layer {number}", names(self.model, number)
+            )
             sums = step.spread.zeros(
                 jax.eval_shape(partial(stats.gradient_zeros, self.kept, padded_sizes(layer)))
             )
@@ -180,7 +198,7 @@ class Backward:
                     with self.profile.phase("gradients"):
                         h, g = before.read(batch), above.read(batch)
                         g, sums = step(h, g, weights, rope, sums)
-                    streaming.check_finite(g, number, "has gradients of")
+                    streaming.check_finite(g, number, "its gradients are NaN or infinite")
                     write(batch, g)
                     console.within(batch.stop, len(self.mine), "sequence")
                 self._write(number, self.team.total(sums))
@@ -198,6 +216,27 @@ class Backward:
             shape = config.layer_shapes[layer]
             arrays = stats.gradient_arrays(sums, tokens, config, shape, self.precision.stats_dtype)
             workdir.write(self.work, self._file(layer), arrays)
+
+
+def names(model: Model, layer: int) -> list[str]:
+    """Names of a layer's tensors."""
+    parts = part_shapes(model.config, model.config.layer_shapes[layer])
+    return [tensor_name(layer, part) for part in parts]
+
+
+def refuse_other_weights(team: Team, model: Model, where: str, tensors: Iterable[str]) -> None:
+    """Refuse processes that have read different weights.
+
+    Raises:
+      ConfigError: if they have, on every process.
+    """
+    if team.count == 1:
+        return
+    sums = {name: model.checksums.get(name) for name in tensors}
+    if not team.same(int(checksum.of_json(sums)[:15], 16)):
+        raise ConfigError(
+            where, "the processes have different weights", "give all of them the same checkpoint"
+        )
 
 
 def padded_sizes(layer: Layer) -> dict[str, int]:

@@ -14,14 +14,14 @@ from prunetool import __version__, console, corpus, plan, records, stats, stream
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.writer import need_room
 from prunetool.devices import BY_DEVICE, BY_SEQUENCE, EVERYWHERE, Spread, Team, own_terms
-from prunetool.errors import ConfigError, RecordError
+from prunetool.errors import ConfigError
 from prunetool.llama import forward
 from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD
-from prunetool.llama.weights import Layer, part_shapes, tensor_name
+from prunetool.llama.weights import Layer
 from prunetool.model import Model
 from prunetool.profiling import Profile
 from prunetool.pruning import gram
-from prunetool.steps.backward import Backward, Precision, padded_sizes
+from prunetool.steps.backward import Backward, Precision, names, padded_sizes, refuse_other_weights
 from prunetool.steps.run import Opens, recall_weights
 
 
@@ -133,22 +133,23 @@ class Calibration:
     def layers(self) -> Iterator[records.LayerRecord]:
         """Yield each layer's record once its files are complete, resuming where a run stopped."""
         back, layers = self._backward(), self.model.layers
-        done = self.team.least(self._done())
-        there = done == 0 or self.whole or back.has_streams(done)
+        done, whole = self.team.least(self._done()), bool(self.team.least(self.whole))
+        there = done == 0 or whole or back.has_streams(done)
         there = there and (done in (0, layers) or self._stream(self._hidden(done)).is_whole())
         done = self.team.least(done if there else 0)
-        if done < layers:
+        if not (whole and done):
             self._whole.unlink(missing_ok=True)
         streaming.keep_only(self._hidden(done), self.team.suffix)
         if done == 0:
             (self.work / workdir.DISCARDED_NAME).unlink(missing_ok=True)
+        if done < layers:
             back.forget()
         forward = console.progress(
             chain(map(self._record, range(done)), self._compute(done)), layers
         )
         if self.gradients:
             made = list(forward)
-            for layer in [] if self.whole else back.layers():
+            for layer in [] if whole and done else back.layers():
                 made[layer] = made[layer].adding(
                     {}, self.profile.take("gradients", made[layer].values)
                 )
@@ -203,24 +204,6 @@ class Calibration:
             self.model.final_norm(), self.model.head()
             self._remember()
 
-    def _same_weights(self, layer: int) -> None:
-        """Refuse processes that have different weights in a layer.
-
-        Raises:
-          ConfigError: if they do, on every process.
-        """
-        if self.team.count == 1:
-            return
-        parts = part_shapes(self.model.config, self.model.config.layer_shapes[layer])
-        names = [EMBEDDING, *(tensor_name(layer, part) for part in parts)]
-        sums = {name: self.model.checksums.get(name) for name in names[layer > 0 :]}
-        if not self.team.same(int(checksum.of_json(sums)[:15], 16)):
-            raise ConfigError(
-                f"layer {layer}",
-                "the processes have different weights",
-                "give all of them the same checkpoint",
-            )
-
     def _remember(self) -> None:
         self.model.remember(self.work / workdir.WEIGHTS_NAME)
 
@@ -258,7 +241,8 @@ class Calibration:
                     partial(stats.zeros, self.stats, padded_sizes(layer), head_dim)
                 )
                 del layer
-            self._same_weights(number)
+            read = [EMBEDDING] * (number == 0) + names(self.model, number)
+            refuse_other_weights(self.team, self.model, f"layer {number}", read)
             behind = stream.at(self._hidden(number + 1))
             samples = self._no_samples()
             with behind.writing() as write, back.keeping(number + 1) as keep:
@@ -358,24 +342,21 @@ class Calibration:
             done = streaming.layers_done(first, self.model.layers, self.team.suffix)
         if done and self.team.index == 0:
             known = recall_weights(self.model, self.work, overwrite=self.overwrite)
-            return done if known and self._are_whole(done) else 0
+            return done if known and self._are_intact(done) else 0
         return done
 
-    def _are_whole(self, layers: int) -> bool:
+    def _are_intact(self, layers: int) -> bool:
         """Whether the files of the first layers, if not discarded, are as written."""
-        discarded = (self.work / workdir.DISCARDED_NAME).exists()
-        for layer in range(layers):
-            for kind in self._kinds():
-                if kind == "gradients" and not self.whole:
-                    continue  # the backward pass looks at its own
-                name = self._file(layer, kind)
-                try:
-                    if not discarded or (self.work / name).exists():
-                        workdir.TensorFile(self.work, name).check()
-                except RecordError as error:
-                    console.log.warning("%s: %s; starting again", error.where, error.what)
-                    return False
-        return True
+        kinds = [
+            kind
+            for kind in self._kinds()
+            if kind != "gradients" or self.whole  # the backward pass looks at its own
+        ]
+        return all(
+            workdir.is_intact(self.work, self._file(layer, kind))
+            for layer in range(layers)
+            for kind in kinds
+        )
 
     def _record(self, layer: int) -> records.LayerRecord:
         return records.LayerRecord(layer, {kind: self._file(layer, kind) for kind in self._kinds()})

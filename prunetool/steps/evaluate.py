@@ -18,9 +18,8 @@ from prunetool.checkpoint.writer import need_room
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
+from prunetool.plan import LOGIT_TOKENS
 from prunetool.steps.run import recall_weights
-
-LOGIT_TOKENS = 256  # tokens whose logits, (V, 256) float32, exist at a time
 
 
 @contextmanager

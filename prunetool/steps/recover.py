@@ -31,8 +31,9 @@ from prunetool.llama.config import LayerShape
 from prunetool.llama.parts import MATRICES, PARTS
 from prunetool.llama.weights import Layer, part_shapes, scatter
 from prunetool.model import Model
+from prunetool.plan import LOGIT_TOKENS
 from prunetool.stats import GIVEN
-from prunetool.steps.evaluate import LOGIT_TOKENS, Ends, final_stream
+from prunetool.steps.evaluate import Ends, final_stream
 from prunetool.steps.run import Run, reopen
 from prunetool.steps.trained import Gradient, Trained
 
