@@ -90,7 +90,8 @@ def main() -> None:
                 "-q", "calibrate", given.model, "--text", given.calibrate,
                 "--samples", given.samples, "--held-out", max(1, given.samples // 8),
                 "--sequence-length", LENGTH, "--dtype", forward,
-                "--stats-dtype", stored, "--work", place / "work", "-o", place / "stats.jsonl",
+                "--stats-dtype", stored, "--gradients", 0, "--work", place / "work",
+                "-o", place / "stats.jsonl",
             ]  # fmt: skip
             cli.group.main([str(word) for word in words], standalone_mode=False)
             score, refit = place / "kept.jsonl", place / "refit.jsonl"

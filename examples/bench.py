@@ -75,7 +75,7 @@ def main() -> None:
         ours = [
             sys.executable, "-m", "prunetool", "-q", "calibrate", str(given.model), "--tokens", ids,
             "--samples", str(given.samples), "--sequence-length", str(given.sequence_length),
-            "-o", f"{directory}/stats.jsonl", "--overwrite", "--work",
+            "--gradients", "0", "-o", f"{directory}/stats.jsonl", "--overwrite", "--work",
         ]  # fmt: skip
         theirs = [sys.executable, "-c", HOOKS, str(given.model), ids]
         results = [(measure([*ours, f"{work}-{n}"]), measure(theirs)) for n in range(given.rounds)]

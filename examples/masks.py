@@ -105,7 +105,7 @@ def main() -> None:
         prunetool(
             "calibrate", given.model, "--text", given.calibration, "--samples", samples,
             "--stats", "all", "--attention-samples", sequences, "--attention-length", 256,
-            "--work", base, "-o", stats[sequences],
+            "--gradients", 0, "--work", base, "-o", stats[sequences],
         )  # fmt: skip
     for row in ROWS:
         if row in read(given.csv, keys=2):

@@ -90,13 +90,15 @@ def test_each_option_of_a_run_is_in_its_identity():
 
 def calibration(model, text, *more):
     return ["calibrate", model, "--text", text, "--samples", 4, "--sequence-length", 16,
-            "--held-out", 1, "--work", "w", "-o", "a.jsonl", *more]  # fmt: skip
+            "--held-out", 1, "--gradients", 2, "--work", "w", "-o", "a.jsonl", *more]  # fmt: skip
 
 
 OPTIONS = {
     "samples": ["--samples", 5],
     "sequence_length": ["--sequence-length", 17],
     "held_out": ["--held-out", 2],
+    "gradients": ["--gradients", 1],
+    "stream_dtype": ["--stream-dtype", "float32"],
     "stats": ["--stats", "all"],
     "attention": ["--attention-samples", 1],
     "dtype": ["--dtype", "bfloat16"],

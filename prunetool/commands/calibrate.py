@@ -42,8 +42,9 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     type=click.IntRange(0),
     metavar="SEQUENCES",
     show_default="32, or all that are not held out",
-    help="How many of the samples also run backward, for the loss's curvature at the outputs of "
-    "o_proj and down_proj, which score --allocation loss needs. 0: none.",
+    help="How many samples, evenly spread over those not held out, also run backward, for the "
+    "loss's curvature at the outputs of o_proj and down_proj, which score --allocation loss needs. "
+    "With any, the records come when all layers are done. 0: none.",
 )
 @click.option(
     "--stream-dtype",
@@ -58,7 +59,8 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     default="structural",
     show_default=True,
     help="structural: sums over the inputs of o_proj and down_proj. token: also "
-    "their full token-weighted Gram matrices. all: also the inputs of q, k, v and of gate, up.",
+    "their full token-weighted Gram matrices. all: also the inputs of q, k, v and of gate, up, and "
+    "the squares of the gradients at the outputs of all seven matrices.",
 )
 @click.option(
     "--attention-samples",
@@ -142,8 +144,8 @@ def calibrate(
 
     MODEL is a directory of safetensors or a Hub id. Layer by layer, keeps the Gram matrix, mean
     and token-weighted second moments of the inputs of o_proj and down_proj; then, from the last
-    layer to the first, those of the gradients at their outputs. If killed, the same command resumes
-    after the last finished layer.
+    layer to the first, the Gram matrices of the loss's gradients at their outputs. If killed, the
+    same command resumes after the last finished layer.
 
     \b
     Example:

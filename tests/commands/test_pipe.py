@@ -396,7 +396,7 @@ def test_a_finished_calibration_is_read_not_made_again(calibrated, run, text, tm
     assert contents(work) == before
     words[words.index("--samples") + 1] = 9
     line = error_of(run(*words, ok=False))
-    assert "holds another run: --samples was 8 and is 9; give --overwrite" in line
+    assert "holds another run: --samples was 8 and is 9, --gradients was 6 and is 7; give" in line
     run(*words, "--overwrite")
 
 

@@ -304,7 +304,7 @@ def test_a_profile_has_a_trace_and_the_seconds(checkpoint, text, run, tmp_path):
     with (tmp_path / "c.jsonl").open() as stream:
         _, layers = records.read(stream)
         seconds = [layer.values["seconds"] for layer in layers]
-    assert seconds[1].keys() == {"calibrate", "score", "compensate"}
+    assert seconds[1].keys() == {"calibrate", "gradients", "score", "compensate"}
     assert all(0 < sum(phases.values()) < 100 for phases in seconds[1].values())
     for step in ("calibrate", "score", "compensate"):
         trace = json.loads(gzip.decompress((tmp_path / f"{step}.json.gz").read_bytes()))
@@ -364,7 +364,8 @@ def test_a_restart_leaves_neither_an_old_stream_nor_the_mark_of_a_whole_run(
                 call(*words)
         return sorted(path.name for path in (tmp_path / "w").iterdir())
 
-    files = ["hidden-00001", "run.json", "stats", "weights.json"]
+    streams = ["hidden-00001", "residual-00000", "residual-00001"]
+    files = [*streams, "run.json", "stats", "weights.json"]
     assert failing_at(1) == files
     shutil.copy(tmp_path / "w/hidden-00001", tmp_path / "w/hidden-00000")
     assert failing_at(1) == files, "the stream before the one to resume from is of no use"
