@@ -310,13 +310,14 @@ def call(tmp_path, monkeypatch, capsys):
 def calibrated(checkpoint, text, run, tmp_path):
     """A tiny checkpoint and the records of its calibration: ``calibrated(kv_heads=1)``."""
 
-    def make(name="dense", stats="structural", held_out=2, attention=0, **changes):
+    def make(name="dense", stats="structural", held_out=2, attention=0, gradients=None, **changes):
+        words = [] if gradients is None else ["--gradients", gradients]
         model = checkpoint(name, **changes)
         path = tmp_path / f"{name}.jsonl"
         run(
             "calibrate", model, "--text", text, "--samples", 8, "--sequence-length", 32,
             "--held-out", held_out, "--stats", stats, "--attention-samples", attention,
-            "--work", tmp_path / f"{name}.work", "-o", path,
+            "--work", tmp_path / f"{name}.work", "-o", path, *words,
         )  # fmt: skip
         return model, path
 

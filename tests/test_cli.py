@@ -61,7 +61,10 @@ def test_every_command_has_help_and_an_example(command):
         (["score", "--sparsity", "12.5%"], "not a valid float range. Did you mean 0.125?"),
         (["score", "--sparsity", ".2", "--target", "layers"], "give some of heads, channels"),
         (["score", "--sparsity", ".2", "--target", "heads,q"], "give some of heads, channels"),
-        (["score", "--sparsity", ".2", "--target", "qk"], "newton does not score q,k; give wanda"),
+        (
+            ["score", "--sparsity", ".2", "--target", "qk", "--method", "newton"],
+            "newton does not score q,k; give attention-diag",
+        ),
         (
             ["score", "--sparsity", ".2", "--target", "q", "--method", "attention-gd"],
             "attention-gd does not score q",
@@ -115,7 +118,7 @@ def test_every_command_has_help_and_an_example(command):
                 ("--allocation", "loss"): "--published sets --allocation itself",
                 ("--weighting", "token"): "--published sets --weighting itself",
                 ("--method", "obs"): "goes with --method newton or attention-gd, not obs of heads,",
-                ("--target", "v"): "goes with --method newton or attention-gd, not newton of v",
+                ("--target", "v"): "goes with --method newton or attention-gd, not fisher of v",
             }.items()
         ),
         (

@@ -93,6 +93,7 @@ VALUES = {
         "o_proj": dict.fromkeys(records.REFIT, 0.5),
         "q_proj.masked": dict.fromkeys(records.REFIT),
     },
+    "recover": {"kl_before": 0.2, "kl_after": 0.1, "steps": 64},
     "seconds": {"score": {"mask": 0.5}},
 }
 

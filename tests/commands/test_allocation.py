@@ -131,7 +131,8 @@ def test_two_steps_each_give_the_nats_of_what_they_decide(with_gradients, run):
         assert both["values"]["nats"]["o_proj"] == one["values"]["nats"]["o_proj"]
         gone = both["values"]["kept"]["channels"] < 96
         assert (both["values"]["nats"]["down_proj"] > 0) == gone
-    third = run("score", *FAST, "--sparsity", ".2", "--target", "channels", stdin=second).stdout
+    words = ["--sparsity", ".2", "--target", "channels", "--allocation", "global"]
+    third = run("score", *FAST, *words, stdin=second).stdout
     assert all(set(layer["values"]["nats"]) == {"o_proj"} for layer in layers_of(third))
 
 
@@ -166,7 +167,7 @@ def test_the_greedy_order_by_the_metric_predicts_less_than_magnitude(with_gradie
 
 
 def test_a_calibration_without_gradients_is_refused_before_any_layer(calibrated, run, tmp_path):
-    _, records = calibrated()
+    _, records = calibrated(gradients=0)
     done = run("score", records, "--sparsity", ".3", "--allocation", "loss", ok=False)
     assert error_of(done) == (
         "Error: --allocation loss: needs gradients, which this stream's calibration did not keep; "

@@ -214,12 +214,12 @@ import os, sys
 from prunetool import cli
 from prunetool.steps import export
 
-def stopping(model, work, record, units, make=export._pruned_layer):
+def stopping(model, work, record, make=export.pruned_layer):
     if record.index == int(sys.argv[1]):
         os._exit(9)
-    return make(model, work, record, units)
+    return make(model, work, record)
 
-export._pruned_layer = stopping
+export.pruned_layer = stopping
 cli.group.main(sys.argv[2:], standalone_mode=False)
 """
 
