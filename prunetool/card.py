@@ -53,11 +53,12 @@ def model_card(
         source = Path(header.model).name
     data = _front_matter(header, dense)
     licence = data.license_name or data.license
+    trained = "and trained on its predictions" if header.had("recover") else "without training"
     lines = [
         "---", data.to_yaml(line_break="\n"), "---", "",
         f"# {plain(Path(source).name)}, pruned", "",
         f"Made from {plain(source)} by [prunetool](https://pypi.org/project/prunetool) "
-        f"{__version__}, without training. The licence is the base model's"
+        f"{__version__}, {trained}. The licence is the base model's"
         f"{f': {plain(licence)}' if licence else ''}.", "",
         "| | before | after |", "|---|---:|---:|",
         f"| parameters in decoder layers | {sum(before):,} | {sum(after):,} "

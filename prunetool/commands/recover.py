@@ -12,8 +12,6 @@ from prunetool.errors import RecordError
 if TYPE_CHECKING:
     from prunetool.corpus import Text
 
-HELD_OUT = 4  # sequences that only measure, at most
-
 
 @click.command(cls=options.Command)
 @options.source_arg
@@ -24,6 +22,13 @@ HELD_OUT = 4  # sequences that only measure, at most
     show_default=True,
     type=click.IntRange(1),
     help="Sequences to train on; without --text, the first ones of the calibration.",
+)
+@click.option(
+    "--held-out",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Further sequences that only measure; without --text, ones that calibrate held out.",
 )
 @click.option(
     "--what",
@@ -55,6 +60,7 @@ def recover(
     source: str,
     text: "Text | None",
     samples: int,
+    held_out: int,
     what: str,
     epochs: int,
     learning_rate: float | None,
@@ -88,7 +94,7 @@ def recover(
         if header.had("recover"):
             raise RecordError(source, "was already recovered", "give --epochs to train for longer")
         job = step.prepare(
-            header, list(layers), text, samples, HELD_OUT,
+            header, list(layers), text, samples, held_out,
             {"what": what, "epochs": epochs, "seed": seed, "dtype": dtype}, learning_rate, profile,
         )  # fmt: skip
         job.run.write(partial(options.open_sink, sink), job.layers(), job.needed_bytes)

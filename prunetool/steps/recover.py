@@ -72,7 +72,7 @@ def prepare(
       header, made: the stream.
       text: text to train on; None for the calibration's tokens.
       samples: sequences of it to train on.
-      held_out: further ones that only measure, at most.
+      held_out: further ones that only measure; of the calibration's, at most this many.
       how: the command's other options, by name.
       peak: largest learning rate; None for the default.
       profile: as in `Run.of`.
@@ -86,7 +86,6 @@ def prepare(
     if text is None:
         tokens, held_out = _calibrated(header, samples, held_out)
     else:
-        held_out = min(held_out, max(samples // 8, 1))
         tokens, _ = text.load(model.directory, model.config.vocab_size, samples + held_out)
     if not any(name.startswith(("kept.", "mask.")) for record in made for name in record.files):
         raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
@@ -104,6 +103,7 @@ def prepare(
         samples=trained,
         held_out=held_out,
         sequence_length=tokens.shape[1],
+        text=text and "TEXT",  # as the card names it
         tokens=corpus.fingerprint(tokens),
     )
     run = Run.of(header, profile, discard=False)

@@ -211,3 +211,19 @@ def test_what_it_refuses(tmp_path, call, run, kept):
     assert "has the tokens of another run" in refused("recover", "kept.jsonl", "--seed", "1")
     path.unlink()
     assert path.name in refused("recover", "kept.jsonl", "--seed", "1")
+
+
+def test_other_text_and_what_the_card_says(tmp_path, call, text, kept):
+    kept()
+    words = ["--text", text, "--samples", 3, "--held-out", 2, "--sequence-length", 24]
+    call("recover", "kept.jsonl", *words, "--learning-rate", "1e-4", "-o", "recovered.jsonl")
+    header = json.loads((tmp_path / "recovered.jsonl").read_text().splitlines()[0])
+    said = header["history"][-1]["options"]
+    assert [said[key] for key in ("samples", "held_out", "sequence_length")] == [3, 2, 24]
+    call("export", "recovered", "recovered.jsonl")
+    call("export", "kept", "kept.jsonl")
+    card = (tmp_path / "recovered/README.md").read_text()
+    assert "and trained on its predictions" in card
+    assert "| prunetool recover --what all" in card
+    assert "--text TEXT" in card.partition("prunetool recover")[2].partition("\n")[0]
+    assert "without training" in (tmp_path / "kept/README.md").read_text()
