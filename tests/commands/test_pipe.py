@@ -317,8 +317,9 @@ def test_flap_orders_by_the_plain_tokens_however_they_are_weighted(calibrated, r
 def test_newton_iterated_and_closed_form_keep_the_same(calibrated, run):
     _, records = calibrated()
     masks = []
+    words = ["--method", "newton", "--sparsity", ".3", "--multiple-of", 1]
     for more in ([], ["--newton-iterations", 7]):
-        stream = run("score", "--sparsity", ".3", "--multiple-of", 1, *more, records).stdout
+        stream = run("score", *words, *more, records).stdout
         header, *layers, _ = map(json.loads, stream.splitlines())
         masks.append([load_file(f"{header['work']}/{r['files']['kept.channels']}") for r in layers])
     for one, other in zip(*masks, strict=True):
@@ -339,7 +340,7 @@ def test_scores_of_two_steps_join(calibrated, run, tmp_path):
     run("export", tmp_path / "out", stdin=refitted)
     # A score behind the refit would make it one of other units.
     done = run("score", "--target", "channels", "--sparsity", ".3", stdin=refitted, ok=False)
-    assert "run compensate after the last score" in error_of(done)
+    assert "run compensate and recover after the last score" in error_of(done)
 
 
 def steps(model, text, out):

@@ -122,7 +122,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("writes", [3, 8, 20, 31, 50, 77, 115])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, call, kept, monkeypatch, writes):
-    kept("--method", "random", "--sparsity", ".3", num_hidden_layers=2)
+    words = ["--method", "random", "--allocation", "global", "--sparsity", ".3"]
+    kept(*words, num_hidden_layers=2)
     words = ["recover", "kept.jsonl", "--learning-rate", "1e-3", "-o"]
     call(*words, "whole.jsonl")
     expected = contents(tmp_path / "w")
