@@ -365,7 +365,7 @@ def test_a_restart_leaves_neither_an_old_stream_nor_the_mark_of_a_whole_run(
         return sorted(path.name for path in (tmp_path / "w").iterdir())
 
     streams = ["hidden-00001", "residual-00000", "residual-00001"]
-    files = [*streams, "run.json", "stats", "weights.json"]
+    files = [*streams, "run.json", "stats", "tokens.safetensors", "weights.json"]
     assert failing_at(1) == files
     shutil.copy(tmp_path / "w/hidden-00001", tmp_path / "w/hidden-00000")
     assert failing_at(1) == files, "the stream before the one to resume from is of no use"

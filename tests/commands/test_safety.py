@@ -116,11 +116,11 @@ class TestDamage:
         total = arrays.pop("down.total")
         workdir.write(tmp_path / "w", name, arrays)
         with pytest.raises(RecordError, match=r"lacks down.total; run the step that made it again"):
-            call("score", "--sparsity", ".2", "a.jsonl")
+            call("score", "--sparsity", ".2", "--method", "flap", "a.jsonl")
         for wrong in (total.astype(bool), total[:-1]):
             workdir.write(tmp_path / "w", name, {**arrays, "down.total": wrong})
             with pytest.raises(RecordError, match="not of shape"):
-                call("score", "--sparsity", ".2", "a.jsonl")
+                call("score", "--sparsity", ".2", "--method", "flap", "a.jsonl")
 
     def test_units_and_weights_of_another_shape_are_refused(self, pruned, call, tmp_path):
         (kept,) = tmp_path.glob("w/score-*/layer-00001.safetensors")
