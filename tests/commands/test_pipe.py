@@ -249,7 +249,7 @@ def test_a_loss_is_compared_between_heads_and_channels_by_the_parameter(
     save_file(dense, model / "model.safetensors")
     stats = calibrated_here(call, model, text, tmp_path)
     layers = call("score", "stats.jsonl", "--sparsity", ".3", "--multiple-of", 1,
-                  "--min-channels", 1, "--method", method)  # fmt: skip
+                  "--min-channels", 1, "--method", method, "--allocation", "global")  # fmt: skip
     cost_group, cost_channel, total = 2 * 64 * 16 * 3, 3 * 64, 3 * (64 * 16 * 12 + 96 * 192)
     units = []
     for layer, parts in enumerate(stats):
