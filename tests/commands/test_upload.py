@@ -391,7 +391,7 @@ class TestMetrics:
             ("plain", "kl_divergence"): kl,
         }
         assert page.data.model_name == "x"
-        assert page.data.tags == ["pruned", "prunetool", "newton"]
+        assert page.data.tags == ["pruned", "prunetool", "greedy"]
         assert str(made) not in str(page)
         assert 'from_pretrained("me/x", trust_remote_code=True)' in page.text
 

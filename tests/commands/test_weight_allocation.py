@@ -14,6 +14,7 @@ from tests.conftest import error_of
 GIVEN = {"q": "attention", "k": "attention", "v": "attention", "o": "o",
          "gate": "mlp", "up": "mlp", "down": "down"}  # fmt: skip
 BY_LOSS = ("--allocation", "loss", "--method", "fisher")
+UNIFORM = ["--allocation", "uniform", "--method", "fisher"]
 
 
 def layers_of(stream):
@@ -171,7 +172,7 @@ def test_what_is_missing_is_one_line_before_the_first_layer(calibrated, run, tmp
     _, records = calibrated()
     words = ["score", "--target", "weights", "--sparsity", ".5"]
     kept_no = "calibrate kept no sums of the inputs of q_proj, k_proj, v_proj, gate_proj, up_proj"
-    for more, why in ((BY_LOSS, "--allocation loss"), (BY_LOSS[2:], "--method fisher"),
+    for more, why in ((BY_LOSS, "--allocation loss"), (UNIFORM, "--method fisher"),
                       (("--method", "magnitude", *BY_LOSS[:2]), "--allocation loss")):  # fmt: skip
         assert error_of(run(*words, *more, records, ok=False)) == (
             f"Error: {why}: {kept_no}; run calibrate with --stats all"
@@ -180,7 +181,7 @@ def test_what_is_missing_is_one_line_before_the_first_layer(calibrated, run, tmp
     run("calibrate", tmp_path / "dense", "--text", tmp_path / "text.txt", "--samples", 8,
         "--sequence-length", 32, "--stats", "all", "--gradients", 0,
         "--work", tmp_path / "plain.work", "-o", model)  # fmt: skip
-    for more, why in ((BY_LOSS, "--allocation loss"), (BY_LOSS[2:], "--method fisher")):
+    for more, why in ((BY_LOSS, "--allocation loss"), (UNIFORM, "--method fisher")):
         assert error_of(run(*words, *more, model, ok=False)) == (
             f"Error: {why}: calibrate kept no gradients; run calibrate with --gradients 32, or more"
         )
