@@ -519,7 +519,7 @@ ALLOWED = {
     "options": {"checkpoint", "console", "corpus", "errors"},
     "steps": {"records", "console", "corpus", "plan", "checkpoint", "llama", "pruning", "model",
               "kept", "stats", "streaming", "workdir", "card", "devices", "profiling", "methods",
-              "errors", "loaders"},
+              "errors", "loaders", "tokenizer"},
     "plan": {"llama", "model", "pruning", "stats"},
     "devices": {"errors", "signals"},
     "profiling": set(),

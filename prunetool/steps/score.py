@@ -119,7 +119,7 @@ class Scoring:
         title = "Relative output error by plain removal"
         if self._by_loss:
             columns += [f"{MATRIX_OF[t]} nats" for t in self.targets]
-            title += ", and loss in nats a token after the best refit"
+            title = "Error if removed; nats after the refit"
         console.table(title, columns, rows, by=worst)
         self._say_ratio(counts)
         if self._by_loss:
