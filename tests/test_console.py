@@ -351,4 +351,4 @@ class TestPipe:
         lines = [line for line in shown(said) if "Error" in line]
         assert len(lines) == 1
         assert killed.returncode == -signal.SIGKILL
-        assert "Error: <stdin>: cut off after 2 of 16 layers; " in lines[0]
+        assert "Error: <stdin>: cut off after 0 of 16 layers; " in lines[0]
