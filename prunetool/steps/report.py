@@ -109,6 +109,10 @@ def make_page(
     ]
     title = _text(f"{shown(Path(header.source).name)}, pruned")
     errors = [_errors(record.values) for record in made]
+    nats = [
+        {name: Cell(f"{loss:.3g}") for name, loss in record.values.get("nats", {}).items()}
+        for record in made
+    ]
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n',
         f"<title>{title}</title>\n<style>{STYLE}</style>\n",
@@ -117,6 +121,8 @@ def make_page(
         _table("Weights of the decoder layers' seven matrices", counts),
         _by_layer("Units kept", [of[0] for of in sizes]),
         _by_layer("Weights kept, of those before", [of[1] for of in sizes]),
+        _by_layer("Predicted loss after the refit, nats a token", nats),
+        *_recovered(made[0]),
         _by_layer("Relative output error by plain removal", [of[0] for of in errors]),
         _by_layer("Relative output error, plain removal → refitted", [of[1] for of in errors]),
         _by_layer("Relative error of the attention matrices", [of[2] for of in errors]),
@@ -160,6 +166,14 @@ def _errors(values: dict[str, Any]) -> tuple[Columns, Columns, Columns]:
     found = values.get("attention", {})
     seen, unseen = (_error(found.get(kind)) for kind in ("calibration", "held_out"))
     return plain, refits, {"calibration": seen, "held out": unseen}
+
+
+def _recovered(record: records.LayerRecord) -> Iterator[str]:
+    """The table of what recover reached, if it ran: every record has it."""
+    if said := record.values.get("recover"):
+        losses = f"{said['kl_before']:.4f} → {said['kl_after']:.4f}"
+        rows: list[Row] = [["held-out KL, nats a token", losses], ["steps", said["steps"]]]
+        yield _table("Recovered", rows)
 
 
 def _shown(evaluations: Sequence[Evaluation]) -> Iterator[str]:

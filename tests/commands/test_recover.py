@@ -227,4 +227,8 @@ def test_other_text_and_what_the_card_says(tmp_path, call, text, kept):
     assert "and trained on its predictions" in card
     assert "| prunetool recover --what all" in card
     assert "--text TEXT" in card.partition("prunetool recover")[2].partition("\n")[0]
+    call("report", "recovered.jsonl", "-o", "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Recovered</caption>" in page
+    assert "held-out KL, nats a token" in page
     assert "without training" in (tmp_path / "kept/README.md").read_text()
