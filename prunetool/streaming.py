@@ -9,6 +9,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -91,12 +92,7 @@ class HiddenStates:
         out = np.empty((len(batch), self.hidden_size, self.length), self.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(batch.start * self._sample_bytes)
-            view = out.view(np.uint8).data.cast("B")
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise WorkError(self.path, "is cut short", "run the same command again")
-                view = view[count:]
+            read_into(out, file, self.path)
         return out.swapaxes(0, 1).astype(np.float32, copy=False)
 
     @contextmanager
@@ -115,6 +111,16 @@ class HiddenStates:
         with atomic(self.path, durable=self._durable) as partial, partial.open("wb") as file:
             yield write
             file.write(total.digest())
+
+
+def read_into(array: np.ndarray, file: RawIOBase, path: Path) -> None:
+    """Fill an array from an unbuffered file, named ``path`` if it is cut short."""
+    view = array.view(np.uint8).reshape(-1).data
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise WorkError(path, "is cut short", "run the same command again")
+        view = view[count:]
 
 
 def path_before(work: Path, layer: int, suffix: str = "", kind: str = "hidden") -> Path:

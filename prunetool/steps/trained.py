@@ -17,9 +17,8 @@ import numpy as np
 import xxhash
 
 from prunetool.checkpoint.writer import atomic
-from prunetool.errors import WorkError
 from prunetool.llama import forward
-from prunetool.streaming import SUM_BYTES
+from prunetool.streaming import SUM_BYTES, read_into
 
 DECAY, SQUARES_DECAY, EPSILON = 0.9, 0.95, 1e-8  # β₁, β₂ and ε of Adam
 NAME = re.compile(r"state-(\d{5})\.(\w+)\.(\d+)")
@@ -117,14 +116,8 @@ class Trained:
         size = 4 * int(np.prod(shape))
         with path.open("rb", buffering=0) as file:
             for _ in range((path.stat().st_size - SUM_BYTES) // size if moments else 1):
-                array = np.empty(shape, np.float32)
-                view = array.view(np.uint8).reshape(-1).data
-                while view:
-                    got = file.readinto(view)
-                    if not got:
-                        raise WorkError(path, "is cut short", "run the same command again")
-                    view = view[got:]
-                found.append(array)
+                found.append(np.empty(shape, np.float32))
+                read_into(found[-1], file, path)
         return found
 
     def _write(self, layer: int, part: str, count: int, arrays: Sequence[np.ndarray]) -> None:
