@@ -189,7 +189,7 @@ def backward(
 
 
 def score(model: Model, stats_dtype: str) -> Need:
-    """Needs of score with newton, the default method."""
+    """Needs of score with newton; those of greedy and of an allocation by loss are not planned."""
     D = model.config.hidden_size
     size = max(input_sizes(model.config, model.config.widest).values())
     packed = size * (size + 1) // 2

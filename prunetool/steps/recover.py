@@ -33,7 +33,7 @@ from prunetool.llama.weights import Layer, part_shapes, scatter
 from prunetool.model import Model
 from prunetool.plan import LOGIT_TOKENS
 from prunetool.stats import GIVEN
-from prunetool.steps.evaluate import Ends, final_stream
+from prunetool.steps.evaluate import Ends, final_stream, layer_step
 from prunetool.steps.run import Run, reopen
 from prunetool.steps.trained import Gradient, Trained
 
@@ -323,10 +323,10 @@ class Recovery:
 
     def _forward(self, h: np.ndarray, count: int) -> Iterator[np.ndarray]:
         """The streams before every layer, and after the last; (D, B, N) each."""
-        rope = streaming.rotation(self.model, h.shape[2])
+        rope, step = streaming.rotation(self.model, h.shape[2]), layer_step(**self._config)
         for n, w in self._ahead(range(self.model.layers), count):
             yield h
-            h = np.asarray(_layer(jnp.asarray(h), w, rope, **self._config))
+            h = np.asarray(step(jnp.asarray(h), w, rope)[0])
             streaming.check_finite(h, n)
         yield h
 
@@ -350,7 +350,7 @@ class Recovery:
             h, g = self._stream(n).read(range(1)), self._stream(n + 1, "gradient").read(range(1))
             found, inputs = _gradients(jnp.asarray(h), jnp.asarray(g), w, rope, **self._config)
             before = np.asarray(found.before)
-            streaming.check_finite(before, n, "has gradients of")
+            streaming.check_finite(before, n, "its gradients are NaN or infinite")
             self._put(n, "gradient", before)
             for part in self._state.trained(n):
                 gradient = Gradient(*_of_part(part, found, inputs))
@@ -375,7 +375,7 @@ class Recovery:
             g.append(np.asarray(of_h))
             of_norm += to_norm
         found = np.concatenate(g, axis=2) / np.float32(length)
-        streaming.check_finite(found, last - 1, "is followed by gradients of")
+        streaming.check_finite(found, last - 1, "the gradients after it are NaN or infinite")
         self._put(last, "gradient", found)
         self._state.update(last, FINAL, step, Gradient(of_norm / np.float32(length)), rate)
         self._state.keep_only(last, step + 1)
@@ -427,11 +427,6 @@ def _of_part(
     if part in found.norms:
         return found.norms[part], None
     return jnp.sum(found.outputs[part.removesuffix("_bias")], axis=(1, 2)), None
-
-
-@partial(jax.jit, static_argnames=("head_dim", "eps", "window"))
-def _layer(h: jax.Array, w: Layer, rope: forward.Rotation, **sizes: Any) -> jax.Array:
-    return forward.decoder_layer(h, w, rope, **sizes)[0]
 
 
 @partial(jax.jit, static_argnames=("head_dim", "eps", "window"))

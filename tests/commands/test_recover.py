@@ -182,6 +182,18 @@ def test_what_diverges_keeps_what_was_before_and_says_so(tmp_path, run, kept):
     assert done.stdout.splitlines()[1:] == before[1:]  # but for the header
 
 
+def test_gradients_that_overflow_name_their_layer(tmp_path, run, kept, monkeypatch):
+    kept()
+
+    def overflowing(h, g, *given, real=step._gradients, **sizes):
+        found, inputs = real(h, g, *given, **sizes)
+        return found._replace(before=found.before * np.float32(np.nan)), inputs
+
+    monkeypatch.setattr(step, "_gradients", overflowing)
+    said = run("recover", "kept.jsonl").stderr
+    assert "layer 2: its gradients are NaN or infinite; what was best before is kept" in said
+
+
 def test_masked_weights_stay_zero(tmp_path, call, kept):
     kept("--target", "weights", "--method", "magnitude", "--sparsity", ".5")
     call("recover", "kept.jsonl", "--learning-rate", "1e-3", "-o", "recovered.jsonl")
