@@ -28,6 +28,7 @@ deleted, below a directory whose run.json matches that stream, and never through
 import hashlib
 import io
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,6 +91,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     held = SoftFileLock(path.with_name(f"{path.name}.lock"))
     _remove_broken(held)
     holder = held.pid
+    left = holder is not None and _is_dead(holder) and held.pid == holder
     advice = (
         "wait for it, or stop it (if it ran on another machine and is gone, delete "
         f"{held.lock_file})"
@@ -107,13 +109,25 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
             "make room, or check the permissions",
         ) from error
     else:
-        if holder is not None:
+        if left:
             console.log.warning("%s: process %d, which wrote it, is gone; continuing", path, holder)
     try:
         files.sweep(path)
         yield
     finally:
         held.release()
+
+
+def _is_dead(pid: int) -> bool:
+    if os.name != "posix":
+        return False  # there os.kill would end the process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _remove_broken(held: SoftFileLock) -> None:

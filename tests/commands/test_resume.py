@@ -214,6 +214,15 @@ def test_who_waits_for_a_lock_gets_it(popen, tmp_path, monkeypatch, end):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_given_back_meanwhile_was_not_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        workdir.SoftFileLock, "pid", os.getppid()
+    )  # as read before it was given back
+    monkeypatch.setattr(console.log, "warning", pytest.fail)
+    with workdir.lock(tmp_path / "x"):
+        pass
+
+
 def test_an_export_that_failed_half_way_goes_on(checkpoint, text, run, tmp_path):
     for words in commands(checkpoint(num_hidden_layers=4), text)[:4]:
         run(*words)
