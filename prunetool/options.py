@@ -195,7 +195,7 @@ def text_options(
             raise click.UsageError("give either --text or --tokens")
         if SELF in texts and not by_model:
             raise click.UsageError(
-                f"--text {SELF} is for calibrate: a file of this name is ./{SELF}"
+                f"--text {SELF} is for calibrate and recover: a file of this name is ./{SELF}"
             )
         if SELF in texts and len(texts) > 1:
             raise click.UsageError(f"--text {SELF} cannot be joined with other text")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=options.Command)
 @options.source_arg
-@partial(options.text_options, required=False)
+@partial(options.text_options, by_model=True, required=False)
 @click.option(
     "--samples",
     default=64,
@@ -51,7 +51,11 @@ if TYPE_CHECKING:
     help="The largest rate of the one-cycle schedule.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the order."
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Seed of the order, and of --text self.",
 )
 @options.device_options
 @options.profile_opt

@@ -35,7 +35,9 @@ from prunetool.plan import LOGIT_TOKENS
 from prunetool.stats import GIVEN
 from prunetool.steps.evaluate import Ends, final_stream, layer_step
 from prunetool.steps.run import Run, reopen
+from prunetool.steps.selftext import Sampler
 from prunetool.steps.trained import Gradient, Trained
+from prunetool.tokenizer import bos_id
 
 RATE_OF_REMOVED, RATE_OF_NORMS = 1e-3, 5e-3  # times the fraction removed; as it is
 WARM_UP, FIRST = 0.1, 1 / 25  # of the steps; the first learning rate as a fraction of the largest
@@ -70,7 +72,7 @@ def prepare(
 
     Args:
       header, made: the stream.
-      text: text to train on; None for the calibration's tokens.
+      text: text to train on, or that the dense model writes it; None for the calibration's tokens.
       samples: sequences of it to train on.
       held_out: further ones that only measure; of the calibration's, at most this many.
       how: the command's other options, by name.
@@ -83,8 +85,13 @@ def prepare(
       CorpusError: if the text is too short.
     """
     model = reopen(header)
+    dtype = model.product_dtype(how["dtype"])
     if text is None:
         tokens, held_out = _calibrated(header, samples, held_out)
+    elif text.by_model:
+        bos = bos_id(model.directory, model.config.vocab_size, text.bos)
+        sampler = Sampler(model, text.length, bos, dtype, how["seed"])
+        tokens = sampler.load(Path(header.work), samples + held_out)
     else:
         tokens, _ = text.load(model.directory, model.config.vocab_size, samples + held_out)
     if not any(name.startswith(("kept.", "mask.")) for record in made for name in record.files):
@@ -95,7 +102,6 @@ def prepare(
     random = np.random.default_rng(how["seed"])
     trained = len(tokens) - held_out
     order = [int(n) for _ in range(how["epochs"]) for n in random.permutation(trained)]
-    dtype = model.product_dtype(how["dtype"])
     header = header.after(
         "recover",
         **how | {"dtype": dtype},
@@ -103,7 +109,7 @@ def prepare(
         samples=trained,
         held_out=held_out,
         sequence_length=tokens.shape[1],
-        text=text and "TEXT",  # as the card names it
+        text=text and ("self" if text.by_model else "TEXT"),  # as the card names it
         tokens=corpus.fingerprint(tokens),
     )
     run = Run.of(header, profile, discard=False)

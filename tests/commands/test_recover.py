@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from prunetool import workdir
+from prunetool import corpus, workdir
 from prunetool.checkpoint.writer import atomic
 from prunetool.steps import recover as step
 from prunetool.steps.trained import Trained
@@ -244,3 +244,21 @@ def test_other_text_and_what_the_card_says(tmp_path, call, text, kept):
     assert "Recovered</caption>" in page
     assert "held-out KL, nats a token" in page
     assert "without training" in (tmp_path / "kept/README.md").read_text()
+
+
+def test_more_text_that_the_model_writes(tmp_path, call, run, kept):
+    kept()
+    words = ["recover", "kept.jsonl", "--text", "self", "--sequence-length", 24, "--seed", 3,
+             "--held-out", 2]  # fmt: skip
+    call(*words, "--samples", 3, "-o", "recovered.jsonl")
+    (file,) = (tmp_path / "w").glob("self-*.safetensors")
+    header = json.loads((tmp_path / "recovered.jsonl").read_text().splitlines()[0])
+    said = header["history"][-1]["options"]
+    first = load_file(file)["tokens"][:5].copy()
+    assert said["tokens"] == corpus.fingerprint(first)
+    call("calibrate", "dense", "--text", "self", "--shuffle", 3, "--samples", 5,
+         "--sequence-length", 24, "--work", "w2", "-o", "own.jsonl")  # fmt: skip
+    own = load_file(tmp_path / "w2" / workdir.TOKENS_NAME)["tokens"]
+    assert (own == first).all(), "calibrate and recover take the same sequences"
+    call("export", "out", "recovered.jsonl")
+    assert "--text self" in (tmp_path / "out/README.md").read_text()
