@@ -11,6 +11,7 @@ from prunetool import console, records
 from prunetool.errors import RecordError, shown
 from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, masks
 from prunetool.model import Model
+from prunetool.steps import sweep
 from prunetool.steps.run import reopen
 
 STYLE = """
@@ -36,8 +37,23 @@ class Cell(NamedTuple):
 NOTHING = Cell("–")
 Row = Sequence[object]
 Columns = dict[Any, Cell]  # a layer's row
-# File; lines of text; heat maps (caption, errors of heads by layer, NaN if there is none).
-Evaluation = tuple[str, list[tuple[str, str]], list[tuple[str, list[list[float]]]]]
+
+
+class Evaluation(NamedTuple):
+    """A result of ``prunetool evaluate``.
+
+    Attributes:
+      file: its name.
+      lines: names and values to show.
+      maps: heat maps: caption, and the errors of heads by layer, NaN if there is none.
+      point: the model's parameters, and its loss minus the dense model's, nats a token; None if
+        it was not compared.
+    """
+
+    file: str
+    lines: list[tuple[str, str]]
+    maps: list[tuple[str, list[list[float]]]]
+    point: tuple[int, float] | None
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -49,10 +65,13 @@ def read_evaluation(path: Path) -> Evaluation:
     try:
         value = json.loads(path.read_text("utf-8"))
         lines = [("perplexity", _perplexity(value))]
-        maps = []
+        maps, point = [], None
         if "against" in value:
             dense = value["against"]
             lines += [("before", _perplexity(dense)), ("KL", f"{dense['kl']:.4f} nats")]
+            if "loss" in value and "loss" in dense:
+                added = float(value["loss"]) - float(dense["loss"])
+                point = int(value["parameters"]), added
             for name, label in MAPS.items():
                 found = dense["attention_error"][name]
                 said = "no head to compare" if found["mean"] is None else SUMMARY.format_map(found)
@@ -64,7 +83,7 @@ def read_evaluation(path: Path) -> Evaluation:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"is not an evaluation ({type(error).__name__}: {error})"
         raise RecordError(path, what, "name a file that prunetool evaluate printed") from error
-    return shown(path), lines, maps
+    return Evaluation(shown(path), lines, maps, point)
 
 
 def _known(error: object) -> float:
@@ -122,6 +141,7 @@ def make_page(
         _by_layer("Units kept", [of[0] for of in sizes]),
         _by_layer("Weights kept, of those before", [of[1] for of in sizes]),
         _by_layer("Predicted loss after the refit, nats a token", nats),
+        _sweep(header, model, evaluations),
         *_recovered(made[0]),
         _by_layer("Relative output error by plain removal", [of[0] for of in errors]),
         _by_layer("Relative output error, plain removal → refitted", [of[1] for of in errors]),
@@ -176,9 +196,28 @@ def _recovered(record: records.LayerRecord) -> Iterator[str]:
         yield _table("Recovered", rows)
 
 
+def _sweep(header: records.Header, model: Model, evaluations: Sequence[Evaluation]) -> str:
+    """The loss by the fraction removed, of all sparsities and of the evaluations."""
+    total = sum(map(model.layer_parameters, model.config.layer_shapes))
+    measured = [
+        ((model.parameters() - parameters) / total, added)
+        for parameters, added in (found.point for found in evaluations if found.point)
+        if math.isfinite(added)
+    ]
+    predicted = sweep.predicted(header, Path(header.work))
+    if len(predicted) + len(measured) < 2:
+        return ""
+    lines = [
+        ("predicted by score", "#3070b0", predicted),
+        ("measured by evaluate --against", "#c05020", sorted(measured)),
+    ]
+    caption = "Loss added, nats a token, by the fraction of the layers' parameters removed"
+    return f"<p><b>{caption}</b></p>\n{sweep.picture(lines, caption)}"
+
+
 def _shown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     """The tables of all evaluations; all maps share one scale, for comparison."""
-    every = (e for *_, maps in evaluations for _, rows in maps for row in rows for e in row)
+    every = (e for of in evaluations for _, rows in of.maps for row in rows for e in row)
     largest = max(filter(math.isfinite, every), default=0.0) or 1.0
 
     def cell(layer: int, head: int, error: float) -> Cell:
@@ -186,7 +225,7 @@ def _shown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
             return Cell("–", error, f"layer {layer} head {head}: none")
         return Cell(f"{error:.2g}", error / largest, f"layer {layer} head {head}: {error}")
 
-    for file, lines, maps in evaluations:
+    for file, lines, maps, _ in evaluations:
         yield _table(f"Evaluation {file}", lines, "words")
         for caption, rows in maps:
             cells = [{j: cell(i, j, e) for j, e in enumerate(row)} for i, row in enumerate(rows)]

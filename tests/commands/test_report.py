@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,10 +11,12 @@ from safetensors.numpy import load_file
 
 from prunetool.llama.parts import MATRICES
 from prunetool.llama.weights import tensor_name
-from prunetool.steps import report
+from prunetool.records import Header
+from prunetool.steps import report, sweep
 from tests.conftest import error_of
 
 HEADS, LAYERS = 4, 3  # of the tiny checkpoint
+FIELDS = [field.name for field in fields(Header)]
 
 
 class Page(HTMLParser):
@@ -21,14 +24,14 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tables, self.seen = [], {}, set()
+        self.open, self.tables, self.every = [], {}, []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
         assert not {"src", "href"} & set(found)
-        self.seen.add(tag)
+        self.every.append(tag)
         if tag != "meta":
             self.open.append(tag)
         if tag == "caption":
@@ -125,7 +128,7 @@ def test_every_count_is_what_the_files_and_the_export_hold(calibrated, run, tmp_
         assert "v_proj, masked" not in loss  # calibrate kept no sums of its inputs
     assert page.tables["What was requested"][-1][0][0] == "compensate"
     assert not any(name.startswith("Relative error of the attention") for name in page.tables)
-    assert "script" not in page.seen
+    assert "script" not in page.every
 
 
 @pytest.mark.parametrize(("held_out", "damping"), [(2, "auto"), (0, "0.01")])
@@ -201,7 +204,7 @@ def test_names_out_of_files_are_escaped(calibrated, run, tmp_path):
     result = {"model": "\ud800<script>'\"", "perplexity": 2, "tokens": 3}
     (tmp_path / "<b>.json").write_text(json.dumps(result))
     page = page_of(run, tmp_path, records.read_text(), "--evaluation", "<b>.json")
-    assert not {"script", "b"} & page.seen
+    assert not {"script", "b"} & set(page.every)
     assert ("<script>'\"") in page.tables["Evaluation <b>.json"][2][1][0]
     assert "<h1>&lt;script&gt;&amp;amp;, pruned</h1>" in (tmp_path / "page.html").read_text("utf-8")
 
@@ -240,8 +243,34 @@ def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, pro
 
 def test_a_perplexity_too_large_for_a_number_is_said(tmp_path):
     (tmp_path / "e.json").write_text('{"model": "m", "perplexity": null, "tokens": 3}')
-    _, lines, _ = report.read_evaluation(tmp_path / "e.json")
-    assert lines[0] == ("perplexity", "too large for a number")
+    found = report.read_evaluation(tmp_path / "e.json")
+    assert found.lines[0] == ("perplexity", "too large for a number")
+
+
+def test_a_sweep_is_drawn_with_what_was_measured(calibrated, run, text, tmp_path):
+    _, records = calibrated(gradients=2)
+    words = ["score", records, "--multiple-of", 8, "-o"]
+    run(*words, "kept-{sparsity}.jsonl", "--sparsity", ".1,.2,.4")
+    run(*words, "other.jsonl", "--sparsity", ".3", "--method", "newton")
+    (tmp_path / "dense.work/score-0123456789ab").mkdir()
+    (tmp_path / "dense.work/score-0123456789ab/records.jsonl").write_text("{")
+    run("export", "out", "kept-.4.jsonl")
+    compared = run("evaluate", "out", "--against", "dense", "--text", text, "--samples", 2,
+                   "--sequence-length", 32).stdout  # fmt: skip
+    (tmp_path / "e.json").write_text(compared)
+    stream = (tmp_path / "kept-.2.jsonl").read_text()
+    page = page_of(run, tmp_path, stream, "--evaluation", "e.json")
+    assert len([tag for tag in page.every if tag == "circle"]) == 3 + 1
+    header, *layers, _ = map(json.loads, stream.splitlines())
+    nats = sum(sum(layer["values"]["nats"].values()) for layer in layers)
+    found = sweep.predicted(Header(**{k: header[k] for k in FIELDS}), tmp_path / "dense.work")
+    assert [sparsity for sparsity, _ in found] == [0.1, 0.2, 0.4]
+    assert found[1][1] == nats
+    measured = json.loads(compared)
+    point = report.read_evaluation(tmp_path / "e.json").point
+    assert point == (measured["parameters"], measured["loss"] - measured["against"]["loss"])
+    alone = page_of(run, tmp_path, (tmp_path / "other.jsonl").read_text())
+    assert "svg" not in alone.every, "one point is no curve"
 
 
 def test_an_evaluation_of_nan_and_infinity_is_shown(calibrated, run, tmp_path):
