@@ -189,16 +189,18 @@ def backward(
 
 
 def score(model: Model, stats_dtype: str) -> Need:
-    """Needs of score with newton; those of greedy and of an allocation by loss are not planned."""
+    """Needs of score by default: greedy, by loss."""
     D = model.config.hidden_size
     size = max(input_sizes(model.config, model.config.widest).values())
     packed = size * (size + 1) // 2
-    memory = WITHOUT + 8 * size**2 + packed * (8 + np.dtype(stats_dtype).itemsize)
-    memory += size * D * (8 + np.dtype(model.dtype).itemsize)
+    # The inverse, and what is left of it, copied once; W C three times, and the metric's root.
+    memory = WITHOUT + 16 * size**2 + packed * (8 + np.dtype(stats_dtype).itemsize)
+    memory += size * D * (24 + np.dtype(model.dtype).itemsize) + 8 * D**2
     solves = 0.0
     for shape in model.config.layer_shapes:
         for n in input_sizes(model.config, shape).values():
-            solves += n**2 * D + n**3 / 3 + 40 * 2 * n**2  # K, its factor, the spectral norm
+            # The metric's root and W C; the inverse, its updates, and the factor of the curve.
+            solves += D**3 / 3 + n * D**2 + n**3 * (1 + 2 / 3 + 1 / 3) + 2 * n**2 * D
     return Need(memory, units_bytes(model), solves=solves)
 
 
@@ -218,6 +220,38 @@ def compensate(model: Model, sparsity: float, dampings: int) -> Need:
             solves += (dampings + 1) * m**3 / 3 + (dampings * tried + D) * 4 * m**2
             solves += 2 * m * (n - m) * (2 * tried + 2 * D)
     return Need(memory, refit_bytes(model, model.layers, kept), solves=solves)
+
+
+def recover(model: Model, sparsity: float, samples: int, held_out: int, length: int) -> Need:
+    """Needs of recover: one epoch, on all that is kept.
+
+    Args:
+      model: the dense checkpoint.
+      sparsity: fraction of the layers' parameters that was removed.
+      samples, held_out: sequences to train on, and that only measure.
+      length: tokens in each.
+    """
+    config = model.config
+    D, V = config.hidden_size, config.vocab_size
+    kept = [int((1 - sparsity) * model.layer_parameters(shape)) for shape in config.layer_shapes]
+    part = max(math.prod(extent) for extent in part_shapes(config, config.widest).values())
+    itemsize = np.dtype(model.dtype).itemsize
+    # A layer as read, in float32; two for the products, and its matrices transposed; of one part
+    # the weights and moments, before and after. Values of a layer and the head as in `backward`,
+    # with the logits of both models. Measured at 7B and 135M: a tenth more.
+    layer = max(kept) * (4 + 3 * itemsize) + length * (22 * config.widest.channels + 40 * D)
+    head = 3 * V * D * itemsize + 32 * V * min(length, LOGIT_TOKENS)
+    memory = int(1.1 * (WITH_JAX + max(layer + 24 * part, head)))
+    tokens = samples * length
+    # Once forward for the loss, again and back with two products each; and the head's logits twice
+    # and back once. Held out sequences are measured `MEASURED` times and once before.
+    products = (2.0 * sum(kept) * 4 + 2.0 * V * D * 4) * tokens
+    products += (2.0 * sum(kept) + 4.0 * V * D) * held_out * length * 5
+    dense = sum(map(model.layer_parameters, config.layer_shapes))
+    products += 2.0 * dense * (samples + held_out) * length
+    stream = length * D * 4
+    disk = 16 * sum(kept) + 12 * max(kept) + (2 * (samples + held_out) + model.layers + 3) * stream
+    return Need(memory, disk, products)
 
 
 def export(model: Model, sparsity: float) -> Need:

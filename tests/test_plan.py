@@ -33,7 +33,7 @@ def test_inspect_plans_a_run(checkpoint, run):
     words = ["inspect", checkpoint(), "--plan", "--samples", 8, "--sequence-length", 32]
     done = run(*words)
     steps = json.loads(done.stdout)["plan"]["steps"]
-    assert list(steps) == ["calibrate", "score", "compensate", "export"]
+    assert list(steps) == ["calibrate", "score", "compensate", "recover", "export"]
     assert all(step["memory"] > 0 and step["seconds"] > 0 for step in steps.values())
     assert "this machine" in done.stderr
     twice = json.loads(run(*words[:-3], 16, *words[-2:]).stdout)["plan"]["steps"]

@@ -14,6 +14,8 @@ from prunetool.errors import shown
 if TYPE_CHECKING:
     from prunetool.model import Model
 
+OPTIONAL = "recover"  # the step that a pipe can do without
+
 
 @click.command(cls=options.Command)
 @options.model_arg
@@ -107,6 +109,7 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     """What the steps need and this machine's speed; prints them as a table."""
     from prunetool import plan, streaming
     from prunetool.commands.calibrate import split
+    from prunetool.commands.recover import HELD_OUT, SAMPLES
     from prunetool.steps import compensate, speed
 
     console.doing("measuring this machine")
@@ -115,12 +118,15 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     here = Path.cwd()
     measured = speed.measure((widest.channels, model.config.hidden_size), dtype, here)
     batch = streaming.batch_size(length)
+    held_out, backward = split(samples)
+    trained = min(SAMPLES, samples - held_out), min(HELD_OUT, held_out)
     needs = {
         "calibrate": plan.calibrate(
-            model, samples, length, batch, "structural", "float32", split(samples)[1]
+            model, samples, length, batch, "structural", "float32", backward
         ),
         "score": plan.score(model, "float32"),
         "compensate": plan.compensate(model, sparsity, len(compensate.DAMPING_GRID)),
+        "recover": plan.recover(model, sparsity, *trained, length),
         "export": plan.export(model, sparsity),
     }
     seconds = {
@@ -136,7 +142,7 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
         ["step", "memory, GB", "disk, GB", "TFLOP", "time, min"],
         [
             [
-                step,
+                step if step != OPTIONAL else f"{step} (optional)",
                 f"{need.memory / 1e9:.2f}",
                 f"{need.disk / 1e9:.2f}",
                 f"{(need.products + need.solves) / 1e12:.2f}",
@@ -146,7 +152,7 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
         ],
     )
     free = shutil.disk_usage(here).free
-    total = sum(need.disk for need in needs.values())
+    total = sum(need.disk for step, need in needs.items() if step != OPTIONAL)
     if total > free:
         console.log.warning(
             "%s: %.1f GB of disk are needed and %.1f are free; see --discard",

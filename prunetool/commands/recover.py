@@ -12,20 +12,22 @@ from prunetool.errors import RecordError
 if TYPE_CHECKING:
     from prunetool.corpus import Text
 
+SAMPLES, HELD_OUT = 64, 4
+
 
 @click.command(cls=options.Command)
 @options.source_arg
 @partial(options.text_options, by_model=True, required=False)
 @click.option(
     "--samples",
-    default=64,
+    default=SAMPLES,
     show_default=True,
     type=click.IntRange(1),
     help="Sequences to train on; without --text, the first ones of the calibration.",
 )
 @click.option(
     "--held-out",
-    default=4,
+    default=HELD_OUT,
     show_default=True,
     type=click.IntRange(1),
     help="Further sequences that only measure; without --text, ones that calibrate held out.",

@@ -365,6 +365,7 @@ class Recovery:
             self._stream(n + 1, "gradient").path.unlink()
             console.within(last - n, last, "layer")
         self._stream(0, "gradient").path.unlink()
+        streaming.return_free_memory()
 
     def _put(self, layer: int, kind: str, h: np.ndarray) -> None:
         with self._stream(layer, kind).writing() as write:
