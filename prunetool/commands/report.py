@@ -27,7 +27,7 @@ def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
 
     Reads the records of score or compensate from a file or stdin, all before the page is written;
     given the directory that export wrote, or the work directory, it reads the last records there.
-    Of several sparsities scored from one calibration, it draws the predicted loss, and beside it
+    Of several sparsities scored from one calibration, it draws the expected loss, and beside it
     the measured one of every --evaluation made with --against. The page is one self-contained file.
 
     \b

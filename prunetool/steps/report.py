@@ -11,6 +11,7 @@ from prunetool import console, records
 from prunetool.errors import RecordError, shown
 from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, masks
 from prunetool.model import Model
+from prunetool.pruning import curve
 from prunetool.steps import sweep
 from prunetool.steps.run import reopen
 
@@ -205,10 +206,11 @@ def _sweep(header: records.Header, model: Model, evaluations: Sequence[Evaluatio
         if math.isfinite(added)
     ]
     predicted = sweep.predicted(header, Path(header.work))
-    if len(predicted) + len(measured) < 2:
+    expected = [(removed, curve.INTERACTION * nats) for removed, nats in predicted]
+    if len(expected) + len(measured) < 2:
         return ""
     lines = [
-        ("predicted by score", "#3070b0", predicted),
+        (f"expected: {curve.INTERACTION} x score's prediction", "#3070b0", expected),
         ("measured by evaluate --against", "#c05020", sorted(measured)),
     ]
     caption = "Loss added, nats a token, by the fraction of the layers' parameters removed"

@@ -1,5 +1,6 @@
 """Score the layers' units, and share the budget out between layers."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from prunetool.stats import Gradients, Stats
 from prunetool.steps.run import Run
 
 OUTPUT_MATRICES = tuple(f"{matrix}_proj" for matrix in UNIT_MATRICES)  # units make their inputs
+MOST_NATS = 100.0  # beyond, a loss is no statement about perplexity, only large
 MATRIX_OF = dict(zip((GROUPS, CHANNELS), OUTPUT_MATRICES, strict=True))
 
 
@@ -124,6 +126,8 @@ class Scoring:
         self._say_ratio(counts)
         if self._by_loss:
             self.said.append(f"predicted loss {predicted:.3g} nats a token")
+            times = math.exp(min(curve.INTERACTION * predicted, MOST_NATS))
+            self.said.append(f"expect about {times:.3g} x the perplexity")
 
     def _with_earlier(
         self, record: records.LayerRecord, nats: dict[str, float]

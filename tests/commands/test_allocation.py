@@ -100,7 +100,10 @@ def test_the_nats_are_those_of_a_refit_and_the_ratio_is_that_asked(
     step = cost["o_proj"] if target == "heads" else 4 * cost["down_proj"]
     assert abs(removed - sparsity * total) <= step / 2
     assert f"{removed / total:.4%} (target" in done.stderr
-    assert f"predicted loss {predicted:.3g} nats a token" in " ".join(done.stderr.split())
+    said = " ".join(done.stderr.split())
+    assert f"predicted loss {predicted:.3g} nats a token" in said
+    times = np.exp(curve.INTERACTION * predicted)
+    assert f"expect about {times:.3g} x the perplexity" in said
     assert "nats" in done.stderr.split("predicted")[0]
 
 
