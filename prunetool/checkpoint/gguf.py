@@ -37,7 +37,14 @@ LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 # Supported architectures, and the class of each.
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "deci": "PrunedLlamaForCausalLM",  # layers of unequal sizes
+}
+UNEQUAL, UNEQUAL_TYPE = "deci", "pruned_llama"
+INTERLEAVED = ("llama", UNEQUAL)  # whose rows of q and k are
 ROPE_FACTORS = "rope_freqs.weight"
 UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # llama.cpp makes these frequencies itself
 BLOCK = re.compile(r"blk\.(\d{1,9})\.")
@@ -133,7 +140,7 @@ class GGUFModel:
                 f"{len(blocks)} blocks",
                 "download it again",
             )
-        self.heads = self._count("attention.head_count")
+        self.heads = max(self._counts("attention.head_count"))
         self.head_dim = self._head_dim()
 
     def _refuse_variants(self) -> None:
@@ -190,20 +197,36 @@ class GGUFModel:
 
     def _count(self, key: str, default: int | None = None) -> int:
         """A positive count of the architecture; the metadata may list one per layer, all equal."""
+        counts = self._counts(key, default)
+        if len(set(counts)) != 1:
+            raise ConfigError(
+                self.path,
+                f"{self.key(key)} is not the same number in every layer",
+                "cannot be converted",
+            )
+        return counts[0]
+
+    def _counts(self, key: str, default: int | None = None) -> list[int]:
+        """A positive count of the architecture in every layer; in unequal layers, one of each."""
         key = self.key(key)
-        found = _contents(self.path, self._reader, key)
-        if isinstance(found, list):
+        if isinstance(_contents(self.path, self._reader, key), list):
             numbers = self.values(key, int)
-            if len(numbers) != self.layers or len(set(numbers)) != 1:
+            whole = len(numbers) == self.layers
+            if self.architecture != UNEQUAL and (not whole or len(set(numbers)) != 1):
                 raise ConfigError(
                     self.path, f"{key} is not the same number in every layer", "cannot be converted"
                 )
-            number = numbers[0]
+            if not whole:
+                what = f"{key} has {len(numbers)} values for {self.layers} layers"
+                raise ConfigError(self.path, what, "download it again")
+        elif default is None:
+            numbers = [self.required(key, int)] * self.layers
         else:
-            number = self.required(key, int) if default is None else self.value(key, int, default)
-        if not 0 < number < 2**31:
-            raise ConfigError(self.path, f"{key} = {number}", "it must be positive")
-        return int(number)
+            numbers = [self.value(key, int, default)] * self.layers
+        for number in numbers:
+            if not 0 < number < 2**31:
+                raise ConfigError(self.path, f"{key} = {number}", "it must be positive")
+        return [int(number) for number in numbers]
 
     def _number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
         """A positive number of the architecture, as config.json spelled it; or 0 if ``zero``."""
@@ -281,8 +304,12 @@ class GGUFModel:
         """
         theta = self._number("rope.freq_base", 10000.0)
         biased = {name.split(".")[2] for name in self._tensors if name.endswith(".bias")}
-        if self.architecture == "qwen2":  # no key names its biases of q, k and v
-            biased -= {"attn_q", "attn_k", "attn_v"}
+        three = {"attn_q", "attn_k", "attn_v"}
+        qwen2 = self.architecture == "qwen2"  # no key names its biases of q, k and v
+        if self.architecture == UNEQUAL and three <= biased and "attn_output" not in biased:
+            qwen2 = True
+        biased -= three if qwen2 else set()
+        unequal = self._unequal(qwen2=qwen2) if self.architecture == UNEQUAL else {}
         return {
             "architectures": [CLASSES[self.architecture]],
             "attention_bias": any(part.startswith("attn") for part in biased),
@@ -291,13 +318,13 @@ class GGUFModel:
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self._count("embedding_length"),
-            "intermediate_size": self._count("feed_forward_length"),
+            "intermediate_size": max(self._counts("feed_forward_length")),
             "max_position_embeddings": self._count("context_length"),
             "mlp_bias": any(part.startswith("ffn") for part in biased),
             "model_type": self.architecture,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
-            "num_key_value_heads": self._count("attention.head_count_kv", self.heads),
+            "num_key_value_heads": max(self._counts("attention.head_count_kv", self.heads)),
             "pad_token_id": self.special_id("padding"),
             "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon", zero=True),
             "rope_scaling": self._rope_scaling(theta),
@@ -306,6 +333,24 @@ class GGUFModel:
             "torch_dtype": dtype,
             "transformers_version": "5.0.0",
             "vocab_size": self.vocab_size,
+            **unequal,
+        }
+
+    def _unequal(self, *, qwen2: bool) -> dict[str, Any]:
+        """The keys of the pruned form: its type, its family, and the sizes of every layer."""
+        counts = zip(
+            self._counts("attention.head_count"),
+            self._counts("attention.head_count_kv"),
+            self._counts("feed_forward_length"),
+            strict=True,
+        )
+        keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        return {
+            "model_type": UNEQUAL_TYPE,
+            **({"family": "qwen2"} if qwen2 else {}),
+            "per_layer_config": {
+                str(layer): dict(zip(keys, of, strict=True)) for layer, of in enumerate(counts)
+            },
         }
 
     def _rope_scaling(self, theta: float) -> dict[str, Any] | None:
@@ -402,7 +447,7 @@ class GGUFModel:
           ConfigError: if a tensor is missing, superfluous, of another shape or of an unsupported
             kind, or a float tensor has values that ``dtype`` cannot represent.
         """
-        known = {_name(theirs): shape for theirs, shape in needed.items()}
+        known = {gguf_name(theirs): shape for theirs, shape in needed.items()}
         for name in self._tensors:
             if name not in known and name != ROPE_FACTORS and not UNUSED.fullmatch(name):
                 raise ConfigError(
@@ -434,12 +479,12 @@ class GGUFModel:
         Raises:
           ConfigError: if one has values that ``dtype`` cannot represent.
         """
-        return {name: self._unpermuted(_name(name), dtype) for name in names}
+        return {name: self._unpermuted(gguf_name(name), dtype) for name in names}
 
     def _unpermuted(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         """Read a tensor; rows of q and k are put back in Hugging Face's half-split order."""
         array = self._read(name, dtype)
-        if self.architecture != "llama" or name.split(".")[-2] not in ("attn_q", "attn_k"):
+        if self.architecture not in INTERLEAVED or name.split(".")[-2] not in ("attn_q", "attn_k"):
             return array
         pairs = array.reshape(-1, self.head_dim // 2, 2, *array.shape[1:])
         return pairs.swapaxes(1, 2).reshape(array.shape)
@@ -593,7 +638,7 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     return tuple(int(extent) for extent in reversed(tensor.shape))
 
 
-def _name(theirs: str) -> str:
+def gguf_name(theirs: str) -> str:
     """The GGUF name of a checkpoint tensor."""
     if theirs in GLOBAL_NAMES:
         return GLOBAL_NAMES[theirs]

@@ -67,6 +67,7 @@ def _say_next(out: Path, work: Path) -> None:
         "Load it": f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})",
         "Measure it": f"prunetool evaluate {name} --text OTHER.txt",
         "See what was kept": f"prunetool report {name}",
+        "Take it to llama.cpp": f"prunetool convert {name} {name}.gguf",
         "Put it on the Hub": f"prunetool upload {name} OWNER/NAME",
         f"Delete {size / 1e6:,.1f} MB of work files": f"prunetool clean {name}",
     }.items():

@@ -8,6 +8,7 @@
 | unequal | ``pruned_llama`` with its own loader files | transformers, vLLM, MLX-LM |
 """
 
+from importlib import resources
 from typing import Any
 
 from prunetool.llama.config import FAMILIES, PRUNED, SETTINGS, Family, LayerShape, LlamaConfig
@@ -34,6 +35,12 @@ DROPPED = (
     # These say that all layers are of one kind; they make transformers take mistral for ministral.
     "layer_types", "mlp_layer_types",
 )  # fmt: skip
+
+
+def loader_files() -> dict[str, bytes]:
+    """The files with which other programs load unequal layers, by name."""
+    where = resources.files("prunetool.loaders")
+    return {name: where.joinpath(name).read_bytes() for name in LOADER_FILES}
 
 
 def choose_form(config: LlamaConfig) -> str:

@@ -11,7 +11,8 @@ from prunetool.checkpoint.gguf import GGUFModel
 from prunetool.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_config
 from prunetool.checkpoint.shards import TensorSpec
 from prunetool.checkpoint.writer import CheckpointWriter, json_bytes
-from prunetool.llama.config import parse_config
+from prunetool.llama import forms
+from prunetool.llama.config import PRUNED, parse_config
 from prunetool.llama.weights import tensor_chunks, tensor_shapes
 
 
@@ -37,6 +38,8 @@ def convert_gguf(
     model = GGUFModel(path)
     config = model.config(dtype)
     parsed = parse_config(config, model.path)
+    if config["model_type"] == PRUNED:
+        config = forms.config_json(parsed, PRUNED)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tokenizer = json.loads(build_tokenizer(model).to_str())
     files = {
@@ -45,6 +48,8 @@ def convert_gguf(
         "tokenizer.json": (json.dumps(tokenizer, ensure_ascii=False) + "\n").encode(),
         "tokenizer_config.json": json_bytes(tokenizer_config(model)),
     }
+    if config["model_type"] == PRUNED:
+        files |= forms.loader_files()
     target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     chunks = [
         {name: TensorSpec(dtype, shape) for name, shape in chunk.items()}

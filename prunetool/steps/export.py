@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +162,7 @@ class Export:
         along: Mapping[str, bytes] = self.companions
         if kind == PRUNED:
             along = with_tokenizer_class(along, self.model.config.raw)
-            for name in forms.LOADER_FILES:
-                data = resources.files("prunetool.loaders").joinpath(name).read_bytes()
+            for name, data in forms.loader_files().items():
                 self.writer.put(name, data)
         for name, data in along.items():
             self.writer.put(name, data)

@@ -1,0 +1,134 @@
+"""The architecture as which llama.cpp computes a model, and the header that describes it.
+
+| model | architecture |
+|---|---|
+| layers alike, of Llama or Mistral | ``llama`` |
+| the same, of Qwen2 or Qwen3 | ``qwen2``, ``qwen3`` |
+| layers of unequal sizes, not of Qwen3 | ``deci``, with one count a layer |
+
+``llama`` and ``deci`` rotate neighbours instead of halves: their rows of q and k are interleaved.
+Counts of each layer are read by every architecture, but only ``deci`` computes with them; all its
+layers need attention and an MLP (`forms.normalised`). Keys as llama.cpp reads them
+(src/llama-model.cpp).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prunetool.errors import ConfigError
+from prunetool.llama.config import LlamaConfig
+
+ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides the frequencies by
+INTERLEAVED = ("llama", "deci")
+
+
+class Form(NamedTuple):
+    """How llama.cpp is to compute a model.
+
+    Attributes:
+      architecture: its name.
+      fields: keys without the architecture's name; an int, a float, a str or a list of ints each.
+      rope_factors: `ROPE_FACTORS`, (d/2,), float32; None if there are none.
+      warning: what llama.cpp computes otherwise; empty if nothing.
+    """
+
+    architecture: str
+    fields: dict[str, Any]
+    rope_factors: np.ndarray | None
+    warning: str = ""
+
+
+def choose(config: LlamaConfig) -> Form:
+    """The form of a model.
+
+    Raises:
+      ConfigError: if llama.cpp has none that computes it.
+    """
+    shapes, architecture = config.layer_shapes, "llama"
+    alike = len(set(shapes)) == 1
+    if config.qk_norm:
+        if not alike or config.attention_bias:
+            what = "biases" if alike else "layers of unequal sizes"
+            raise ConfigError(
+                "--type",
+                f"llama.cpp has no architecture with norms of the heads and {what}",
+                "score with --allocation uniform" if not alike else "keep the checkpoint",
+            )
+        architecture = "qwen3"
+    elif not alike:
+        architecture = "deci"
+    elif config.qkv_bias:
+        architecture = "qwen2"
+    counts = {
+        "feed_forward_length": [shape.channels for shape in shapes],
+        "attention.head_count": [shape.heads for shape in shapes],
+        "attention.head_count_kv": [shape.kv_heads for shape in shapes],
+    }
+    sizes = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    rope, factors, warning = _rope(config)
+    if config.window is not None and config.window < config.max_position_embeddings:
+        warning = f"llama.cpp computes no window: beyond {config.window} tokens it differs"
+    fields = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.layers,
+        **(counts if architecture == "deci" else {key: of[0] for key, of in counts.items()}),
+        **dict.fromkeys(sizes, config.head_dim),
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(config.rope.theta),
+        **rope,
+    }
+    return Form(architecture, fields, factors, warning)
+
+
+def _rope(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None, str]:
+    """The fields of a rotary embedding's scaling, its factors, and a warning."""
+    parameters, prefix = config.rope.parameters, "rope.scaling."
+    match config.rope.type:
+        case "linear":
+            fields = {f"{prefix}type": "linear", f"{prefix}factor": float(parameters["factor"])}
+            return fields, None, ""
+        case "llama3":
+            return {}, _llama3_factors(config), ""
+        case "yarn":
+            return _yarn(config), None, ""
+        case "dynamic":
+            limit = config.max_position_embeddings
+            warning = f"llama.cpp has no dynamic rope scaling: beyond {limit} tokens it differs"
+            return {}, None, warning
+    return {}, None, ""
+
+
+def _llama3_factors(config: LlamaConfig) -> np.ndarray:
+    """The divisors of the frequencies that llama3 scaling means, (d/2,), float32."""
+    says = config.rope.parameters
+    low, high = float(says["low_freq_factor"]), float(says["high_freq_factor"])
+    inverse = config.rope.theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    turns = says["original_max_position_embeddings"] * inverse / (2 * np.pi)
+    blend = np.clip((turns - low) / (high - low), 0, 1)
+    factors: np.ndarray = 1 / ((1 - blend) / float(says["factor"]) + blend)
+    return factors.astype(np.float32)
+
+
+def _yarn(config: LlamaConfig) -> dict[str, Any]:
+    """YaRN's fields; llama.cpp multiplies cosine and sine by 0.1 ln(factor) + 1 itself."""
+    says = config.rope.parameters
+    if says.get("mscale") or says.get("mscale_all_dim") or not says.get("truncate", True):
+        raise ConfigError(
+            "config.json", "has a YaRN that llama.cpp does not compute", "keep the checkpoint"
+        )
+    factor = float(says["factor"])
+    fields: dict[str, Any] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(says["original_max_position_embeddings"]),
+        "rope.scaling.yarn_beta_fast": float(says["beta_fast"]),
+        "rope.scaling.yarn_beta_slow": float(says["beta_slow"]),
+    }
+    if says.get("attention_factor") is not None:
+        own = 0.1 * math.log(max(factor, 1.0)) + 1.0
+        fields["rope.scaling.attn_factor"] = float(says["attention_factor"]) / own
+    return fields

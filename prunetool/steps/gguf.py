@@ -1,0 +1,121 @@
+"""Write a checkpoint as a GGUF file for llama.cpp."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from prunetool import console, workdir
+from prunetool.checkpoint import gguf_writer
+from prunetool.checkpoint.gguf_vocabulary import Ends, vocabulary_fields
+from prunetool.checkpoint.index import read_json, tokenizer_path
+from prunetool.llama import gguf_form
+from prunetool.llama.config import LlamaConfig
+from prunetool.llama.weights import tensor_chunks
+from prunetool.model import Model
+from prunetool.tokenizer import load_tokenizer
+
+TURNED = ("q_proj", "k_proj")  # whose rows the rotary embedding pairs
+QUANTIZATION_VERSION = 2  # of the layouts of the quantised types
+
+
+def convert_checkpoint(
+    model: Model, out: Path, kind: str, *, max_shard_bytes: int, overwrite: bool
+) -> list[str]:
+    """Write a checkpoint as GGUF, layer by layer.
+
+    Args:
+      model: the checkpoint, dense or pruned.
+      out: the file; if split, the parts are named after it.
+      kind: how matrices are stored, of `gguf_writer.KINDS`.
+      max_shard_bytes: limit on the tensors of a file.
+      overwrite: replace files that exist.
+
+    Returns:
+      What to report about it.
+
+    Raises:
+      ConfigError: if llama.cpp does not compute this model, or not its tokenizer.
+      WorkError: if a file exists, or the disk is too small.
+    """
+    config = model.config
+    form = gguf_form.choose(config)
+    if form.warning:
+        console.log.warning("%s: %s", model.directory, form.warning)
+    stored = gguf_writer.KINDS[kind]
+    fields = {
+        "general.name": model.directory.resolve().name,
+        "general.file_type": int(stored.file_type),
+        "general.quantization_version": QUANTIZATION_VERSION,
+        **{f"{form.architecture}.{key}": value for key, value in form.fields.items()},
+        **_tokenizer_fields(model.directory, config),
+    }
+    chunks = tensor_chunks(config)
+    planned = [gguf_writer.plan_tensors(chunk, stored) for chunk in chunks]
+    first = []
+    if (factors := form.rope_factors) is not None:
+        name = gguf_form.ROPE_FACTORS
+        first.append(gguf_writer.Tensor(name, factors.shape, gguf_writer.Type.F32))
+
+    def arrays() -> Iterator[Mapping[str, np.ndarray]]:
+        if factors is not None:
+            yield {gguf_form.ROPE_FACTORS: factors}
+        turned = form.architecture in gguf_form.INTERLEAVED
+        for chunk in console.progress(planned, len(planned), what="part"):
+            made = {}
+            for name, tensor in chunk.items():
+                array = model.read(name)
+                if turned and name.rsplit(".", 2)[-2] in TURNED:
+                    array = gguf_writer.interleaved(array, config.head_dim)
+                made[tensor.name] = array
+            yield made
+
+    tensors = [*first, *(tensor for chunk in planned for tensor in chunk.values())]
+    with workdir.lock(out.absolute()):
+        paths = gguf_writer.write_gguf(
+            out, form.architecture, fields, tensors, arrays(),
+            max_bytes=max_shard_bytes, overwrite=overwrite,
+            needed=[tensor.shard for tensor in model.index.values()],
+        )  # fmt: skip
+    size = sum(path.stat().st_size for path in paths)
+    where = str(out) if len(paths) == 1 else f"{len(paths)} parts, from {paths[0]}"
+    return [f"{form.architecture}, {kind}", f"{size / 1e6:,.1f} MB in {where}"]
+
+
+def _tokenizer_fields(directory: Path, config: LlamaConfig) -> dict[str, Any]:
+    """The header's fields of a checkpoint's tokenizer."""
+    tokenizer = load_tokenizer(directory)
+    path = directory / "tokenizer_config.json"
+    said = read_json(path) if path.exists() else {}
+    template = directory / "chat_template.jinja"
+    templates = template.read_text("utf-8") if template.is_file() else said.get("chat_template")
+    return vocabulary_fields(
+        tokenizer_path(directory),
+        json.loads(tokenizer.to_str()),
+        config.vocab_size,
+        _ends(tokenizer, said, config.raw),
+        templates,
+    )
+
+
+def _ends(tokenizer: Tokenizer, said: Mapping[str, Any], config: Mapping[str, Any]) -> Ends:
+    """The special tokens: those that tokenizer_config.json names, else config.json's."""
+
+    def number(key: str) -> int | None:
+        token = said.get(f"{key}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        stated = config.get(f"{key}_token_id") if found is None else found
+        stated = stated[0] if isinstance(stated, list) and stated else stated
+        return stated if isinstance(stated, int) and not isinstance(stated, bool) else None
+
+    bos, eos = number("bos"), number("eos")
+    ids = tokenizer.encode("a").ids
+    return Ends(
+        bos, eos, number("unk"), number("pad"),
+        bos is not None and ids[:1] == [bos],
+        eos is not None and ids[-1:] == [eos],
+    )  # fmt: skip
