@@ -50,7 +50,11 @@ class Ends(NamedTuple):
 
 
 def vocabulary_fields(
-    where: object, document: Mapping[str, Any], vocab_size: int, ends: Ends, templates: Any
+    where: object,
+    document: Mapping[str, Any],
+    vocab_size: int,
+    ends: Ends,
+    templates: Mapping[str, str],
 ) -> dict[str, Any]:
     """The header's fields of a tokenizer.
 
@@ -59,7 +63,7 @@ def vocabulary_fields(
       document: its tokenizer.json.
       vocab_size: rows of the model's embedding; tokens that are missing get names of their own.
       ends: its special tokens.
-      templates: chat template, or a list of named ones as in tokenizer_config.json; or None.
+      templates: chat templates by name.
 
     Raises:
       ConfigError: if llama.cpp would not give its ids.
@@ -82,9 +86,7 @@ def vocabulary_fields(
     for name in ENDS:
         if (number := getattr(ends, name)) is not None:
             fields[f"{name}_token_id"] = number
-    if isinstance(templates, str):
-        templates = [{"name": "default", "template": templates}]
-    named = {one["name"]: one["template"] for one in templates or ()}
+    named = dict(templates)
     fields = {f"ggml.{key}": value for key, value in fields.items()}
     if "default" in named:
         fields["chat_template"] = named.pop("default")

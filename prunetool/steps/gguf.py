@@ -12,6 +12,7 @@ from prunetool import console, workdir
 from prunetool.checkpoint import gguf_writer
 from prunetool.checkpoint.gguf_vocabulary import Ends, vocabulary_fields
 from prunetool.checkpoint.index import read_json, tokenizer_path
+from prunetool.errors import ConfigError
 from prunetool.llama import gguf_form
 from prunetool.llama.config import LlamaConfig
 from prunetool.llama.weights import tensor_chunks
@@ -87,18 +88,30 @@ def convert_checkpoint(
 
 def _tokenizer_fields(directory: Path, config: LlamaConfig) -> dict[str, Any]:
     """The header's fields of a checkpoint's tokenizer."""
+    where = tokenizer_path(directory)
+    if not where.exists():
+        raise ConfigError(where, "no such file", "copy the tokenizer of the model it comes from")
     tokenizer = load_tokenizer(directory)
     path = directory / "tokenizer_config.json"
     said = read_json(path) if path.exists() else {}
-    template = directory / "chat_template.jinja"
-    templates = template.read_text("utf-8") if template.is_file() else said.get("chat_template")
     return vocabulary_fields(
-        tokenizer_path(directory),
+        where,
         json.loads(tokenizer.to_str()),
         config.vocab_size,
         _ends(tokenizer, said, config.raw),
-        templates,
+        _templates(directory, said),
     )
+
+
+def _templates(directory: Path, said: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name: of the file, which counts, or of tokenizer_config.json."""
+    file = directory / "chat_template.jinja"
+    stated = file.read_text("utf-8", "replace") if file.is_file() else said.get("chat_template")
+    if isinstance(stated, str):
+        return {"default": stated}
+    named = [one for one in stated if isinstance(one, dict)] if isinstance(stated, list) else []
+    pairs = [(one.get("name"), one.get("template")) for one in named]
+    return {a: b for a, b in pairs if isinstance(a, str) and isinstance(b, str)}
 
 
 def _ends(tokenizer: Tokenizer, said: Mapping[str, Any], config: Mapping[str, Any]) -> Ends:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import sentencepiece
+from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from prunetool.checkpoint.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT
@@ -13,7 +14,7 @@ from prunetool.checkpoint.gguf_writer import KINDS
 from prunetool.checkpoint.reader import read_tensor
 from prunetool.model import open_model
 from prunetool.tokenizer import load_tokenizer
-from tests.conftest import byte_tokenizer, error_of, tiny_config, write_checkpoint
+from tests.conftest import DIE, byte_tokenizer, error_of, tiny_config, write_checkpoint
 from tests.llama.test_forward import logits
 from tests.loaders.conftest import LLAMA3
 from tests.test_families import load
@@ -298,3 +299,59 @@ def test_smollm2_and_what_is_left_of_it(smollm2, wikitext, call, tmp_path):
         assert (ours[len(prompt) - 1 :] == ids[len(prompt) :]).all()
     for line in lines:
         assert judge.ids(line) == tokenizer.encode(line, add_special_tokens=False).ids, line
+
+
+def test_what_cannot_be_written_is_one_line_and_writes_nothing(tmp_path, run):
+    def refused(*words, why):
+        line = error_of(run("convert", *words, ok=False))
+        assert why in line
+        assert not list(tmp_path.glob("*.gguf"))
+        assert not list(tmp_path.glob(".*"))
+
+    directory = build(tmp_path, {})
+    assert "OUT ends in .gguf" in run("convert", "dense", "out", ok=False).stderr
+    assert "--dtype is not for" in run("convert", "dense", "a.gguf", "--dtype", "float32",
+                                       ok=False).stderr  # fmt: skip
+    document = json.loads((directory / "tokenizer.json").read_text())
+
+    def changed(**changes):
+        (directory / "tokenizer.json").write_text(json.dumps(document | changes))
+
+    changed(pre_tokenizer={"type": "Whitespace"})
+    refused("dense", "a.gguf", why="splits text in a way that has no name here (known: gpt-2,")
+    changed(normalizer={"type": "Lowercase"})
+    refused("dense", "a.gguf", why="splits text in a way that has no name here")
+    changed(model=document["model"] | {"ignore_merges": True})
+    refused("dense", "a.gguf", why="splits text in a way that has no name here")
+    changed(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"})
+    refused("dense", "a.gguf", why="is a tokenizer of type WordLevel")
+    changed(model=document["model"] | {"vocab": document["model"]["vocab"] | {"zz": 300}})
+    refused("dense", "a.gguf", why="outside the vocabulary of 260")
+    changed()
+    (directory / "tokenizer.json").rename(tmp_path / "aside")
+    refused("dense", "a.gguf", why="tokenizer.json: no such file; copy the tokenizer of")
+    (tmp_path / "aside").rename(directory / "tokenizer.json")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
+    save_file(tensors, directory / "model.safetensors")
+    refused("dense", "a.gguf", why="blk.1.ffn_up.weight: has a value too large for F16; give")
+    refused("dense", "a.gguf", "--type", "q8_0", why="too large for Q8_0")
+    run("convert", "dense", "a.gguf", "--type", "bf16")
+    assert "a.gguf: exists; give --overwrite" in error_of(
+        run("convert", "dense", "a.gguf", ok=False)
+    )
+
+
+def test_a_killed_run_leaves_no_file(tmp_path, start):
+    build(tmp_path, {})
+    first = "import prunetool.checkpoint.gguf_writer as w\n" + (
+        "made = w._stored\n"
+        "def stored(array, tensor):\n"
+        "    if tensor.name.startswith('blk.2'): " + DIE + "\n"
+        "    return made(array, tensor)\n"
+        "w._stored = stored"
+    )
+    assert start(["convert", "dense", "a.gguf"], first=first).wait() != 0
+    assert not list(tmp_path.glob("*.gguf"))
+    assert start(["convert", "dense", "a.gguf"]).wait() == 0
+    assert {path.name for path in tmp_path.iterdir() if path.name != "dense"} == {"a.gguf"}
