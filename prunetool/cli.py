@@ -17,11 +17,11 @@ from prunetool import __version__, console, options, records, signals
 from prunetool.errors import PrunetoolError, StepFailed, shown
 
 COMMANDS = (
-    "convert", "inspect", "calibrate", "score", "compensate", "recover", "export", "evaluate",
-    "report", "upload", "clean",
+    "run", "convert", "inspect", "calibrate", "score", "compensate", "recover", "export",
+    "evaluate", "report", "upload", "clean",
 )  # fmt: skip
 # and evaluate with --work
-RESUMED = ("convert", "calibrate", "score", "compensate", "recover", "export", "upload")
+RESUMED = ("run", "convert", "calibrate", "score", "compensate", "recover", "export", "upload")
 STREAMING = ("calibrate", "score", "compensate", "recover")  # the next step reads their output
 WRITES_FILES = ("convert", "export")  # and nothing to stdout
 WAIT_SECONDS = 5  # at most, for the previous step to clean up
@@ -68,6 +68,9 @@ def group(verbose: int, quiet: bool) -> None:
 
     \b
     Example:
+      prunetool run MODEL OUT --text wiki.txt --sparsity 0.2
+    \b
+    The same, step by step:
       prunetool calibrate MODEL --text wiki.txt \\
         | prunetool score --sparsity 0.2 \\
         | prunetool compensate \\

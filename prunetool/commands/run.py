@@ -1,0 +1,107 @@
+"""``prunetool run``: the steps of a pipe, one after the other."""
+
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+
+from prunetool import options
+from prunetool.commands.calibrate import calibrate
+from prunetool.commands.compensate import compensate
+from prunetool.commands.export import export
+from prunetool.commands.recover import recover
+from prunetool.commands.score import score
+
+STEPS = (calibrate, score, compensate, recover, export)
+OPTIONAL = recover
+# The arguments and options of the steps that run has, too; for the others there is the pipe.
+TAKEN = (
+    "model", "out", "texts", "text_field", "tokens_path", "sparsities", "allocation", "samples",
+    "length", "shuffle", "bos", "form", "dtype", "device", "revision", "work", "overwrite",
+)  # fmt: skip
+OF_CALIBRATE = ("samples", "texts", "text_field", "tokens_path", "length", "bos")  # not of recover
+
+
+class Run(options.Command):
+    """A command whose options are those of others, to which it passes what was given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the values as they were typed."""
+        ctx.meta["typed"] = self.make_parser(ctx).parse_args(list(args))[0]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the steps: each shows its own progress and summary."""
+        verbose, quiet = ctx.params["verbose"], ctx.params["quiet"]
+        flags = ["-v"] * verbose + ["-q"] * quiet
+        made = "-"
+        with TemporaryDirectory(prefix="prunetool-") as directory:
+            for step in STEPS:
+                if step is OPTIONAL and not ctx.params["recover"]:
+                    continue
+                words = [*_words(step, ctx), *flags]
+                if step is not calibrate:
+                    words.append(made)
+                if step is not export:
+                    made = str(Path(directory) / f"{step.name}.jsonl")
+                    words += ["--output", made]
+                with step.make_context(step.name, words, parent=ctx) as own:
+                    step.invoke(own)
+
+
+def _words(step: click.Command, ctx: click.Context) -> list[str]:
+    """What was typed of a step's own arguments and options."""
+    words = []
+    for name in TAKEN:
+        if step is OPTIONAL and name in OF_CALIBRATE:
+            continue
+        for param in step.params:
+            typed = ctx.meta["typed"].get(name)
+            if param.name != name or ctx.get_parameter_source(name) is None or typed is None:
+                continue
+            if isinstance(param, click.Argument):
+                words.append(typed)
+            elif isinstance(param, click.Option) and param.is_flag:
+                words += param.opts if typed else []
+            else:
+                each = typed if isinstance(typed, list) else [typed]
+                words += [word for value in each for word in (param.opts[-1], value)]
+    return words
+
+
+def _params() -> list[click.Parameter]:
+    """The parameters: those of `TAKEN` as their first step has them, but for two."""
+    steps = {param.name: param for step in reversed(STEPS) for param in step.params}
+    own = {
+        "sparsities": click.Option(
+            ["--sparsity", "sparsities"],
+            required=True,
+            type=options.Finite(0, 1, max_open=True),
+            help="Fraction to remove of the parameters of all decoder layers' seven matrices.",
+        ),
+        "recover": click.Option(
+            ["--recover"],
+            is_flag=True,
+            help="Also train what is kept to predict as MODEL does: the step recover.",
+        ),
+    }
+    known = {**steps, **own}
+    return [copy.copy(known[name]) for name in (*TAKEN, "recover")]
+
+
+def run_steps(**_: Any) -> None:
+    """Prune MODEL into OUT, in one command.
+
+    Calibrates, scores, compensates and exports; OUT has the same bytes as that of the pipe. If
+    killed, the same command goes on where it was. The work directory stays, so that another
+    sparsity needs no new calibration. The steps themselves have more options.
+
+    \b
+    Example:
+      prunetool run SmolLM2-135M SmolLM2-pruned --text wiki.txt --sparsity 0.2
+    """
+
+
+run = Run("run", callback=run_steps, params=_params(), help=run_steps.__doc__)

@@ -1,0 +1,42 @@
+"""``run``: what the pipe writes, in one command."""
+
+import pytest
+
+from tests.commands.test_pipe import contents
+from tests.conftest import error_of
+
+WORDS = ["--samples", 4, "--sequence-length", 32]
+
+
+@pytest.mark.parametrize("more", [[], ["--recover"], ["--allocation", "uniform"]])
+def test_the_same_bytes_as_the_pipe(checkpoint, text, run, call, tmp_path, more):
+    model = checkpoint()
+    done = run("run", model, "out", "--text", text, *WORDS, "--sparsity", ".2", *more,
+               "--work", "w")  # fmt: skip
+    for step in ("calibrate", "score", "compensate", "export"):
+        assert f"{step}: " in done.stderr
+    assert ("recover: " in done.stderr) == (more == ["--recover"])
+    assert not done.stdout
+    call("calibrate", model, "--text", text, *WORDS, "--work", "v", "-o", "a")
+    call("score", "a", "--sparsity", ".2", *(w for w in more if w != "--recover"), "-o", "b")
+    call("compensate", "b", "-o", "c")
+    if more == ["--recover"]:
+        call("recover", "c", "-o", "c2")
+    call("export", "piped", "c2" if more == ["--recover"] else "c")
+    assert contents(tmp_path / "out") == contents(tmp_path / "piped")
+    again = run("run", model, "out", "--text", text, *WORDS, "--sparsity", ".2", *more,
+                "--work", "w").stderr  # fmt: skip
+    assert "already has it" in again
+
+
+def test_a_wrong_option_and_a_failing_step_are_one_line(checkpoint, text, run, tmp_path):
+    model = checkpoint()
+    words = ["run", model, "out", "--text", text, *WORDS]
+    assert "Missing option '--sparsity'" in run(*words, ok=False).stderr
+    assert "not a valid float" in run(*words, "--sparsity", ".1,.2", ok=False).stderr
+    assert "No such option" in run(*words, "--sparsity", ".1", "--damping", "1", ok=False).stderr
+    line = error_of(run(*words[:-1], 99999, "--sparsity", ".1", ok=False))
+    assert "text.txt" in line
+    assert not (tmp_path / "out").exists()
+    quiet = run(*words, "--sparsity", ".1", "-q")
+    assert "calibrate: " not in quiet.stderr
