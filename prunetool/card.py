@@ -32,6 +32,8 @@ def model_card(
     shapes: Sequence[LayerShape],
     parameters: int,
     densities: Sequence[dict[str, tuple[int, int]]],
+    *,
+    recovered: bool = False,
 ) -> str:
     """README.md for the Hub: front matter, sizes, how to load, and how it was made.
 
@@ -45,6 +47,7 @@ def model_card(
       parameters: stored in the result.
       densities: nonzero and all weights of each layer's matrices; none if no weights were
         masked.
+      recovered: recover changed the weights.
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
     after = [dense.layer_parameters(shape) for shape in shapes]
@@ -53,7 +56,7 @@ def model_card(
         source = Path(header.model).name
     data = _front_matter(header, dense)
     licence = data.license_name or data.license
-    trained = "and trained on its predictions" if header.had("recover") else "without training"
+    trained = "and trained on its predictions" if recovered else "without training"
     lines = [
         "---", data.to_yaml(line_break="\n"), "---", "",
         f"# {plain(Path(source).name)}, pruned", "",

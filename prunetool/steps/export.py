@@ -142,7 +142,10 @@ class Export:
 
         self._put_files(target, kind)
         label = "dense" if dense else kind
-        card = model_card(self.header, model, label, shapes, writer.parameters, densities)
+        recovered = any("recover" in record.files for record in made)
+        card = model_card(
+            self.header, model, label, shapes, writer.parameters, densities, recovered=recovered
+        )
         writer.put("README.md", card.encode())
         writer.close()
         return self._said(kind, densities)

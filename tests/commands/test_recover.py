@@ -1,5 +1,6 @@
 """``recover``: its steps are those of torch's Adam on transformers' model, and it resumes."""
 
+import errno
 import json
 import shutil
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from prunetool import corpus, workdir
 from prunetool.checkpoint.writer import atomic
 from prunetool.steps import recover as step
 from prunetool.steps.trained import Trained
+from tests.conftest import error_of
 from tests.test_families import FAMILIES, load
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -149,6 +151,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, call, kept, monkeypatc
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
+@pytest.mark.parametrize("writes", [3, 40, 90])
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, run, kept, monkeypatch, writes):
+    kept(num_hidden_layers=2)
+    words = ["recover", "kept.jsonl", "--learning-rate", "1e-3"]
+    expected = run(*words).stdout
+    (done,) = (tmp_path / "w").glob("recover-*")
+    shutil.rmtree(done)
+    left = [writes]
+
+    @contextmanager
+    def full(path, **how):
+        with atomic(path, **how) as partial:
+            yield partial
+            left[0] -= 1
+            if left[0] <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        for module in ("steps.trained", "streaming"):
+            patch.setattr(f"prunetool.{module}.atomic", full)
+        line = error_of(run(*words, ok=False))
+    assert "cannot be written (No space left on device); make room and run again" in line
+    assert not list(done.glob(".*"))
+    assert run(*words).stdout == expected
+
+
 def test_damaged_state_is_not_used(tmp_path, call, run, kept, monkeypatch):
     kept(num_hidden_layers=2)
     words = ["recover", "kept.jsonl", "--learning-rate", "1e-3", "-o"]
@@ -180,6 +208,8 @@ def test_what_diverges_keeps_what_was_before_and_says_so(tmp_path, run, kept):
     assert "what was best before is kept; try a lower --learning-rate" in done.stderr
     before = (tmp_path / "kept.jsonl").read_text().splitlines()
     assert done.stdout.splitlines()[1:] == before[1:]  # but for the header
+    run("export", "out", stdin=done.stdout)
+    assert "without training" in (tmp_path / "out/README.md").read_text()
 
 
 def test_gradients_that_overflow_name_their_layer(tmp_path, run, kept, monkeypatch):
