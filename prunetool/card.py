@@ -141,7 +141,8 @@ def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
     for step in history:
         words = ["prunetool", step["command"]]
         if step["command"] == "calibrate":
-            words += [model, *([] if "text" in step["options"] else ["--text", "TEXT"])]
+            named = {"text", "dataset"} & step["options"].keys()
+            words += [model, *([] if named else ["--text", "TEXT"])]
         if step["command"] == "export":
             words.append("OUT")
         for option, value in step["options"].items():

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import safe_open
 
+from prunetool.dataset import Dataset
 from prunetool.errors import CorpusError
 from prunetool.text import read_text
 from prunetool.tokenizer import bos_id, tokenize
@@ -33,6 +34,7 @@ class Text(NamedTuple):
       length: tokens per sequence.
       bos: ``auto``, ``always`` or ``never`` (`tokenizer.bos_id`).
       by_model: no text: the model writes its own (`steps.selftext`).
+      dataset: a data set of the Hub instead.
     """
 
     texts: Sequence[Path] = ()
@@ -41,6 +43,14 @@ class Text(NamedTuple):
     length: int = 2048
     bos: str = "auto"
     by_model: bool = False
+    dataset: Dataset | None = None
+
+    @property
+    def said(self) -> dict[str, str]:
+        """What the history says of a data set."""
+        if not self.dataset:
+            return {}
+        return {"dataset": self.dataset.pinned, "split": self.dataset.split}
 
     @property
     def files(self) -> list[Path]:
@@ -64,12 +74,16 @@ class Text(NamedTuple):
           (samples, length) int32; the BOS, or None.
         """
         bos = bos_id(directory, vocab_size, self.bos, self.tokens_path)
-        ids = (
-            tokenize(read_text(self.texts, self.field), directory)
-            if self.tokens_path is None
-            else read_tokens(self.tokens_path)
-        )
         where = ", ".join(map(str, self.files))
+        ids: np.ndarray | Iterator[np.ndarray]
+        if self.dataset:
+            where, known = self.dataset.where, self.dataset.known
+            parts = read_text(self.dataset.paths(), known.field, known.between, where)
+            ids = tokenize(parts, directory)
+        elif self.tokens_path:
+            ids = read_tokens(self.tokens_path)
+        else:
+            ids = tokenize(read_text(self.texts, self.field, where=where), directory)
         return sequences(ids, samples, self.length, vocab_size, where, shuffle, bos), bos
 
 

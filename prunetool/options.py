@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
+from click.core import ParameterSource
 
 from prunetool import console
 from prunetool.errors import RecordError, shown
@@ -151,8 +152,8 @@ length_opt = click.option(
 )
 SELF = "self"  # instead of a file: the model writes its own text
 TEXT_HELP = (
-    "Text to use: plain or JSON lines (--text-field), also as .gz, .zst, .bz2 or .xz. Several are "
-    "joined."
+    "Text to use: plain, JSON lines or Parquet (--text-field), also as .gz, .zst, .bz2 or .xz. "
+    "Several are joined."
 )
 SELF_HELP = (
     f" {SELF}: sequences that the model itself writes, with all of it in memory; a file of this "
@@ -160,7 +161,14 @@ SELF_HELP = (
 )
 TEXT = (
     click.option(
-        "--text-field", default="text", show_default=True, help="Field of the JSON lines."
+        "--text-field", default="text", show_default=True,
+        help="Field of JSON lines, column of Parquet; of --dataset, if not its own.",
+    ),
+    click.option(
+        "--dataset", metavar="NAME",
+        help="A data set of the Hub instead of --text: wikitext2, c4, ptb, alpaca, or OWNER/NAME; "
+        "then perhaps :CONFIG, the directory of its files, and @REVISION. Downloaded as far as it "
+        "is used; --shuffle uses all of it (of c4, one file).",
     ),
     click.option(
         "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),
@@ -176,7 +184,11 @@ TEXT = (
 
 
 def text_options(
-    command: Callable[..., None], *, by_model: bool = False, required: bool = True
+    command: Callable[..., None],
+    *,
+    by_model: bool = False,
+    required: bool = True,
+    split: str = "train",
 ) -> Callable[..., None]:
     """Add the options for the model's text, passed as one argument ``text`` (`corpus.Text`).
 
@@ -184,15 +196,23 @@ def text_options(
       command: the command.
       by_model: whether it can use a text that the model writes.
       required: whether one must be given; without it, ``text`` is None.
+      split: the split of a data set, by default.
     """
 
     @wraps(command)
     def gathered(
         *, texts: tuple[str, ...], text_field: str, tokens_path: Path | None, length: int,
-        bos: str, **others: Any,
+        bos: str, dataset: str | None, split: str, **others: Any,
     ) -> None:  # fmt: skip
-        if (texts and tokens_path) or (required and not (texts or tokens_path)):
-            raise click.UsageError("give either --text or --tokens")
+        given = sum(map(bool, (texts, tokens_path, dataset)))
+        if given > 1 or (required and not given):
+            raise click.UsageError("give either --text or --tokens or --dataset")
+        source = click.get_current_context().get_parameter_source
+        typed = {
+            name: source(name) is ParameterSource.COMMANDLINE for name in ("split", "text_field")
+        }
+        if typed["split"] and not dataset:
+            raise click.UsageError("--split is for --dataset")
         if SELF in texts and not by_model:
             raise click.UsageError(
                 f"--text {SELF} is for calibrate and recover: a file of this name is ./{SELF}"
@@ -200,16 +220,25 @@ def text_options(
         if SELF in texts and len(texts) > 1:
             raise click.UsageError(f"--text {SELF} cannot be joined with other text")
         from prunetool.corpus import Text
+        from prunetool.dataset import Dataset
 
         paths = tuple(Path(path) for path in texts if path != SELF)
-        text = Text(paths, text_field, tokens_path, length, bos, SELF in texts)
-        command(text=text if texts or tokens_path else None, **others)
+        named = (
+            Dataset(dataset, split, text_field if typed["text_field"] else None)
+            if dataset
+            else None
+        )
+        text = Text(paths, text_field, tokens_path, length, bos, SELF in texts, named)
+        command(text=text if given else None, **others)
 
     text_opt = click.option(
         "--text", "texts", multiple=True, metavar="FILE", type=click.Path(),
         help=TEXT_HELP + SELF_HELP * by_model,
     )  # fmt: skip
-    for option in (*reversed(TEXT), text_opt):
+    split_opt = click.option(
+        "--split", default=split, show_default=True, help="Split of --dataset, as its files say."
+    )
+    for option in (split_opt, *reversed(TEXT), text_opt):
         gathered = option(gathered)
     return gathered
 

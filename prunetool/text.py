@@ -8,11 +8,12 @@ lines, and a decompressor's window.
 
 import bz2
 import codecs
+import importlib.util
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -32,13 +33,23 @@ BEGINNING = 512  # bytes by which a format is recognised: tar's name is at byte 
 # and for blocks of one repeated byte 16 MiB at most.
 SLICE_BYTES = 1 << 9
 BLANK = " \t\r\n"  # JSON's
+ROWS = "\n\n"  # between the texts of two rows
+BATCH = 1000  # rows of Parquet at a time
 
 
-def read_text(paths: Sequence[Path], field: str) -> Iterator[str]:
-    """The text of files joined as they are, in parts; for JSON lines, a field of every line.
+def read_text(
+    paths: Iterable[Path], field: str, between: str = ROWS, where: object = "--text"
+) -> Iterator[str]:
+    """The text of files joined as they are, in parts; of JSON lines and Parquet, one field.
 
     A file is JSON lines if its first line is a JSON object or its name says JSON. It may be
     compressed by gzip, Zstandard, bzip2 or xz, whatever its name. A byte-order mark is not text.
+
+    Args:
+      paths: the files, each taken when the one before is used up.
+      field: the field of JSON lines, and the column of Parquet.
+      between: what joins the rows of such a file.
+      where: what to name if there is no text.
 
     Raises:
       CorpusError: if a file cannot be read, is not UTF-8 text, is one JSON array of objects, or
@@ -46,7 +57,7 @@ def read_text(paths: Sequence[Path], field: str) -> Iterator[str]:
     """
     blank: list[str] | None = []  # white space, until something else follows
     for path in paths:
-        for part in _text_of(path, field):
+        for part in _text_of(path, field, between):
             if blank is None:
                 yield part
             elif part.strip():
@@ -55,17 +66,20 @@ def read_text(paths: Sequence[Path], field: str) -> Iterator[str]:
             else:
                 blank.append(part)
     if blank is not None:
-        raise CorpusError(", ".join(map(str, paths)), "holds no text", "give another --text")
+        raise CorpusError(where, "holds no text", "give another")
 
 
-def _text_of(path: Path, field: str) -> Iterator[str]:
+def _text_of(path: Path, field: str, between: str) -> Iterator[str]:
     with _Bytes(path) as source:
+        if source.begins(PARQUET) and path.is_file():
+            yield from _parquet(path, field, between)
+            return
         parts = _decoded(path, _decompressed(path, source))
         head, whole = _more("", parts, HEAD)
         while not whole and head.lstrip(BLANK).startswith("{") and "\n" not in head.lstrip(BLANK):
             head, whole = _more(head, parts, 2 * len(head))
         if JSON_NAME.search(path.name) or _is_object(head.lstrip(BLANK).partition("\n")[0]):
-            yield from _json_lines(path, head, whole, parts, field)
+            yield from _json_lines(path, head, whole, parts, field, between)
             return
         if ARRAY_OF_OBJECTS.match(head):
             _refuse_document(path, head, whole)
@@ -243,6 +257,7 @@ AS_LINES = (
 )
 AS_TOKENS = "if it holds token ids, give it with --tokens"
 NOT_TEXT = rb"(?![ -~\s])"
+PARQUET = re.compile(rb"PAR1" + NOT_TEXT)
 UNPACK = "unpack it, and give the text files inside"
 # Formats other than text: magic bytes, what it is, what to do.
 FOREIGN = [
@@ -250,7 +265,8 @@ FOREIGN = [
              "is not UTF-8 but UTF-32", "convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),
     _foreign(rb"\xff\xfe|\xfe\xff",
              "is not UTF-8 but UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"),
-    _foreign(rb"PAR1" + NOT_TEXT, "is a Parquet file, not text", AS_LINES),
+    _foreign(rb"PAR1" + NOT_TEXT, "is a Parquet file in a pipe or compressed",
+             "give the file itself"),
     _foreign(rb"(ARROW1|FEA1)" + NOT_TEXT + rb"|\xff\xff\xff\xff.{2}\0\0",
              "is an Arrow file, not text", AS_LINES),
     _foreign(rb"\x89HDF\r\n\x1a\n", "is an HDF5 file, not text", "write its text to a file first"),
@@ -299,9 +315,9 @@ def _lines(parts: Iterator[str]) -> Iterator[str]:
 
 
 def _json_lines(
-    path: Path, head: str, whole: bool, parts: Iterator[str], field: str
+    path: Path, head: str, whole: bool, parts: Iterator[str], field: str, join: str
 ) -> Iterator[str]:
-    """The field of every line, separated by empty lines."""
+    """The field of every line, joined."""
     between = ""
     for number, line in enumerate(_lines(chain([head], parts)), 1):
         if not line.strip(" \t\r"):
@@ -340,7 +356,44 @@ def _json_lines(
                 "write that text again from its source",
             )
         yield between + value
-        between = "\n\n"
+        between = join
+
+
+def _parquet(path: Path, field: str, join: str) -> Iterator[str]:
+    """The column of every row, joined; only that column is read, some rows at a time."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise CorpusError(
+            path, "is a Parquet file, for which pyarrow is missing", "pip install 'prunetool[data]'"
+        )
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = [column.name for column in file.schema_arrow]
+            if field not in names:
+                raise CorpusError(
+                    path,
+                    f"has no column {shown(field, 40)!r} (its columns: "
+                    f"{shown(', '.join(names), 80)})",
+                    "name it with --text-field",
+                )
+            kind = file.schema_arrow.field(field).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise CorpusError(
+                    path,
+                    f"has {kind}, not text, in column {shown(field, 40)!r}",
+                    "name another with --text-field",
+                )
+            between = ""
+            for batch in file.iter_batches(BATCH, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    if value is not None:
+                        yield between + value
+                        between = join
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CorpusError(path, f"is damaged Parquet ({reason})", "download it again") from error
 
 
 def _refuse_document(path: Path, head: str, whole: bool) -> None:

@@ -339,7 +339,7 @@ def git_oid(data, path):
 
 
 ID = r"([^/]+/[^/]+)"
-MODEL = rf"/api/models/{ID}"
+MODEL = rf"/api/(?:models|datasets)/{ID}"
 ROUTES = (
     ("/api/validate-yaml", Handler.validate_yaml, "write"),
     ("/api/repos/create", Handler.create, "write"),
@@ -352,7 +352,7 @@ ROUTES = (
     (rf"{MODEL}(?:/revision/([^/]+))?", Handler.info, "read"),
     (rf"/{ID}\.git/info/lfs/objects/batch", Handler.batch, "write"),
     (r"/lfs/([0-9a-f]{64})(?:/(\w+))?", Handler.store, "signature"),
-    (rf"/{ID}/resolve/([^/]+)/(.+)", Handler.resolve, "read"),
+    (rf"/(?:datasets/)?{ID}/resolve/([^/]+)/(.+)", Handler.resolve, "read"),
 )
 
 

@@ -279,7 +279,7 @@ def test_objects_with_commas_between_them_are_not_a_document(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"PAR1\x15\x04\0\0PAR1", "is a Parquet file, .*JSON lines"),
+        (b"PAR1\x15\x04\0\0PAR1", "is damaged Parquet .*download it again"),
         (b"%PDF-1.7\n%\xe2\xe3", "is a PDF, .*pdftotext"),
         ("text".encode("utf-16"), "UTF-16; convert it: iconv -f UTF-16"),
         ("text".encode("utf-32"), "UTF-32; convert it: iconv -f UTF-32"),

@@ -200,7 +200,7 @@ def _read(
     if text.by_model:
         return own_text(model, text, samples, dtype, shuffle or 0, work, said, overwrite=overwrite)
     tokens, bos = read_text(model, text, samples, shuffle)
-    return tokens, {"shuffle": shuffle, "bos": bos}
+    return tokens, {"shuffle": shuffle, "bos": bos, **text.said}
 
 
 def _check(

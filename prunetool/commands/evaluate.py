@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=options.Command)
 @options.model_arg
-@options.text_options
+@partial(options.text_options, split="test")
 @click.option(
     "--samples",
     type=click.IntRange(1),
@@ -93,7 +94,7 @@ def evaluate(
         result = {
             "model": model, "perplexity": perplexity(loss), "loss": loss,
             "tokens": len(tokens) * (text.length - 1), **how, "token_ids": token_ids,
-            "parameters": opened.parameters(), "version": __version__, **compared,
+            "parameters": opened.parameters(), "version": __version__, **text.said, **compared,
         }  # fmt: skip
         console.write(sys.stdout, json.dumps(result) + "\n")
         said += [f"{model}, perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]

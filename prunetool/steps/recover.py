@@ -109,11 +109,19 @@ def prepare(
         samples=trained,
         held_out=held_out,
         sequence_length=tokens.shape[1],
-        text=text and ("self" if text.by_model else "TEXT"),  # as the card names it
+        text=_named(text),
         tokens=corpus.fingerprint(tokens),
+        **(text.said if text else {}),
     )
     run = Run.of(header, profile, discard=False)
     return Recovery(run, made, tokens, held_out, order, how["what"], peak, dtype)
+
+
+def _named(text: Text | None) -> str | None:
+    """The option --text as the card has it."""
+    if text is None or text.dataset:
+        return None
+    return "self" if text.by_model else "TEXT"
 
 
 def _calibrated(header: records.Header, samples: int, held_out: int) -> tuple[np.ndarray, int]:
