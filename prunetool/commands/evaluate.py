@@ -13,6 +13,7 @@ from prunetool import __version__, console, options
 
 if TYPE_CHECKING:
     from prunetool.corpus import Text
+    from prunetool.model import Model
 
 
 @click.command(cls=options.Command)
@@ -33,6 +34,13 @@ if TYPE_CHECKING:
     "perplexity, KL divergence of the next token, error of each head's attention matrices.",
 )
 @click.option(
+    "--choices",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also measure how often the right one of several continuations is the likeliest: JSON "
+    "lines with context, choices and answer (examples/cloze.py makes some of any text).",
+)
+@click.option(
     "--work",
     type=click.Path(path_type=Path),
     callback=options.named,
@@ -48,6 +56,7 @@ def evaluate(
     device: str,
     revision: str | None,
     against: str | None,
+    choices: Path | None,
     work: Path | None,
     overwrite: bool,
 ) -> None:
@@ -60,6 +69,7 @@ def evaluate(
     Example:
       prunetool evaluate OUT --text wiki.test.txt --samples 8 --dtype float32
       prunetool evaluate OUT --against MODEL --text wiki.test.txt > compared.json
+      prunetool evaluate OUT --against MODEL --text wiki.test.txt --choices cloze.jsonl > all.json
     """
     if work and against:
         raise click.UsageError("--work is for one model, without --against")
@@ -91,6 +101,13 @@ def evaluate(
         else:
             comparison = compare(opened, open_model(against), tokens, dtype)
             loss, compared = comparison.loss, {"against": comparison.as_json(against)}
+        if choices:
+            found = _accuracies(
+                choices, [opened, *([open_model(against)] if against else [])], bos_id, dtype
+            )
+            compared = {**found[0], **compared}
+            if against:
+                compared["against"] |= found[1]
         result = {
             "model": model, "perplexity": perplexity(loss), "loss": loss,
             "tokens": len(tokens) * (text.length - 1), **how, "token_ids": token_ids,
@@ -98,8 +115,25 @@ def evaluate(
         }  # fmt: skip
         console.write(sys.stdout, json.dumps(result) + "\n")
         said += [f"{model}, perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]
-        if compared:
+        if choices:
+            said.append(_accuracy_of(result))
+        if against:
             _say(compared["against"], said)
+
+
+def _accuracies(
+    path: Path, models: "list[Model]", bos: int | None, dtype: str
+) -> list[dict[str, Any]]:
+    """What each model reaches on the items of a file."""
+    from prunetool.steps.choices import accuracy, read_items, tokenised
+
+    items = read_items(path)
+    tokens, chosen = tokenised(models[0].directory, items, bos, path)
+    return [accuracy(model, items, tokens, chosen, dtype).as_json() for model in models]
+
+
+def _accuracy_of(of: dict[str, Any]) -> str:
+    return f"accuracy {of['accuracy']:.1%} ± {of['standard_error']:.1%} of {of['items']} items"
 
 
 def _shown(of: dict[str, Any]) -> str:
@@ -128,6 +162,8 @@ def _say(compared: dict[str, Any], said: list[str]) -> None:
         by=[max(errors["own"]["by_head"][row[0]], key=lambda e: e or 0.0) or 0.0 for row in rows],
     )
     said.append(f"{_shown(compared)} before")
+    if "accuracy" in compared:
+        said.append(f"{_accuracy_of(compared)} before")
     said.append(f"KL {compared['kl']:.4f} nats")
     for name, label in (("own", "own input"), ("same_input", "dense input")):
         if errors[name]["worst"] == 0:  # on the same input: q and k were not pruned

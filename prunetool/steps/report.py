@@ -66,10 +66,12 @@ def read_evaluation(path: Path) -> Evaluation:
     try:
         value = json.loads(path.read_text("utf-8"))
         lines = [("perplexity", _perplexity(value))]
+        lines += _accuracy(value, "accuracy")
         maps, point = [], None
         if "against" in value:
             dense = value["against"]
-            lines += [("before", _perplexity(dense)), ("KL", f"{dense['kl']:.4f} nats")]
+            lines += [("before", _perplexity(dense)), *_accuracy(dense, "accuracy before")]
+            lines.append(("KL", f"{dense['kl']:.4f} nats"))
             if "loss" in value and "loss" in dense:
                 added = float(value["loss"]) - float(dense["loss"])
                 point = int(value["parameters"]), added
@@ -85,6 +87,14 @@ def read_evaluation(path: Path) -> Evaluation:
         what = f"is not an evaluation ({type(error).__name__}: {error})"
         raise RecordError(path, what, "name a file that prunetool evaluate printed") from error
     return Evaluation(shown(path), lines, maps, point)
+
+
+def _accuracy(of: dict[str, Any], name: str) -> list[tuple[str, str]]:
+    """A line of what a model reached on items with choices, if it was measured."""
+    if "accuracy" not in of:
+        return []
+    spread = f"{of['accuracy']:.1%} ± {of['standard_error']:.1%}"
+    return [(name, f"{spread} of {of['items']:,} items")]
 
 
 def _known(error: object) -> float:
