@@ -16,7 +16,7 @@ SPARSITY ?= 0.2
 TEXT ?= $(DEMO)/topics.calibrate.txt
 HELD_OUT ?= $(DEMO)/topics.measure.txt
 
-.PHONY: install check lint type test demo docs readme examples bench clean
+.PHONY: install check lint type test demo docs readme examples bench gpu-check clean
 
 install: $(VENV)/.test
 
@@ -70,6 +70,9 @@ bench: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT)
 	$(BIN)/python examples/bench.py $(MODEL) $(TEXT)
 	$(BIN)/python examples/bench_attention.py $(MODEL)
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python examples/bench_speed.py # as prunetool starts
+
+gpu-check: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT)
+	$(BIN)/python examples/gpu_check.py $(MODEL) $(TEXT)
 
 clean:
 	rm -rf $(VENV) $(DEMO) bench build *.egg-info

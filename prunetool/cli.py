@@ -16,10 +16,13 @@ import click
 from prunetool import __version__, console, options, records, signals
 from prunetool.errors import PrunetoolError, StepFailed, shown
 
-COMMANDS = (
-    "run", "convert", "inspect", "calibrate", "score", "compensate", "recover", "export",
-    "evaluate", "report", "upload", "clean",
-)  # fmt: skip
+SECTIONS = {
+    "In one command": ("run",),
+    "Step by step": ("calibrate", "score", "compensate", "recover", "export"),
+    "Look and measure": ("inspect", "evaluate", "report"),
+    "Bring in, pass on, tidy up": ("convert", "upload", "clean"),
+}
+COMMANDS = tuple(name for names in SECTIONS.values() for name in names)
 # and evaluate with --work
 RESUMED = ("run", "convert", "calibrate", "score", "compensate", "recover", "export", "upload")
 STREAMING = ("calibrate", "score", "compensate", "recover")  # the next step reads their output
@@ -33,6 +36,16 @@ class Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands."""
         return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands in sections, with one width for all names."""
+        width = max(map(len, COMMANDS))
+        for title, names in SECTIONS.items():
+            found = [(name, self.get_command(ctx, name)) for name in names]
+            limit = formatter.width - width - 6
+            rows = [(f"{n:{width}}", c.get_short_help_str(limit)) for n, c in found if c]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name."""

@@ -1,10 +1,12 @@
 """The scripts of examples/ that a user copies: they run, and give the same bytes."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.commands.test_pipe import contents
@@ -69,3 +71,21 @@ def test_makefile_and_scripts_have_the_same_defaults():
             assert "--method" not in of
     assert "${4:-0.2}" in (EXAMPLES / "pipe.sh").read_text()
     assert "SPARSITY ?= 0.2\n" in makefile
+
+
+def test_the_check_of_a_gpu_compares_every_step(checkpoint, text, call, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    gpu_check = importlib.import_module("gpu_check")
+    monkeypatch.setattr(gpu_check, "prunetool", lambda *words: call(*words))
+    monkeypatch.setattr(gpu_check, "LENGTH", 32)
+    words = ["gpu_check.py", str(checkpoint()), str(text), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
+    gpu_check.main()
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    compared = {row[1].strip(): row[5].strip() for row in rows}
+    assert {name for name, said in compared.items() if said == "0.0e+00"} == {
+        "calibrate", "gradients", "recover", "evaluate"
+    }  # fmt: skip
+    far = {"evaluate": (1.0, np.array(2.0))}
+    with pytest.raises(SystemExit, match=r"the results differ by up to 5.0e-01"):
+        gpu_check.compare(far, {"evaluate": (1.0, np.array(3.0))}, "gpu")
