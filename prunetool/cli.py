@@ -19,7 +19,7 @@ from prunetool.errors import PrunetoolError, StepFailed, shown
 SECTIONS = {
     "In one command": ("run",),
     "Step by step": ("calibrate", "score", "compensate", "recover", "export"),
-    "Look and measure": ("inspect", "evaluate", "report"),
+    "Look and measure": ("inspect", "evaluate", "bench", "report"),
     "Bring in, pass on, tidy up": ("convert", "upload", "clean"),
 }
 COMMANDS = tuple(name for names in SECTIONS.values() for name in names)

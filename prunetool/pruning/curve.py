@@ -44,9 +44,9 @@ from prunetool.pruning.solve import damped_inverse, definite, factorise
 from prunetool.pruning.structural import energy
 
 MIX, DAMPING = 0.3, 0.01  # measured on SmolLM2-135M (FORMULAS.md §7)
-# Measured loss over the sum of the layers' curves, each of which takes the others as whole: 1.5 to
-# 1.7 on SmolLM2-135M from 10% to 50% removed (examples/methods.md).
-INTERACTION = 1.6
+# Measured loss over the sum of the layers' curves, each of which takes the others as whole: 1.4 to
+# 1.6 on SmolLM2-135M from 10% to 50% removed (examples/methods.md).
+INTERACTION = 1.5
 MOST_SUBSETS = 256  # of KV groups, all of which are tried
 BATCH = 32  # rows that `greedy` removes at once
 COMPACT = 0.25  # of the rows that are gone before `greedy` leaves them out

@@ -43,12 +43,15 @@ def _but_sparsity(history: Sequence[dict[str, Any]]) -> list[Any]:
     return [*before, (last[0], {k: v for k, v in last[1].items() if k != "sparsity"})]
 
 
-def picture(lines: Sequence[tuple[str, str, Sequence[Point]]], caption: str) -> str:
+def picture(
+    lines: Sequence[tuple[str, str, Sequence[Point]]], caption: str, x_format: str = ".0%"
+) -> str:
     """An SVG of several lines of points from 0 on; empty if no line has a point.
 
     Args:
       lines: name, CSS colour and points of each.
       caption: what it shows.
+      x_format: how numbers stand along the x axis.
     """
     every = [point for *_, points in lines for point in points]
     if not every:
@@ -60,7 +63,8 @@ def picture(lines: Sequence[tuple[str, str, Sequence[Point]]], caption: str) -> 
         return round(MARGIN + across, 1), round(HEIGHT - MARGIN - up, 1)
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" font-size="11" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+        f'role="img" font-family="system-ui, sans-serif" font-size="11" '
         f'fill="currentColor"><title>{html.escape(caption)}</title>'
     ]
     for i in range(TICKS + 1):
@@ -69,7 +73,9 @@ def picture(lines: Sequence[tuple[str, str, Sequence[Point]]], caption: str) -> 
         end = WIDTH - MARGIN
         parts.append(f'<line x1="{left}" y1="{up}" x2="{end}" y2="{up}" stroke="#ccc"/>')
         parts.append(f'<text x="{left - 4}" y="{up + 4}" text-anchor="end">{y:.2g}</text>')
-        parts.append(f'<text x="{across}" y="{bottom + 14}" text-anchor="middle">{x:.0%}</text>')
+        parts.append(
+            f'<text x="{across}" y="{bottom + 14}" text-anchor="middle">{x:{x_format}}</text>'
+        )
     for number, (name, colour, points) in enumerate(lines):
         parts += _line(name, colour, [place(*point) for point in points], number)
     return "\n".join([*parts, "</svg>\n"])

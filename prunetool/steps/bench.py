@@ -1,0 +1,139 @@
+"""Run `prunetool.runtimes` on models, and show what it measured."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from prunetool.checkpoint.index import read_json
+from prunetool.errors import PrunetoolError, shown
+from prunetool.llama import forms
+from prunetool.runtimes import NEEDED, runtime_of
+from prunetool.steps import sweep
+
+COLOURS = {"transformers": "#3070b0", "llama.cpp": "#c05020"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's speed: that of every repeat, in tokens a second."""
+
+    model: str
+    runtime: str
+    file_bytes: int
+    load_seconds: float
+    peak_bytes: int
+    prompt_tokens_per_second: list[float]
+    generated_tokens_per_second: list[float]
+
+    def as_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check(models: Sequence[Path]) -> None:
+    """Refuse what cannot be measured, before the first is.
+
+    Raises:
+      PrunetoolError: if a model is not there, or the program for it is not installed.
+    """
+    for model in models:
+        if not (model.is_file() if model.suffix == ".gguf" else (model / "config.json").is_file()):
+            raise PrunetoolError(
+                shown(model), "is neither a checkpoint's directory nor a GGUF file", "check it"
+            )
+        for package in NEEDED[runtime_of(model)]:
+            if find_spec(package) is None:
+                what = f"needs {package}, which is not installed"
+                raise PrunetoolError(runtime_of(model), what, f"pip install {package}")
+
+
+def measure(model: Path, how: Mapping[str, Any]) -> Measured:
+    """Measure a model in a process of its own.
+
+    Raises:
+      PrunetoolError: if the program fails; says its last line.
+    """
+    words = {"model": str(model), **how, "trusted": _is_ours(model)}
+    done = subprocess.run(
+        [sys.executable, "-m", "prunetool.runtimes", json.dumps(words)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise PrunetoolError(
+            shown(model), f"{runtime_of(model)} failed ({shown(lines[-1], 120)})", "see its own log"
+        )
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Measured(model=str(model), file_bytes=_size(model), **found)
+
+
+def _size(model: Path) -> int:
+    files = [model] if model.is_file() else model.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def _is_ours(model: Path) -> bool:
+    """Whether a checkpoint's code, if config.json names any, is this tool's loader."""
+    if model.is_file() or "auto_map" not in read_json(model / "config.json"):
+        return False
+    ours = forms.loader_files()
+    return all(
+        (model / name).is_file() and (model / name).read_bytes() == data
+        for name, data in ours.items()
+    )
+
+
+def table(found: Sequence[Measured], how: Mapping[str, Any]) -> tuple[str, list[str], list[Any]]:
+    """Title, columns and rows: medians, ± half the range, and times the first model's speed."""
+    first = found[0]
+
+    def speed(values: Sequence[float], of: Sequence[float]) -> str:
+        spread = (max(values) - min(values)) / 2
+        return f"{median(values):.1f} ± {spread:.1f} ({median(values) / median(of):.2f}x)"
+
+    rows = [
+        [
+            Path(each.model).name,
+            each.runtime,
+            f"{each.file_bytes / 1e6:,.1f}",
+            f"{each.load_seconds:.2f}",
+            f"{each.peak_bytes / 1e6:,.0f}",
+            speed(each.prompt_tokens_per_second, first.prompt_tokens_per_second),
+            speed(each.generated_tokens_per_second, first.generated_tokens_per_second),
+        ]
+        for each in found
+    ]
+    title = (
+        f"Tokens a second: prompt of {how['prompt']}, {how['generate']} generated; median of "
+        f"{how['repeats']}, {how['threads']} threads"
+    )
+    columns = ["model", "program", "file, MB", "load, s", "peak, MB", "prompt", "generated"]
+    return title, columns, rows
+
+
+def plot(found: Sequence[Measured]) -> str:
+    """Speed of generating by peak memory, as SVG."""
+    lines = []
+    for runtime, colour in COLOURS.items():
+        points = [
+            (each.peak_bytes / 1e9, median(each.generated_tokens_per_second))
+            for each in found
+            if each.runtime == runtime
+        ]
+        lines.append((runtime, colour, sorted(points)))
+    caption = "Generated tokens a second by peak memory, GB"
+    return sweep.picture(lines, caption, x_format=".2g")
