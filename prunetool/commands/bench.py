@@ -60,8 +60,9 @@ def bench(
     """Measure load time, memory and speed of MODELs in the programs that run them.
 
     A directory is measured in transformers, a GGUF file in llama.cpp (pip install transformers
-    torch, or cyllama), each in a process of its own. The first one is what the others are compared
-    with, so name the model before pruning first. The table goes to stderr, a JSON list to stdout.
+    torch, or cyllama), each in a process of its own. The others of a program are compared with its
+    first one, so name the model before pruning first. The table goes to stderr, a JSON list to
+    stdout.
     Code of a checkpoint runs only if it is prunetool's own loader.
 
     \b

@@ -98,30 +98,27 @@ def _is_ours(model: Path) -> bool:
 
 
 def table(found: Sequence[Measured], how: Mapping[str, Any]) -> tuple[str, list[str], list[Any]]:
-    """Title, columns and rows: medians, ± half the range, and times the first model's speed."""
-    first = found[0]
+    """Title, columns and rows: medians, ± half the range, times that of its program's first."""
+    first = {each.runtime: each for each in reversed(found)}
 
-    def speed(values: Sequence[float], of: Sequence[float]) -> str:
+    def cells(values: Sequence[float], of: Sequence[float]) -> list[str]:
         spread = (max(values) - min(values)) / 2
-        return f"{median(values):.1f} ± {spread:.1f} ({median(values) / median(of):.2f}x)"
+        return [f"{median(values):.1f}±{spread:.1f}", f"{median(values) / median(of):.2f}"]
 
-    rows = [
-        [
-            Path(each.model).name,
-            each.runtime,
-            f"{each.file_bytes / 1e6:,.1f}",
-            f"{each.load_seconds:.2f}",
-            f"{each.peak_bytes / 1e6:,.0f}",
-            speed(each.prompt_tokens_per_second, first.prompt_tokens_per_second),
-            speed(each.generated_tokens_per_second, first.generated_tokens_per_second),
-        ]
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        other = first[each.runtime]
+        size, peak = f"{each.file_bytes / 1e6:,.1f}", f"{each.peak_bytes / 1e6:,.0f}"
+        rows.append(
+            [Path(each.model).name, each.runtime, size, f"{each.load_seconds:.2f}", peak]
+            + cells(each.prompt_tokens_per_second, other.prompt_tokens_per_second)
+            + cells(each.generated_tokens_per_second, other.generated_tokens_per_second)
+        )
     title = (
         f"Tokens a second: prompt of {how['prompt']}, {how['generate']} generated; median of "
-        f"{how['repeats']}, {how['threads']} threads"
+        f"{how['repeats']} ± half their range, times the first; {how['threads']} threads"
     )
-    columns = ["model", "program", "file, MB", "load, s", "peak, MB", "prompt", "generated"]
+    columns = ["model", "program", "MB", "load, s", "peak MB", "prompt", "x", "generated", "x"]
     return title, columns, rows
 
 

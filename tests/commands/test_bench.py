@@ -37,7 +37,7 @@ def test_it_measures_both_programs(pruned, call, run, tmp_path):
         assert each["load_seconds"] > 0
         assert each["peak_bytes"] > 1e7
     assert found[2]["file_bytes"] == (tmp_path / "dense.gguf").stat().st_size
-    assert "(1.00x)" in done.stderr
+    assert done.stderr.count("1.00") >= 4, "of each program's first, prompt and generated"
     assert (tmp_path / "speed.svg").read_text().count("<circle") == 4
 
 
