@@ -109,11 +109,10 @@ def table(found: Sequence[Measured], how: Mapping[str, Any]) -> tuple[str, list[
     for each in found:
         other = first[each.runtime]
         size, peak = f"{each.file_bytes / 1e6:,.1f}", f"{each.peak_bytes / 1e6:,.0f}"
-        rows.append(
-            [Path(each.model).name, each.runtime, size, f"{each.load_seconds:.2f}", peak]
-            + cells(each.prompt_tokens_per_second, other.prompt_tokens_per_second)
-            + cells(each.generated_tokens_per_second, other.generated_tokens_per_second)
-        )
+        row = [Path(each.model).name, each.runtime, size, f"{each.load_seconds:.2f}", peak]
+        row += cells(each.prompt_tokens_per_second, other.prompt_tokens_per_second)
+        row += cells(each.generated_tokens_per_second, other.generated_tokens_per_second)
+        rows.append(row)
     title = (
         f"Tokens a second: prompt of {how['prompt']}, {how['generate']} generated; median of "
         f"{how['repeats']} ± half their range, times the first; {how['threads']} threads"
