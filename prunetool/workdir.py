@@ -425,7 +425,21 @@ def of(place: Path) -> Path:
     )
 
 
-def last_records(work: Path) -> Path:
+def records_of(place: Path) -> Path:
+    """The records that a checkpoint was made of; of a work directory, the last ones.
+
+    Raises:
+      WorkError: if ``place`` is neither (`of`), or no step has finished there.
+    """
+    work, step = of(place), files.step_of(place)
+    if DIRECTORIES.fullmatch(step):
+        path = below(work, f"{step}/{RECORDS_NAME}")
+        if path.is_file():
+            return path
+    return _last_records(work)
+
+
+def _last_records(work: Path) -> Path:
     """The records last written by a step after calibrate in a work directory.
 
     Raises:

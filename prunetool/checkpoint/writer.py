@@ -201,7 +201,7 @@ class CheckpointWriter:
       overwrite: replace the files of an existing checkpoint; others stay.
       run: what determines the bytes written. A killed writer of the same run is resumed, with or
         without ``overwrite``. Empty: never.
-      work: the work directory, for `work_of`.
+      work, step: for `work_of` and `step_of`.
       files: names of all other files to be written (`put`).
       inputs: files that the run reads, which are never replaced.
 
@@ -222,11 +222,13 @@ class CheckpointWriter:
         overwrite: bool = False,
         run: str = "",
         work: str = "",
+        step: str = "",
         files: Sequence[str] = (),
         inputs: Sequence[Path] = (),
     ) -> None:
         self._files = files
-        self.directory, self._run, self._work = directory, run, work
+        self.directory, self._run = directory, run
+        self._from = {"work": work, "step": step}
         begun = _sealed(directory / UNFINISHED)
         self.state = self._find(overwrite, begun["run"])
         if self.state in ("begun", "replaced"):
@@ -379,7 +381,7 @@ class CheckpointWriter:
         self._sums[INDEX_NAME] = checksum.of_bytes(data)
         sums = {name: total for name, total in sorted(self._sums.items()) if total}
         if self._run:
-            manifest = checksum.sealed({"run": self._run, "files": sums, "work": self._work})
+            manifest = checksum.sealed({"run": self._run, "files": sums, **self._from})
             write_json(self.directory / MANIFEST, manifest)
         write_bytes(self.directory / INDEX_NAME, data)
         (self.directory / UNFINISHED).unlink()
@@ -410,9 +412,19 @@ def _write_shard(
 
 def work_of(directory: Path) -> str:
     """The work directory that a checkpoint was exported from; empty if unknown."""
+    return _stated(directory, "work")
+
+
+def step_of(directory: Path) -> str:
+    """The directory, below the work directory, of the step that it was made of; or empty."""
+    return _stated(directory, "step")
+
+
+def _stated(directory: Path, key: str) -> str:
+    """A text of a checkpoint's manifest; empty if there is none."""
     with suppress(CheckpointError):
-        work = checksum.read_sealed(directory / MANIFEST).get("work")
-        return work if isinstance(work, str) else ""
+        found = checksum.read_sealed(directory / MANIFEST).get(key)
+        return found if isinstance(found, str) else ""
     return ""
 
 

@@ -26,7 +26,8 @@ def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
     """Make an HTML page of what each layer kept and what that cost.
 
     Reads the records of score or compensate from a file or stdin, all before the page is written;
-    given the directory that export wrote, or the work directory, it reads the last records there.
+    given the directory that export wrote, it reads the records that it was made of, and of a work
+    directory the last ones.
     Of several sparsities scored from one calibration, it draws the expected loss, and beside it
     the measured one of every --evaluation made with --against. The page is one self-contained file.
 
@@ -42,7 +43,7 @@ def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
 
     with console.summary("report") as said:
         if Path(source).is_dir():
-            source = str(workdir.last_records(workdir.of(Path(source))))
+            source = str(workdir.records_of(Path(source)))
         evaluations = [step.read_evaluation(path) for path in evaluated]
         with options.open_source(source) as stream:
             header, layers = records.read(stream)

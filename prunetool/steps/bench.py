@@ -15,7 +15,7 @@ from prunetool.checkpoint.index import read_json
 from prunetool.errors import PrunetoolError, shown
 from prunetool.llama import forms
 from prunetool.runtimes import NEEDED, runtime_of
-from prunetool.steps import sweep
+from prunetool.steps import picture
 
 COLOURS = {"transformers": "#3070b0", "llama.cpp": "#c05020"}
 
@@ -132,4 +132,4 @@ def plot(found: Sequence[Measured]) -> str:
         ]
         lines.append((runtime, colour, sorted(points)))
     caption = "Generated tokens a second by peak memory, GB"
-    return sweep.picture(lines, caption, x_format=".2g")
+    return picture.lines(lines, caption, x_format=".2g")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,11 @@ class Export:
         along = {name: checksum.of_bytes(data) for name, data in self.companions.items()}
         config = dict(self.model.config.raw)
         run = workdir.digest([header.fingerprint, header.history, config, along, max_shard_bytes])
+        made = replace(header, history=header.history[:-1])
         read = {tensor.shard for tensor in self.model.index.values()}
         read |= {self.model.directory / name for name in ("config.json", *self.companions)}
         self.writer = CheckpointWriter(
-            out, overwrite=overwrite, run=run, work=header.work,
+            out, overwrite=overwrite, run=run, work=header.work, step=workdir.step_directory(made),
             files=sorted({
                 "config.json", TOKENIZER_CONFIG, *self.companions, *forms.LOADER_FILES, "README.md"
             }),

@@ -12,15 +12,19 @@ from prunetool.errors import RecordError, shown
 from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, masks
 from prunetool.model import Model
 from prunetool.pruning import curve
-from prunetool.steps import sweep
+from prunetool.steps import picture, sweep
 from prunetool.steps.run import reopen
 
 STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2em }
-table { border-collapse: collapse; margin: 1.5em 0 }
-caption { text-align: left; font-weight: bold; padding: .3em 0; white-space: nowrap }
-th, td { padding: .2em .6em; text-align: right; border: 1px solid #eee; font-weight: normal }
+:root { color-scheme: light dark }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; max-width: 60em }
+h1, p { overflow-wrap: anywhere }
+figure, .table { margin: 1.5em 0; overflow-x: auto } figcaption, summary { font-weight: bold }
+table { border-collapse: collapse }
+caption { text-align: left; font-weight: bold; padding: .3em 0 }
+th, td { padding: .2em .6em; text-align: right; border: 1px solid #8883; font-weight: normal }
 .words td, .words th { text-align: left } .map td, .map th { font-size: 75%; padding: .3em }
+details caption { display: none }
 """
 COLUMNS = ("query heads", "KV heads", "MLP channels")
 MAPS = {"own": "each model's own input", "same_input": "the dense model's input"}
@@ -132,7 +136,7 @@ def make_page(
             ", ".join(
                 f"{shown(name)} {shown(value)}"
                 for name, value in step["options"].items()
-                if value is not None
+                if name != "tokens" and not any(value is no for no in (None, False))
             ),
         ]
         for step in header.history
@@ -145,10 +149,12 @@ def make_page(
     ]
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
         f"<title>{title}</title>\n<style>{STYLE}</style>\n",
         f"<h1>{title}</h1>\n<p>{_text(shown(header.source))}</p>\n",
-        _table("What was requested", asked, "words"),
         _table("Weights of the decoder layers' seven matrices", counts),
+        *_evaluated(evaluations),
+        _units([of[0] for of in sizes]),
         _by_layer("Units kept", [of[0] for of in sizes]),
         _by_layer("Weights kept, of those before", [of[1] for of in sizes]),
         _by_layer("Predicted loss after the refit, nats a token", nats),
@@ -157,7 +163,8 @@ def make_page(
         _by_layer("Relative output error by plain removal", [of[0] for of in errors]),
         _by_layer("Relative output error, plain removal → refitted", [of[1] for of in errors]),
         _by_layer("Relative error of the attention matrices", [of[2] for of in errors]),
-        *_shown(evaluations),
+        *_maps(evaluations),
+        _table("What was requested", asked, "words"),
         "</html>\n",
     ]
     return "".join(parts), f"{kept:,} of {dense:,} layer weights kept"
@@ -224,11 +231,30 @@ def _sweep(header: records.Header, model: Model, evaluations: Sequence[Evaluatio
         ("measured by evaluate --against", "#c05020", sorted(measured)),
     ]
     caption = "Loss added, nats a token, by the fraction of the layers' parameters removed"
-    return f"<p><b>{caption}</b></p>\n{sweep.picture(lines, caption)}"
+    return _figure(caption, picture.lines(lines, caption))
 
 
-def _shown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """The tables of all evaluations; all maps share one scale, for comparison."""
+def _figure(caption: str, svg: str) -> str:
+    return f"<figure><figcaption>{_text(caption)}</figcaption>\n{svg}</figure>\n"
+
+
+def _units(kept: Sequence[Columns]) -> str:
+    """A picture of the heads and channels that every layer keeps."""
+    rows = [
+        (f"{name} kept, by layer", colour, [cells[name].value or 0.0 for cells in kept])
+        for name, colour in (("KV heads", "#c05020"), ("MLP channels", "#3070b0"))
+    ]
+    return _figure("Units kept", picture.bars(rows, "Units kept, by layer"))
+
+
+def _evaluated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """What each evaluation measured."""
+    for of in evaluations:
+        yield _table(f"Evaluation {of.file}", of.lines, "words")
+
+
+def _maps(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """The heat maps of all evaluations; all share one scale, for comparison."""
     every = (e for of in evaluations for _, rows in of.maps for row in rows for e in row)
     largest = max(filter(math.isfinite, every), default=0.0) or 1.0
 
@@ -237,9 +263,8 @@ def _shown(evaluations: Sequence[Evaluation]) -> Iterator[str]:
             return Cell("–", error, f"layer {layer} head {head}: none")
         return Cell(f"{error:.2g}", error / largest, f"layer {layer} head {head}: {error}")
 
-    for file, lines, maps, _ in evaluations:
-        yield _table(f"Evaluation {file}", lines, "words")
-        for caption, rows in maps:
+    for of in evaluations:
+        for caption, rows in of.maps:
             cells = [{j: cell(i, j, e) for j, e in enumerate(row)} for i, row in enumerate(rows)]
             yield _by_layer(f"{caption}; darkest: {largest:.4g}", cells, "map")
 
@@ -249,16 +274,23 @@ def _by_layer(caption: str, layers: Sequence[Columns], kind: str = "numbers") ->
     every = dict.fromkeys(name for cells in layers for name in cells)
     names = [n for n in every if any(cells.get(n, NOTHING) != NOTHING for cells in layers)]
     rows = [[i, *(cells.get(n, NOTHING) for n in names)] for i, cells in enumerate(layers)]
-    return _table(caption, rows, kind, ["layer", *names]) if names else ""
+    if not names:
+        return ""
+    table = _table(caption, rows, kind, ["layer", *names])
+    return f"<details><summary>{_text(caption)}</summary>\n{table}</details>\n"
 
 
 def _table(caption: str, rows: Iterable[Row], kind: str = "numbers", head: Row = ()) -> str:
     """A table; the first cell of a row names it. All text is escaped here and in `_cell`."""
     names = "".join(f"<th>{_text(name)}</th>" for name in head)
-    lines = [f'<table class="{kind}">', f"<caption>{_text(caption)}</caption>", f"<tr>{names}</tr>"]
+    lines = [
+        f'<div class="table"><table class="{kind}">',
+        f"<caption>{_text(caption)}</caption>",
+        f"<tr>{names}</tr>",
+    ]
     for first, *cells in rows:
         lines.append(f"<tr><th>{_text(first)}</th>{''.join(map(_cell, cells))}</tr>")
-    return "\n".join([*lines, "</table>", ""])
+    return "\n".join([*lines, "</table></div>", ""])
 
 
 def _cell(cell: object) -> str:

@@ -29,6 +29,9 @@ def test_records_are_kept_and_report_finds_them(finished, call, tmp_path):
     page = call("report", "c.jsonl", "-o", "-")
     assert call("report", out, "-o", "-") == page
     assert call("report", work, "-o", "-") == page
+    call("score", "a.jsonl", "--sparsity", ".4", "--method", "random", "-o", "later.jsonl")
+    assert call("report", work, "-o", "-") != page
+    assert call("report", out, "-o", "-") == page, "of OUT, not of what came last"
 
 
 def test_a_step_that_fails_keeps_no_records(checkpoint, text, call, tmp_path):
@@ -83,10 +86,11 @@ def test_a_finished_export_says_what_next(finished, run):
     _, work = finished
     size = workdir.size_bytes(work, *workdir.EVERYTHING) / 1e6
     lines = run("export", "out", "c.jsonl").stderr.splitlines()
-    assert [line.split(": ", 1)[1] for line in lines[-5:]] == [
+    assert [line.split(": ", 1)[1] for line in lines[-6:]] == [
         "AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True)",
         "prunetool evaluate out --text OTHER.txt",
         "prunetool report out",
+        "prunetool convert out out.gguf",
         "prunetool upload out OWNER/NAME",
         "prunetool clean out",
     ]

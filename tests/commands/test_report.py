@@ -270,7 +270,8 @@ def test_a_sweep_is_drawn_with_what_was_measured(calibrated, run, text, tmp_path
     point = report.read_evaluation(tmp_path / "e.json").point
     assert point == (measured["parameters"], measured["loss"] - measured["against"]["loss"])
     alone = page_of(run, tmp_path, (tmp_path / "other.jsonl").read_text())
-    assert "svg" not in alone.every, "one point is no curve"
+    assert "circle" not in alone.every, "one point is no curve"
+    assert alone.every.count("rect") == 2 * 2 * LAYERS, "of heads and channels, and behind each"
 
 
 def test_an_evaluation_of_nan_and_infinity_is_shown(calibrated, run, tmp_path):

@@ -1,0 +1,94 @@
+"""Pictures as SVG, which stand in a page or a file of their own."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+WIDTH, HEIGHT, MARGIN = 480, 260, 44
+TICKS = 4  # of each axis
+BAR, GAP = 90, 6  # height of a row of bars, and the space above it
+
+Point = tuple[float, float]
+
+
+def _begin(width: int, height: int, caption: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        'style="max-width:100%" role="img" font-family="system-ui, sans-serif" font-size="11" '
+        f'fill="currentColor"><title>{html.escape(caption)}</title>'
+    )
+
+
+def bars(rows: Sequence[tuple[str, str, Sequence[float]]], caption: str) -> str:
+    """An SVG of rows of bars, one bar a layer, of fractions from 0 to 1.
+
+    Args:
+      rows: name, CSS colour and fractions of each.
+      caption: what it shows.
+    """
+    count = max((len(values) for *_, values in rows), default=0)
+    step = (WIDTH - MARGIN) / max(count, 1)
+    parts = [_begin(WIDTH, len(rows) * (BAR + 24), caption)]
+    for number, (name, colour, values) in enumerate(rows):
+        top = number * (BAR + 24) + 16
+        parts.append(f'<text x="0" y="{top - 4}">{html.escape(name)}</text>')
+        for layer, value in enumerate(values):
+            x, width = round(layer * step, 1), round(max(step - 1, 0.5), 1)
+            high = round((BAR - GAP) * min(max(value, 0), 1), 1)
+            parts += [
+                f'<rect x="{x}" y="{top}" width="{width}" height="{BAR - GAP}" fill="{colour}" '
+                'fill-opacity=".15"/>',
+                f'<rect x="{x}" y="{round(top + BAR - GAP - high, 1)}" width="{width}" '
+                f'height="{high}" fill="{colour}"><title>layer {layer}: {value:.0%}</title></rect>',
+            ]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def lines(
+    named: Sequence[tuple[str, str, Sequence[Point]]], caption: str, x_format: str = ".0%"
+) -> str:
+    """An SVG of several lines of points from 0 on; empty if no line has a point.
+
+    Args:
+      named: name, CSS colour and points of each line.
+      caption: what it shows.
+      x_format: how numbers stand along the x axis.
+    """
+    every = [point for *_, points in named for point in points]
+    if not every:
+        return ""
+    right, top = (max(values) * 1.05 or 1.0 for values in zip(*every, strict=True))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (WIDTH - 2 * MARGIN) * x / right, (HEIGHT - 2 * MARGIN) * y / top
+        return round(MARGIN + across, 1), round(HEIGHT - MARGIN - up, 1)
+
+    parts = [_begin(WIDTH, HEIGHT, caption)]
+    for i in range(TICKS + 1):
+        x, y = right * i / TICKS, top * i / TICKS
+        (left, up), (across, bottom) = place(0, y), place(x, 0)
+        end = WIDTH - MARGIN
+        parts.append(
+            f'<line x1="{left}" y1="{up}" x2="{end}" y2="{up}" stroke="currentColor" '
+            'stroke-opacity=".2"/>'
+        )
+        parts.append(f'<text x="{left - 4}" y="{up + 4}" text-anchor="end">{y:.2g}</text>')
+        parts.append(
+            f'<text x="{across}" y="{bottom + 14}" text-anchor="middle">{x:{x_format}}</text>'
+        )
+    for number, (name, colour, points) in enumerate(named):
+        parts += _line(name, colour, [place(*point) for point in points], number)
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _line(name: str, colour: str, places: Iterable[Point], number: int) -> list[str]:
+    """A line with its dots, and its name in the legend."""
+    places = list(places)
+    if not places:
+        return []
+    joined = " ".join(f"{x},{y}" for x, y in places)
+    dots = [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in places]
+    return [
+        f'<polyline points="{joined}" fill="none" stroke="{colour}"/>',
+        *dots,
+        f'<text x="{MARGIN + 8}" y="{16 + 14 * number}" fill="{colour}">{html.escape(name)}</text>',
+    ]
