@@ -50,13 +50,14 @@ def measure(
     run, vocab_size = load()
     loaded = time.perf_counter() - began
     ids = np.random.default_rng(0).integers(0, vocab_size, prompt)
+    unit = 1 if sys.platform == "darwin" else 1024
     found = [run(ids, generate) for _ in range(repeats + 1)][1:]
     return {
         "runtime": runtime,
         "load_seconds": loaded,
         "prompt_tokens_per_second": [prompt / first for first, _ in found],
         "generated_tokens_per_second": [generate / rest for _, rest in found],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
 
 

@@ -133,7 +133,7 @@ class GGUFModel:
         self._refuse_variants()
         self.layers = self.required(self.key("block_count"), int)
         blocks = {int(found[1]) for name in self._tensors if (found := BLOCK.match(name))}
-        if len(blocks) != self.layers:
+        if len(blocks) != self.layers or not blocks:
             raise ConfigError(
                 self.path,
                 f"{self.key('block_count')} = {self.layers}, but there are tensors for "
@@ -340,7 +340,7 @@ class GGUFModel:
         """The keys of the pruned form: its type, its family, and the sizes of every layer."""
         counts = zip(
             self._counts("attention.head_count"),
-            self._counts("attention.head_count_kv"),
+            self._counts("attention.head_count_kv", self.heads),
             self._counts("feed_forward_length"),
             strict=True,
         )

@@ -5,6 +5,7 @@ name is known exactly is written.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from prunetool.checkpoint.gguf_tokenizer import (
@@ -71,6 +72,7 @@ def vocabulary_fields(
     model = document["model"]
     if model.get("type", "BPE") != "BPE":
         raise ConfigError(where, f"is a tokenizer of type {model['type']}", WITHOUT)
+    _refuse_odd(where, document)
     merges = [tuple(m.split(" ", 1) if isinstance(m, str) else m) for m in model["merges"]]
     vocabulary = _vocabulary(where, document, vocab_size)
     if model.get("byte_fallback"):
@@ -94,6 +96,18 @@ def vocabulary_fields(
         fields["chat_templates"] = list(named)
         fields |= {f"chat_template.{name}": text for name, text in named.items()}
     return {f"tokenizer.{key}": value for key, value in fields.items()}
+
+
+def _refuse_odd(where: object, document: Mapping[str, Any]) -> None:
+    """Refuse rules that llama.cpp does not have."""
+    model = document["model"]
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ConfigError(where, f"has {key} {model[key]!r}", WITHOUT)
+    for token in document.get("added_tokens") or ():
+        for key in ("lstrip", "rstrip", "single_word"):
+            if token.get(key):
+                raise ConfigError(where, f"has a token with {key}: {token['content']!r}", WITHOUT)
 
 
 def _vocabulary(where: object, document: Mapping[str, Any], vocab_size: int) -> Vocabulary:
@@ -142,7 +156,9 @@ def _byte_level(
     rules = _rules(document, "pre_tokenizer", "pretokenizers")
     normal = [rule["type"] for rule in _rules(document, "normalizer", "normalizers")]
     name, whole = PRE_TOKENIZERS.get(tuple(map(_summary, rules)), ("", False))
-    if whole != bool(document["model"].get("ignore_merges")) or (normal and normal != ["NFC"]):
+    if whole != bool(document["model"].get("ignore_merges")) or normal != (
+        ["NFC"] if name == "qwen2" and normal else []
+    ):
         name = ""
     if not name:
         known = ", ".join(name for name, _ in PRE_TOKENIZERS.values())
@@ -175,7 +191,9 @@ def _sentencepiece(
     for place, merge in enumerate(merges):
         places.setdefault("".join(merge), place)
     scores = [-float(places.get(text, len(merges))) for text in vocabulary.texts]
-    if set(merges_by_score(vocabulary, scores)) != set(merges):
+    # llama.cpp tries all ways to make a token at one time: they must follow each other.
+    results = [result for result, _ in groupby(map("".join, merges))]
+    if len(results) > len(places) or set(merges_by_score(vocabulary, scores)) != set(merges):
         raise ConfigError(where, "has merges that are not those of SentencePiece", WITHOUT)
     return {
         "model": "llama",

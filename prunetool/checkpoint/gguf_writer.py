@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 from prunetool.checkpoint.gguf import gguf_name
-from prunetool.checkpoint.writer import atomic, need_room
+from prunetool.checkpoint.writer import atomic, need_room, sweep
 from prunetool.errors import ConfigError, WorkError
 
 Type = gguf.GGMLQuantizationType
@@ -147,6 +147,8 @@ def write_gguf(
             raise WorkError(there, "exists", "give --overwrite, or name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     need_room(path.parent, size)
+    for each in paths:
+        sweep(each)
     with ExitStack() as stack:
         writer.partials = [stack.enter_context(atomic(each)) for each in paths]
         stack.callback(writer.close)
@@ -162,6 +164,8 @@ def write_gguf(
                 writer.write_tensor_data(_stored(array, tensor))
         if next(expected, None):
             raise AssertionError("tensors are missing")
+        if count > 1:  # no old first part may stand before new ones
+            paths[0].unlink(missing_ok=True)
     return paths
 
 
@@ -169,8 +173,10 @@ def _stored(array: np.ndarray, tensor: Tensor) -> np.ndarray:
     values = np.ascontiguousarray(array, np.float32)
     with np.errstate(over="ignore"):
         made = gguf.quants.quantize(values, tensor.type)
-    scales = made.dtype == np.float16 or tensor.type not in (Type.F32, Type.BF16)
-    if scales and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+    # Values of f16 and scales of the quantised types are float16: half of the largest number, as a
+    # scale may be of the difference of two values.
+    most = np.finfo(np.float16).max / (1 if tensor.type is Type.F16 else 2)
+    if tensor.type not in (Type.F32, Type.BF16) and np.abs(values).max(initial=0) > most:
         raise ConfigError(
             tensor.name, f"has a value too large for {tensor.type.name}", "give --type bf16 or f32"
         )

@@ -21,6 +21,12 @@ LOADER_FILES = {
     "mlx_pruned_llama.py": "MLX-LM",
 }
 
+AUTO_MAP = {  # where transformers finds the classes
+    "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
+    "AutoModel": "modeling_pruned_llama.PrunedLlamaModel",
+    "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
+}
+
 # Keys of the source that a pruned model must not inherit.
 DROPPED = (
     # These make programs run code from this or another repository.
@@ -119,12 +125,7 @@ def _pruned_keys(config: LlamaConfig) -> dict[str, Any]:
         raw["family"] = family
     if config.window is not None:
         raw["sliding_window"] = config.window
-    module = "modeling_pruned_llama"
-    raw["auto_map"] = {
-        "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
-        "AutoModel": f"{module}.PrunedLlamaModel",
-        "AutoModelForCausalLM": f"{module}.PrunedLlamaForCausalLM",
-    }
+    raw["auto_map"] = AUTO_MAP
     raw["model_file"] = "mlx_pruned_llama.py"
     raw["per_layer_config"] = {
         str(layer): {

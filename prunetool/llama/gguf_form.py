@@ -3,8 +3,8 @@
 | model | architecture |
 |---|---|
 | layers alike, of Llama or Mistral | ``llama`` |
-| the same, of Qwen2 or Qwen3 | ``qwen2``, ``qwen3`` |
-| layers of unequal sizes, not of Qwen3 | ``deci``, with one count a layer |
+| the same, of Qwen2 with all its heads, of Qwen3 | ``qwen2``, ``qwen3`` |
+| layers of unequal sizes, and any other Qwen2 | ``deci``, with one count a layer |
 
 ``llama`` and ``deci`` rotate neighbours instead of halves: their rows of q and k are interleaved.
 Counts of each layer are read by every architecture, but only ``deci`` computes with them; all its
@@ -46,30 +46,17 @@ def choose(config: LlamaConfig) -> Form:
     Raises:
       ConfigError: if llama.cpp has none that computes it.
     """
-    shapes, architecture = config.layer_shapes, "llama"
-    alike = len(set(shapes)) == 1
-    if config.qk_norm:
-        if not alike or config.attention_bias:
-            what = "biases" if alike else "layers of unequal sizes"
-            raise ConfigError(
-                "--type",
-                f"llama.cpp has no architecture with norms of the heads and {what}",
-                "score with --allocation uniform" if not alike else "keep the checkpoint",
-            )
-        architecture = "qwen3"
-    elif not alike:
-        architecture = "deci"
-    elif config.qkv_bias:
-        architecture = "qwen2"
+    shapes = config.layer_shapes
+    rope, factors, warnings = _rope(config)
+    architecture = _architecture(config, has_factors=factors is not None)
     counts = {
         "feed_forward_length": [shape.channels for shape in shapes],
         "attention.head_count": [shape.heads for shape in shapes],
         "attention.head_count_kv": [shape.kv_heads for shape in shapes],
     }
     sizes = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-    rope, factors, warning = _rope(config)
     if config.window is not None and config.window < config.max_position_embeddings:
-        warning = f"llama.cpp computes no window: beyond {config.window} tokens it differs"
+        warnings.append(f"llama.cpp computes no window: beyond {config.window} tokens it differs")
     fields = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
@@ -81,25 +68,48 @@ def choose(config: LlamaConfig) -> Form:
         "rope.freq_base": float(config.rope.theta),
         **rope,
     }
-    return Form(architecture, fields, factors, warning)
+    return Form(architecture, fields, factors, "; ".join(warnings))
 
 
-def _rope(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None, str]:
-    """The fields of a rotary embedding's scaling, its factors, and a warning."""
+def _architecture(config: LlamaConfig, *, has_factors: bool) -> str:
+    """The architecture's name. Qwen2's and Qwen3's take no factors of the frequencies.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    shape, alike = config.layer_shapes[0], len(set(config.layer_shapes)) == 1
+    if config.qk_norm:
+        lacking = "layers of unequal sizes" * (not alike) or "biases" * config.attention_bias
+        lacking = lacking or "llama3 rope scaling" * has_factors
+        if lacking:
+            raise ConfigError(
+                "--type",
+                f"llama.cpp has no architecture with norms of the heads and {lacking}",
+                "keep the checkpoint" if alike else "score with --allocation uniform",
+            )
+        return "qwen3"
+    if config.qkv_bias and alike and not has_factors:
+        # Its q is as wide as the stream.
+        return "qwen2" if shape.heads * config.head_dim == config.hidden_size else "deci"
+    return "llama" if alike and not config.qkv_bias else "deci"
+
+
+def _rope(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None, list[str]]:
+    """The fields of a rotary embedding's scaling, its factors, and warnings."""
     parameters, prefix = config.rope.parameters, "rope.scaling."
     match config.rope.type:
         case "linear":
             fields = {f"{prefix}type": "linear", f"{prefix}factor": float(parameters["factor"])}
-            return fields, None, ""
+            return fields, None, []
         case "llama3":
-            return {}, _llama3_factors(config), ""
+            return {}, _llama3_factors(config), []
         case "yarn":
-            return _yarn(config), None, ""
+            return _yarn(config), None, []
         case "dynamic":
             limit = config.max_position_embeddings
             warning = f"llama.cpp has no dynamic rope scaling: beyond {limit} tokens it differs"
-            return {}, None, warning
-    return {}, None, ""
+            return {}, None, [warning]
+    return {}, None, []
 
 
 def _llama3_factors(config: LlamaConfig) -> np.ndarray:

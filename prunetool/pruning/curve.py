@@ -48,7 +48,8 @@ MIX, DAMPING = 0.3, 0.01  # measured on SmolLM2-135M (FORMULAS.md §7)
 # 1.6 on SmolLM2-135M from 10% to 50% removed (examples/methods.md).
 INTERACTION = 1.5
 MOST_SUBSETS = 256  # of KV groups, all of which are tried
-BATCH = 32  # rows that `greedy` removes at once
+# Rows that `greedy` removes at once: so many, or this part of all. Measured with 1536 rows.
+BATCH, PART = 32, 48
 COMPACT = 0.25  # of the rows that are gone before `greedy` leaves them out
 MORE_TOKENS = "calibrate on more tokens"
 
@@ -144,7 +145,7 @@ def group_curve(
 
 
 def greedy(
-    A: np.ndarray, WC: np.ndarray, *, damping: float, blocks: int = 0, batch: int = BATCH
+    A: np.ndarray, WC: np.ndarray, *, damping: float, blocks: int = 0, batch: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Remove what costs least, refit all others, and again, until nothing is left.
 
@@ -156,7 +157,7 @@ def greedy(
       WC: W C, or W for C = I, (D, D').
       damping: fraction of the mean of A's diagonal.
       blocks: as in `group_curve`; 0 for rows.
-      batch: rows at a time.
+      batch: rows at a time; None for the default.
 
     Returns:
       The rows or blocks, the first to go first, and twice the loss of each at its turn times N.
@@ -167,6 +168,7 @@ def greedy(
     Q = _inverse(A, damping)
     if blocks:
         return _one_by_one(Q, WC, blocks)
+    batch = batch or max(BATCH, len(Q) // PART)
     left, gone, WC = np.arange(len(Q)), np.zeros(len(Q), bool), WC.copy()
     order, losses = [], []
     while not gone.all():

@@ -1,5 +1,6 @@
 """Run `prunetool.runtimes` on models, and show what it measured."""
 
+import glob
 import json
 import os
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from prunetool.checkpoint.gguf import PART_NAME
 from prunetool.checkpoint.index import read_json
+from prunetool.checkpoint.source import ADAPTER_NAME
 from prunetool.errors import PrunetoolError, shown
 from prunetool.llama import forms
+from prunetool.llama.config import PRUNED
 from prunetool.runtimes import NEEDED, runtime_of
 from prunetool.steps import picture
 
@@ -67,7 +71,8 @@ def measure(model: Path, how: Mapping[str, Any]) -> Measured:
     """
     words = {"model": str(model), **how, "trusted": _is_ours(model)}
     done = subprocess.run(
-        [sys.executable, "-m", "prunetool.runtimes", json.dumps(words)],
+        # -P: no module comes from the directory that the user is in.
+        [sys.executable, "-P", "-m", "prunetool.runtimes", json.dumps(words)],
         capture_output=True,
         text=True,
         errors="replace",
@@ -82,15 +87,19 @@ def measure(model: Path, how: Mapping[str, Any]) -> Measured:
 
 
 def _size(model: Path) -> int:
-    files = [model] if model.is_file() else model.glob("*.safetensors")
+    files = [model] if model.is_file() else list(model.glob("*.safetensors"))
+    if named := PART_NAME.fullmatch(model.name):
+        files = list(model.parent.glob(f"{glob.escape(named[1])}-?????-of-{named[3]}.gguf"))
     return sum(file.stat().st_size for file in files)
 
 
 def _is_ours(model: Path) -> bool:
-    """Whether a checkpoint's code, if config.json names any, is this tool's loader."""
-    if model.is_file() or "auto_map" not in read_json(model / "config.json"):
+    """Whether all code of a checkpoint that could run is this tool's loader."""
+    if model.is_file() or (model / ADAPTER_NAME).exists():  # an adapter names another model
         return False
-    ours = forms.loader_files()
+    config, ours = read_json(model / "config.json"), forms.loader_files()
+    if (config.get("model_type"), config.get("auto_map")) != (PRUNED, forms.AUTO_MAP):
+        return False
     return all(
         (model / name).is_file() and (model / name).read_bytes() == data
         for name, data in ours.items()
