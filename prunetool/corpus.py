@@ -50,7 +50,9 @@ class Text(NamedTuple):
         """What the history says of a data set."""
         if not self.dataset:
             return {}
-        return {"dataset": self.dataset.pinned, "split": self.dataset.split}
+        column = self.dataset.column
+        own = {"text_field": column} if column else {}
+        return {"dataset": self.dataset.pinned, "split": self.dataset.split, **own}
 
     @property
     def files(self) -> list[Path]:
@@ -78,7 +80,7 @@ class Text(NamedTuple):
         ids: np.ndarray | Iterator[np.ndarray]
         if self.dataset:
             where, known = self.dataset.where, self.dataset.known
-            parts = read_text(self.dataset.paths(), known.field, known.between, where)
+            parts = read_text(self.dataset.paths(), known.field, known.between, where, rows=True)
             ids = tokenize(parts, directory)
         elif self.tokens_path:
             ids = read_tokens(self.tokens_path)

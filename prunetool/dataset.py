@@ -4,14 +4,15 @@ Files are downloaded one at a time, as far as their text is used, and stay in th
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from prunetool.checkpoint.hub import HUB_ID, asking
-from prunetool.errors import CorpusError, shown
+from prunetool.errors import CorpusError, HubError, shown
 
 
 class Known(NamedTuple):
@@ -101,10 +102,43 @@ class Dataset:
         from huggingface_hub import HfApi
 
         known = self.known
-        with asking(known.repository, NOT_GIVEN, NOT_THERE, known.revision):
-            info = HfApi().dataset_info(known.repository, revision=known.revision)
-        names = sorted(file.rfilename for file in info.siblings or ())
-        files = [name for name in names if SUFFIX.search(name)]
+        try:
+            with asking(known.repository, NOT_GIVEN, NOT_THERE, known.revision):
+                info = HfApi().dataset_info(known.repository, revision=known.revision)
+        except HubError:
+            if names := self._cached():
+                return known.revision, self._of_split(names)
+            raise
+        return info.sha or known.revision, self._of_split(
+            [f.rfilename for f in info.siblings or ()]
+        )
+
+    def _cached(self) -> list[str]:
+        """The files of a commit that were downloaded before; none of a branch, which may move."""
+        from huggingface_hub import snapshot_download
+
+        known = self.known
+        if not re.fullmatch("[0-9a-f]{40}", known.revision):
+            return []
+        with suppress(Exception):  # it is not there
+            place = snapshot_download(
+                known.repository,
+                repo_type="dataset",
+                revision=known.revision,
+                local_files_only=True,
+            )
+            return [str(file.relative_to(place)) for file in Path(place).rglob("*")]
+        return []
+
+    def _of_split(self, names: Sequence[str]) -> list[str]:
+        """The files of this split among all.
+
+        Raises:
+          CorpusError: if there are none.
+        """
+        known = self.known
+        # Names come from outside: none may lead out of the cache.
+        files = sorted(n for n in names if SUFFIX.search(n) and ".." not in n.split("/"))
         of_config = [name for name in files if name.startswith(f"{known.config}/")]
         of_split = re.compile(rf"(^|[/_.-]){re.escape(self.split)}([/_.-])")
         found = [n for n in (of_config if known.config else files) if of_split.search(n)]
@@ -118,7 +152,7 @@ class Dataset:
                 else "has files in several directories",
                 f"name a --split and :CONFIG of these: {shown(', '.join(configs), 80) or 'none'}",
             )
-        return info.sha or known.revision, found[: known.files]
+        return found[: known.files]
 
     @property
     def pinned(self) -> str:

@@ -38,7 +38,12 @@ BATCH = 1000  # rows of Parquet at a time
 
 
 def read_text(
-    paths: Iterable[Path], field: str, between: str = ROWS, where: object = "--text"
+    paths: Iterable[Path],
+    field: str,
+    between: str = ROWS,
+    where: object = "--text",
+    *,
+    rows: bool = False,
 ) -> Iterator[str]:
     """The text of files joined as they are, in parts; of JSON lines and Parquet, one field.
 
@@ -50,14 +55,16 @@ def read_text(
       field: the field of JSON lines, and the column of Parquet.
       between: what joins the rows of such a file.
       where: what to name if there is no text.
+      rows: whether all files have rows, so that files are joined as rows are.
 
     Raises:
       CorpusError: if a file cannot be read, is not UTF-8 text, is one JSON array of objects, or
         lacks the field in a line; or if there is no text at all.
     """
     blank: list[str] | None = []  # white space, until something else follows
-    for path in paths:
-        for part in _text_of(path, field, between):
+    for number, path in enumerate(paths):
+        parts = _text_of(path, field, between)
+        for part in chain([between], parts) if rows and number else parts:
             if blank is None:
                 yield part
             elif part.strip():
@@ -371,10 +378,10 @@ def _parquet(path: Path, field: str, join: str) -> Iterator[str]:
     try:
         with parquet.ParquetFile(path) as file:
             names = [column.name for column in file.schema_arrow]
-            if field not in names:
+            if names.count(field) != 1:
                 raise CorpusError(
                     path,
-                    f"has no column {shown(field, 40)!r} (its columns: "
+                    f"has {names.count(field) or 'no'} column {shown(field, 40)!r} (its columns: "
                     f"{shown(', '.join(names), 80)})",
                     "name it with --text-field",
                 )

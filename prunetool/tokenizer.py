@@ -106,6 +106,19 @@ def tokenize(parts: Iterable[str], directory: Path) -> Iterator[np.ndarray]:
     yield from pieces.token_ids(parts, tokenizer, encode)
 
 
+def encode_all(texts: Sequence[str], directory: Path) -> list[list[int]]:
+    """Token ids of short texts from the checkpoint's tokenizer, without a BOS.
+
+    Raises:
+      CorpusError: see `tokenize`.
+    """
+    tokenizer = load_tokenizer(directory)
+    with _library(tokenizer_path(directory), "cannot tokenise the text"):
+        return [
+            encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)
+        ]
+
+
 @contextmanager
 def _library(path: Path, what: str) -> Iterator[None]:
     """Raise CorpusError for any failure of the tokenizers library, including a Rust panic.
@@ -231,7 +244,7 @@ def bos_id(
     path = tokenizer_path(directory)
     tokenizer = load_tokenizer(directory) if how == "auto" or path.exists() else None
     with _library(path, "has a template that does not work"):
-        start = _template_start(tokenizer) if tokenizer else []
+        start = template_ends(tokenizer)[0] if tokenizer else []
     if how == "auto" and len(start) > 1:
         raise CorpusError(
             path, f"puts {len(start)} tokens before a text", "give --bos always or --bos never"
@@ -252,11 +265,12 @@ def bos_id(
     return found
 
 
-def _template_start(tokenizer: Tokenizer) -> list[int]:
-    """The special tokens that the tokenizer's template puts before a text."""
+def template_ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer's template puts before a text, and behind it."""
     text = Tokenizer(models.WordLevel({"text": 0}, unk_token="text")).encode("text")
     whole = tokenizer.post_process(text)
-    return list(whole.ids[: whole.special_tokens_mask.index(0)])
+    place = whole.special_tokens_mask.index(0)
+    return list(whole.ids[:place]), list(whole.ids[place + 1 :])
 
 
 def _bos_token(config: dict[str, Any]) -> str | None:

@@ -64,7 +64,7 @@ def asked(server, name):
 
 
 def test_the_text_is_that_of_the_rows_joined_and_only_the_files_needed_come(
-    checkpoint, call, tmp_path, server
+    checkpoint, call, tmp_path, server, monkeypatch
 ):
     (tmp_path / "joined.txt").write_text("\n\n".join(ROWS))
     call("calibrate", checkpoint(), "--text", "joined.txt", *WORDS[:-1], "v", "-o", "a")
@@ -85,6 +85,9 @@ def test_the_text_is_that_of_the_rows_joined_and_only_the_files_needed_come(
     found = json.loads(call("evaluate", "out", "--dataset", "wikitext2", *WORDS[:4]))
     assert (found["dataset"], found["split"]) == (f"wikitext2@{commit}", "test")
     # The commit is kept: new files on the branch change nothing.
+    hub.point("http://127.0.0.1:9", monkeypatch)  # what is in the cache needs no Hub
+    call("calibrate", "dense", "--dataset", f"wikitext2@{commit}", *WORDS[:-1], "z", "-o", "e")
+    hub.point(server.address, monkeypatch)
     server.publish("Salesforce/wikitext", {"wikitext-2-raw-v1/train-0.parquet": table(["x"] * 99)})
     call("calibrate", "dense", "--dataset", f"wikitext2@{commit}", *WORDS[:-1], "u", "-o", "d")
     assert json.loads((tmp_path / "d").read_text().splitlines()[0])["history"][0]["options"] == said
@@ -103,6 +106,8 @@ def test_shuffling_uses_all_files_but_of_c4_one(checkpoint, call, tmp_path, serv
 def test_a_data_set_of_ones_own(checkpoint, call, tmp_path, server):
     words = ["--dataset", "me/chat:data", "--text-field", "q", *WORDS, "-o", "a"]
     call("calibrate", checkpoint(), *words)
+    said = json.loads((tmp_path / "a").read_text().splitlines()[0])["history"][0]["options"]
+    assert said["text_field"] == "q"
     (tmp_path / "joined.txt").write_text("\n\n".join(["abc"] * 50))
     call("calibrate", "dense", "--text", "joined.txt", *WORDS[:-1], "v", "-o", "b")
     same = workdir.TensorFile(tmp_path / "v", workdir.TOKENS_NAME)["tokens"]
@@ -140,6 +145,14 @@ def test_a_parquet_file_is_text(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(table(["a", None, "b\n", "", "c"], n=pyarrow.array(range(5))))
     assert "".join(read_text([path], "text")) == "a\n\nb\n\n\n\n\nc"
+    other = tmp_path / "b.parquet"
+    other.write_bytes(table(["d"]))
+    assert "".join(read_text([path, other], "text", rows=True)).endswith("\n\nc\n\nd")
+    assert "".join(read_text([path, other], "text")).endswith("\n\ncd"), "as files are joined"
+    twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(twice, other)
+    with pytest.raises(CorpusError, match="has 2 column 'text'"):
+        list(read_text([other], "text"))
     for field, says in (("n", "has int64, not text, in column 'n'"), ("m", "has no column 'm'")):
         with pytest.raises(Exception, match=says):
             list(read_text([path], field))

@@ -13,7 +13,6 @@ from prunetool import __version__, console, options
 
 if TYPE_CHECKING:
     from prunetool.corpus import Text
-    from prunetool.model import Model
 
 
 @click.command(cls=options.Command)
@@ -77,6 +76,7 @@ def evaluate(
         raise click.UsageError("--overwrite is for --work")
     from prunetool import corpus, devices
     from prunetool.model import open_model
+    from prunetool.steps.choices import Choices
     from prunetool.steps.compare import compare
     from prunetool.steps.evaluate import claimed, mean_loss, perplexity
     from prunetool.steps.run import read_text
@@ -85,6 +85,7 @@ def evaluate(
         devices.start(device)
         opened = open_model(model, revision)
         tokens, bos_id = read_text(opened, text, samples)
+        asked = Choices.read(choices, opened, text.bos) if choices else None
         dtype = opened.product_dtype(dtype)
         how = {
             "samples": tokens.shape[0],
@@ -101,13 +102,10 @@ def evaluate(
         else:
             comparison = compare(opened, open_model(against), tokens, dtype)
             loss, compared = comparison.loss, {"against": comparison.as_json(against)}
-        if choices:
-            found = _accuracies(
-                choices, [opened, *([open_model(against)] if against else [])], bos_id, dtype
-            )
-            compared = {**found[0], **compared}
+        if asked:
             if against:
-                compared["against"] |= found[1]
+                compared["against"] |= asked.accuracy(open_model(against), dtype).as_json()
+            compared |= asked.accuracy(opened, dtype).as_json()
         result = {
             "model": model, "perplexity": perplexity(loss), "loss": loss,
             "tokens": len(tokens) * (text.length - 1), **how, "token_ids": token_ids,
@@ -119,17 +117,6 @@ def evaluate(
             said.append(_accuracy_of(result))
         if against:
             _say(compared["against"], said)
-
-
-def _accuracies(
-    path: Path, models: "list[Model]", bos: int | None, dtype: str
-) -> list[dict[str, Any]]:
-    """What each model reaches on the items of a file."""
-    from prunetool.steps.choices import accuracy, read_items, tokenised
-
-    items = read_items(path)
-    tokens, chosen = tokenised(models[0].directory, items, bos, path)
-    return [accuracy(model, items, tokens, chosen, dtype).as_json() for model in models]
 
 
 def _accuracy_of(of: dict[str, Any]) -> str:

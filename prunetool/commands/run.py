@@ -40,24 +40,34 @@ class Run(options.Command):
         """Run the steps: each shows its own progress and summary."""
         verbose, quiet = ctx.params["verbose"], ctx.params["quiet"]
         flags = ["-v"] * verbose + ["-q"] * quiet
+        out = Path(ctx.params["out"])
+        if out.exists() and out.resolve() == Path(ctx.params["model"]).resolve():
+            raise click.UsageError(f"{out} is MODEL itself: name another directory for OUT")
         made = "-"
         with TemporaryDirectory(prefix="prunetool-") as directory:
             for step in STEPS:
                 if step is OPTIONAL and not ctx.params["recover"]:
                     continue
-                words = [*_words(step, ctx), *flags]
+                arguments, words = _words(step, ctx)
+                words += flags
                 if step is not calibrate:
-                    words.append(made)
+                    arguments.append(made)
                 if step is not export:
                     made = str(Path(directory) / f"{step.name}.jsonl")
                     words += ["--output", made]
-                with step.make_context(step.name, words, parent=ctx) as own:
-                    step.invoke(own)
+                try:
+                    with step.make_context(
+                        step.name, [*words, "--", *arguments], parent=ctx
+                    ) as own:
+                        step.invoke(own)
+                except click.UsageError as error:
+                    error.ctx = ctx  # the user typed no step
+                    raise
 
 
-def _words(step: click.Command, ctx: click.Context) -> list[str]:
-    """What was typed of a step's own arguments and options."""
-    words = []
+def _words(step: click.Command, ctx: click.Context) -> tuple[list[str], list[str]]:
+    """What was typed of a step's own arguments, and of its options."""
+    arguments, words = [], []
     for name in TAKEN:
         if step is OPTIONAL and name in OF_CALIBRATE:
             continue
@@ -66,13 +76,13 @@ def _words(step: click.Command, ctx: click.Context) -> list[str]:
             if param.name != name or ctx.get_parameter_source(name) is None or typed is None:
                 continue
             if isinstance(param, click.Argument):
-                words.append(typed)
+                arguments.append(typed)
             elif isinstance(param, click.Option) and param.is_flag:
                 words += param.opts if typed else []
             else:
                 each = typed if isinstance(typed, list) else [typed]
                 words += [word for value in each for word in (param.opts[-1], value)]
-    return words
+    return arguments, words
 
 
 def _params() -> list[click.Parameter]:

@@ -4,9 +4,10 @@ A file of items is JSON lines:
 
     {"context": "The castle was built", "choices": [" of stone", " of hope"], "answer": 0}
 
-As in lm-evaluation-harness, the tokens of a choice are those of context and choice together after
-those of the context alone, and two rules decide: the least loss of a choice's tokens, and the least
-loss for each of its bytes, which does not favour short ones.
+The tokens of a choice are those of context and choice together after those of the context alone
+(which should not end with a space: most tokenizers join it to what follows). Two rules decide: the
+least loss of a choice's tokens, and the least loss for each of its bytes, which does not favour
+short ones.
 """
 
 import json
@@ -25,7 +26,7 @@ from prunetool.errors import CorpusError, shown
 from prunetool.llama import forward
 from prunetool.model import Model
 from prunetool.steps.evaluate import Ends, count_pieces, final_stream, pieces
-from prunetool.tokenizer import load_tokenizer
+from prunetool.tokenizer import bos_id, encode_all
 
 AS_ITEMS = 'give lines like {"context": "…", "choices": ["…", "…"], "answer": 0}'
 
@@ -70,7 +71,7 @@ def read_items(path: Path) -> list[Item]:
     """
     items: list[Item] = []
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise CorpusError(path, f"cannot be read ({reason})", "check --choices") from error
@@ -80,11 +81,14 @@ def read_items(path: Path) -> list[Item]:
         try:
             value = json.loads(line)
             match value:
-                case {"context": str(context), "choices": [*choices], "answer": int(answer)}:
+                case {"context": str(context), "choices": [*choices], "answer": int(answer)} if (
+                    not isinstance(answer, bool)
+                ):
                     pass
                 case _:
                     raise ValueError("not an item")
             wrong = [c for c in choices if not isinstance(c, str) or not c]
+            json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
             if wrong or len(choices) < 2 or not 0 <= answer < len(choices):
                 raise ValueError("it needs two or more choices, all texts, one of them the answer")
         except (ValueError, RecursionError) as error:
@@ -96,70 +100,80 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
-def tokenised(
-    directory: Path, items: Sequence[Item], bos: int | None, where: object
-) -> tuple[np.ndarray, np.ndarray]:
-    """All choices behind their contexts.
+@dataclass(frozen=True)
+class Choices:
+    """All choices of a file behind their contexts.
 
-    Args:
-      directory: of the checkpoint, for its tokenizer.
+    Attributes:
       items: the items.
-      bos: the token that begins each, or None.
-      where: the items' file, for errors.
-
-    Returns:
-      The ids, (choices, N), int32, zero behind the last one, and which of them are a choice's.
-
-    Raises:
-      CorpusError: if a choice has no token of its own, or nothing before it.
+      tokens: ids, (choices, N), int32, zero behind the last one.
+      chosen: which of them are a choice's, (choices, N), bool.
     """
-    tokenizer = load_tokenizer(directory)
 
-    def encoded(texts: list[str]) -> list[list[int]]:
+    items: Sequence[Item]
+    tokens: np.ndarray
+    chosen: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path, model: Model, how: str) -> "Choices":
+        """Read and tokenise a file of items.
+
+        Args:
+          path: the file.
+          model: the checkpoint, for its tokenizer.
+          how: whether a context begins with the BOS (`tokenizer.bos_id`).
+
+        Raises:
+          CorpusError: see `read_items` and `bos_id`; or if a choice has no token of its own, or
+            nothing before it, or a token is outside the vocabulary.
+        """
+        items, vocab_size = read_items(path), model.config.vocab_size
+        bos = bos_id(model.directory, vocab_size, how)
+        pairs = [(item.context, item.context + choice) for item in items for choice in item.choices]
         first = [] if bos is None else [bos]
-        found = tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [first + encoding.ids for encoding in found]
+        found = encode_all([text for pair in pairs for text in pair], model.directory)
+        ids = [first + own for own in found]
+        if max(max(own, default=0) for own in ids) >= vocab_size:
+            raise CorpusError(
+                path, "has tokens outside the vocabulary", "use this model's tokenizer"
+            )
+        contexts, wholes = ids[::2], ids[1::2]
+        tokens = np.zeros((len(wholes), max(map(len, wholes))), np.int32)
+        chosen = np.zeros(tokens.shape, bool)
+        for row, (context, whole) in enumerate(zip(contexts, wholes, strict=True)):
+            if not 0 < len(context) < len(whole):
+                what = "has no token before it" if not context else "has no tokens of its own"
+                text = shown(pairs[row][1], 60)
+                raise CorpusError(path, f"a choice {what}: {text!r}", AS_ITEMS)
+            tokens[row, : len(whole)] = whole
+            chosen[row, len(context) : len(whole)] = True
+        return cls(items, tokens, chosen)
 
-    contexts = encoded([item.context for item in items for _ in item.choices])
-    wholes = encoded([item.context + choice for item in items for choice in item.choices])
-    tokens = np.zeros((len(wholes), max(map(len, wholes))), np.int32)
-    chosen = np.zeros(tokens.shape, bool)
-    for row, (context, whole) in enumerate(zip(contexts, wholes, strict=True)):
-        if not 0 < len(context) < len(whole):
-            raise CorpusError(where, f"choice {row + 1} has no tokens of its own", AS_ITEMS)
-        tokens[row, : len(whole)] = whole
-        chosen[row, len(context) : len(whole)] = True
-    return tokens, chosen
+    def accuracy(self, model: Model, dtype: str) -> Accuracy:
+        """Measure a model.
 
+        Args:
+          model: the checkpoint.
+          dtype: dtype of the products.
+        """
+        ends = Ends.of(model, dtype)
 
-def accuracy(
-    model: Model, items: Sequence[Item], tokens: np.ndarray, chosen: np.ndarray, dtype: str
-) -> Accuracy:
-    """Measure a model on items.
+        @jax.jit
+        def losses(h: jax.Array, targets: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
+            return forward.token_losses(forward.logits(h, norm, head, eps=ends.eps), targets)
 
-    Args:
-      model: the checkpoint.
-      items: the items.
-      tokens, chosen: as from `tokenised`.
-      dtype: dtype of the products.
-    """
-    ends = Ends.of(model, dtype)
-
-    @jax.jit
-    def losses(h: jax.Array, targets: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
-        return forward.token_losses(forward.logits(h, norm, head, eps=ends.eps), targets)
-
-    with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
-        stream = final_stream(model, tokens, dtype, Path(directory))
-        parts = console.progress(pieces([stream], tokens), count_pieces(tokens), what="choices")
-        found = [np.asarray(losses(h, y, ends.norm, ends.head)) for y, (h,) in parts]
-    of_tokens = np.concatenate(found).reshape(len(tokens), -1)
-    sums = np.where(chosen[:, 1:], of_tokens, 0).sum(axis=1, dtype=np.float64)
-    right, right_by_bytes, row = 0, 0, 0
-    for item in items:
-        mine = sums[row : row + len(item.choices)]
-        sizes = np.array([len(choice.encode()) for choice in item.choices])
-        right += int(mine.argmin()) == item.answer
-        right_by_bytes += int((mine / sizes).argmin()) == item.answer
-        row += len(item.choices)
-    return Accuracy(len(items), right / len(items), right_by_bytes / len(items))
+        tokens = self.tokens
+        with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
+            stream = final_stream(model, tokens, dtype, Path(directory))
+            parts = console.progress(pieces([stream], tokens), count_pieces(tokens), what="choices")
+            found = [np.asarray(losses(h, y, ends.norm, ends.head)) for y, (h,) in parts]
+        of_tokens = np.concatenate(found).reshape(len(tokens), -1)
+        sums = np.where(self.chosen[:, 1:], of_tokens, 0).sum(axis=1, dtype=np.float64)
+        right, right_by_bytes, row = 0, 0, 0
+        for item in self.items:
+            mine = sums[row : row + len(item.choices)]
+            sizes = np.array([len(choice.encode()) for choice in item.choices])
+            right += int(mine.argmin()) == item.answer
+            right_by_bytes += int((mine / sizes).argmin()) == item.answer
+            row += len(item.choices)
+        return Accuracy(len(self.items), right / len(self.items), right_by_bytes / len(self.items))

@@ -11,13 +11,14 @@ from tokenizers import Tokenizer
 from prunetool import console, workdir
 from prunetool.checkpoint import gguf_writer
 from prunetool.checkpoint.gguf_vocabulary import Ends, vocabulary_fields
+from prunetool.checkpoint.hub import hub_id
 from prunetool.checkpoint.index import read_json, tokenizer_path
 from prunetool.errors import ConfigError
 from prunetool.llama import gguf_form
 from prunetool.llama.config import LlamaConfig
 from prunetool.llama.weights import tensor_chunks
 from prunetool.model import Model
-from prunetool.tokenizer import load_tokenizer
+from prunetool.tokenizer import bos_id, load_tokenizer, template_ends
 
 TURNED = ("q_proj", "k_proj")  # whose rows the rotary embedding pairs
 QUANTIZATION_VERSION = 2  # of the layouts of the quantised types
@@ -48,7 +49,7 @@ def convert_checkpoint(
         console.log.warning("%s: %s", model.directory, form.warning)
     stored = gguf_writer.KINDS[kind]
     fields = {
-        "general.name": model.directory.resolve().name,
+        "general.name": _utf8(hub_id(model.directory) or model.directory.resolve().name),
         "general.file_type": int(stored.file_type),
         "general.quantization_version": QUANTIZATION_VERSION,
         **{f"{form.architecture}.{key}": value for key, value in form.fields.items()},
@@ -94,13 +95,17 @@ def _tokenizer_fields(directory: Path, config: LlamaConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(directory)
     path = directory / "tokenizer_config.json"
     said = read_json(path) if path.exists() else {}
-    return vocabulary_fields(
-        where,
-        json.loads(tokenizer.to_str()),
-        config.vocab_size,
-        _ends(tokenizer, said, config.raw),
-        _templates(directory, said),
-    )
+    document, ends = json.loads(tokenizer.to_str()), _ends(tokenizer, said, config)
+    start = bos_id(directory, config.vocab_size, "auto")  # refuses more than one
+    if start is not None:
+        ends = ends._replace(bos=start, adds_bos=True)
+    if '"Metaspace"' in json.dumps(document.get("pre_tokenizer")):
+        console.log.warning(
+            "%s: llama.cpp also puts a space after special tokens, and before a text that begins "
+            "with one",
+            where,
+        )
+    return vocabulary_fields(where, document, config.vocab_size, ends, _templates(directory, said))
 
 
 def _templates(directory: Path, said: Mapping[str, Any]) -> dict[str, str]:
@@ -108,27 +113,31 @@ def _templates(directory: Path, said: Mapping[str, Any]) -> dict[str, str]:
     file = directory / "chat_template.jinja"
     stated = file.read_text("utf-8", "replace") if file.is_file() else said.get("chat_template")
     if isinstance(stated, str):
-        return {"default": stated}
+        return {"default": _utf8(stated)}
     named = [one for one in stated if isinstance(one, dict)] if isinstance(stated, list) else []
     pairs = [(one.get("name"), one.get("template")) for one in named]
-    return {a: b for a, b in pairs if isinstance(a, str) and isinstance(b, str)}
+    return {_utf8(a): _utf8(b) for a, b in pairs if isinstance(a, str) and isinstance(b, str)}
 
 
-def _ends(tokenizer: Tokenizer, said: Mapping[str, Any], config: Mapping[str, Any]) -> Ends:
+def _utf8(text: str) -> str:
+    """The text, without what UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _ends(tokenizer: Tokenizer, said: Mapping[str, Any], config: LlamaConfig) -> Ends:
     """The special tokens: those that tokenizer_config.json names, else config.json's."""
+    last = template_ends(tokenizer)[1]
 
     def number(key: str) -> int | None:
         token = said.get(f"{key}_token")
         token = token.get("content") if isinstance(token, dict) else token
         found = tokenizer.token_to_id(token) if isinstance(token, str) else None
-        stated = config.get(f"{key}_token_id") if found is None else found
+        stated: Any = config.raw.get(f"{key}_token_id") if found is None else found
         stated = stated[0] if isinstance(stated, list) and stated else stated
-        return stated if isinstance(stated, int) and not isinstance(stated, bool) else None
+        if not isinstance(stated, int) or isinstance(stated, bool):
+            return None
+        return stated if 0 <= stated < config.vocab_size else None
 
-    bos, eos = number("bos"), number("eos")
-    ids = tokenizer.encode("a").ids
-    return Ends(
-        bos, eos, number("unk"), number("pad"),
-        bos is not None and ids[:1] == [bos],
-        eos is not None and ids[-1:] == [eos],
-    )  # fmt: skip
+    eos = number("eos")
+    adds_eos = eos is not None and last == [eos]
+    return Ends(number("bos"), eos, number("unk"), number("pad"), adds_bos=False, adds_eos=adds_eos)

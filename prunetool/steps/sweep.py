@@ -1,5 +1,6 @@
 """The loss that score predicted for every sparsity of a sweep."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ def predicted(header: records.Header, work: Path) -> list[Point]:
         try:
             with path.open(encoding="utf-8") as stream:
                 other, layers = records.read(stream)
-                nats = [sum(record.values.get("nats", {}).values()) for record in layers]
-        except (PrunetoolError, OSError, UnicodeError):
+                nats = sum(sum(record.values.get("nats", {}).values()) for record in layers)
+            point = float(other.history[-1]["options"]["sparsity"]), nats
+        except (PrunetoolError, OSError, UnicodeError, KeyError, TypeError, ValueError):
             continue  # an older version's, or damaged: not what this page is about
-        if _but_sparsity(other.history) == wanted and any(nats):
-            points.add((float(other.history[-1]["options"]["sparsity"]), sum(nats)))
+        if _but_sparsity(other.history) == wanted and nats and all(map(math.isfinite, point)):
+            points.add(point)
     return sorted(points)
 
 

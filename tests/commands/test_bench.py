@@ -5,6 +5,7 @@ import json
 import pytest
 
 from prunetool import runtimes
+from prunetool.llama import forms
 from tests.conftest import error_of
 from tests.loaders.test_llamacpp import with_merges
 
@@ -45,6 +46,21 @@ def test_code_that_is_not_ours_does_not_run(pruned, run, tmp_path):
     loader = pruned / "modeling_pruned_llama.py"
     loader.write_text(loader.read_text() + "\nopen('ran', 'w')\n")
     assert "transformers failed (" in error_of(run("bench", "out", *WORDS, ok=False))
+    assert not (tmp_path / "ran").exists()
+    loader.write_bytes(forms.loader_files()[loader.name])
+    config = json.loads((pruned / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "evil.Model"
+    (pruned / "config.json").write_text(json.dumps(config))
+    (pruned / "evil.py").write_text("open('ran', 'w')")
+    assert "transformers failed (" in error_of(run("bench", "out", *WORDS, ok=False))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_module_of_the_directory_that_the_user_is_in_runs(checkpoint, run, tmp_path):
+    checkpoint()
+    for name in ("numpy", "torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
+    assert json.loads(run("bench", "dense", *WORDS).stdout)[0]["peak_bytes"] > 1e7
     assert not (tmp_path / "ran").exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from prunetool.steps import evaluate
 from prunetool.tokenizer import load_tokenizer
 from tests.conftest import error_of
 
@@ -24,8 +25,8 @@ def write_items(path, count=24):
     lines = []
     for _ in range(count):
         choices = [f" {word()} {word()}"[: random.integers(2, 14)] for _ in range(3)]
-        lines.append({"context": f"{word()} {word()}", "choices": choices, "answer": 1})
-    path.write_text("\n\n".join(map(json.dumps, lines)))
+        lines.append({"context": f"{word()} {word()}\u2028a", "choices": choices, "answer": 1})
+    path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8")
     return lines
 
 
@@ -82,14 +83,17 @@ def test_it_is_that_of_transformers_before_and_after(checkpoint, call, run, text
         ('{"context": "a", "choices": ["b", ""], "answer": 0}', "all texts"),
         ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "one of them the answer"),
         ('{"context": 1, "choices": ["b", "c"], "answer": 0}', "is not an item"),
-        ('{"context": "", "choices": ["b", "c"], "answer": 0}', "choice 1 has no tokens"),
+        ('{"context": "", "choices": ["b", "c"], "answer": 0}', "a choice has no token before it"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": true}', "is not an item"),
+        ('{"context": "a", "choices": ["\\ud800", "c"], "answer": 0}', "is not an item"),
         (None, "cannot be read (No such file or directory); check --choices"),
     ],
 )
-def test_what_is_no_item_is_one_line(checkpoint, run, text, tmp_path, line, says):
+def test_what_is_no_item_is_one_line(checkpoint, run, text, tmp_path, monkeypatch, line, says):
     if line is not None:
         (tmp_path / "items.jsonl").write_text(line)
     words = ["evaluate", checkpoint(), "--text", text, *WORDS, "--choices", "items.jsonl"]
+    monkeypatch.setattr(evaluate, "mean_loss", None)  # the items are read before it is called
     assert says in error_of(run(*words, ok=False))
 
 

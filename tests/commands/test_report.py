@@ -254,6 +254,9 @@ def test_a_sweep_is_drawn_with_what_was_measured(calibrated, run, text, tmp_path
     run(*words, "other.jsonl", "--sparsity", ".3", "--method", "newton")
     (tmp_path / "dense.work/score-0123456789ab").mkdir()
     (tmp_path / "dense.work/score-0123456789ab/records.jsonl").write_text("{")
+    wrong = (tmp_path / "kept-.1.jsonl").read_text().replace('"sparsity": 0.1', '"sparsity": "x"')
+    (tmp_path / "dense.work/score-0123456789ac").mkdir()
+    (tmp_path / "dense.work/score-0123456789ac/records.jsonl").write_text(wrong)
     run("export", "out", "kept-.4.jsonl")
     compared = run("evaluate", "out", "--against", "dense", "--text", text, "--samples", 2,
                    "--sequence-length", 32).stdout  # fmt: skip

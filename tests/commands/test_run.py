@@ -32,6 +32,12 @@ def test_the_same_bytes_as_the_pipe(checkpoint, text, run, call, tmp_path, more)
 def test_a_wrong_option_and_a_failing_step_are_one_line(checkpoint, text, run, tmp_path):
     model = checkpoint()
     words = ["run", model, "out", "--text", text, *WORDS]
+    own = run(*words[:3], "--sparsity", ".1", ok=False).stderr
+    assert "Usage: prunetool run [OPTIONS] MODEL OUT" in own, (
+        "not of a step, whose name is not known"
+    )
+    assert "is MODEL itself" in run("run", model, model, *words[3:], "--sparsity", ".1",
+                                    ok=False).stderr  # fmt: skip
     assert "Missing option '--sparsity'" in run(*words, ok=False).stderr
     assert "not a valid float" in run(*words, "--sparsity", ".1,.2", ok=False).stderr
     assert "No such option" in run(*words, "--sparsity", ".1", "--damping", "1", ok=False).stderr
