@@ -132,14 +132,7 @@ def write_gguf(
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.size_bytes, tensor.type
         )
-    count = len(writer.tensors)
-    paths = [path]
-    if count > 1:
-        name = path.name.removesuffix(SUFFIX)
-        paths = [
-            path.with_name(f"{name}-{number:05d}-of-{count:05d}{SUFFIX}")
-            for number in range(1, count + 1)
-        ]
+    paths = _paths(path, len(writer.tensors))
     for there in paths:
         if there.resolve() in {other.resolve() for other in needed}:
             raise WorkError(there, "is read by this command", "name another file")
@@ -164,9 +157,16 @@ def write_gguf(
                 writer.write_tensor_data(_stored(array, tensor))
         if next(expected, None):
             raise AssertionError("tensors are missing")
-        if count > 1:  # no old first part may stand before new ones
+        if len(paths) > 1:  # no old first part may stand before new ones
             paths[0].unlink(missing_ok=True)
     return paths
+
+
+def _paths(path: Path, count: int) -> list[Path]:
+    """The files of a model in so many parts, as llama.cpp names them."""
+    name = path.name.removesuffix(SUFFIX)
+    parts = [f"{name}-{number:05d}-of-{count:05d}{SUFFIX}" for number in range(1, count + 1)]
+    return [path] if count == 1 else [path.with_name(part) for part in parts]
 
 
 def _stored(array: np.ndarray, tensor: Tensor) -> np.ndarray:

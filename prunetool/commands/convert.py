@@ -40,8 +40,9 @@ def convert(
     Qwen2, Qwen3; for a split one, name any part): dequantises, puts the rows of q and k back in
     order, and rebuilds config.json and tokenizer.json; if killed, the same command resumes after
     the last finished shard. To a GGUF: from any checkpoint that prunetool reads or wrote, dense or
-    pruned; layers of unequal sizes become llama.cpp's architecture deci. The file appears once it
-    is complete. Either way one layer is in memory at a time.
+    pruned; layers of unequal sizes become llama.cpp's architecture deci. Above --max-shard-size it
+    is split, between any two tensors. Files appear once all are complete. Either way one layer is
+    in memory at a time.
 
     \b
     Example:

@@ -113,10 +113,7 @@ def evaluate(
         }  # fmt: skip
         console.write(sys.stdout, json.dumps(result) + "\n")
         said += [f"{model}, perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]
-        if choices:
-            said.append(_accuracy_of(result))
-        if against:
-            _say(compared["against"], said)
+        _say(result, said)
 
 
 def _accuracy_of(of: dict[str, Any]) -> str:
@@ -130,8 +127,13 @@ def _shown(of: dict[str, Any]) -> str:
     return f"{of['perplexity']:.4f}"
 
 
-def _say(compared: dict[str, Any], said: list[str]) -> None:
-    """Summarise a comparison on stderr."""
+def _say(result: dict[str, Any], said: list[str]) -> None:
+    """Summarise accuracy and comparison, if there are any, on stderr."""
+    if "accuracy" in result:
+        said.append(_accuracy_of(result))
+    if "against" not in result:
+        return
+    compared = result["against"]
     errors = compared["attention_error"]
     rows = []
     for layer, by_name in enumerate(
