@@ -108,6 +108,7 @@ UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
 UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)
 PUBLISHED = tuple(n for n, row in (UNITS | QK | WEIGHTS).items() if row.published is not None)
+DAMPED = tuple(n for n, row in (UNITS | WEIGHTS).items() if "damping" in row.options)
 NAMES = tuple(dict.fromkeys((*UNITS, *WEIGHTS, *QK)))
 
 

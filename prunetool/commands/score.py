@@ -11,6 +11,7 @@ from prunetool import console, options, records
 from prunetool.errors import RecordError
 from prunetool.llama.parts import MATRICES
 from prunetool.methods import (
+    DAMPED,
     NAMES,
     PATTERNS,
     PUBLISHED,
@@ -106,8 +107,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     default=None,
     show_default=default_of("damping"),
     type=options.Finite(0),
-    help="What the solves of newton, obs, greedy, sparsegpt and fisher add to the diagonal, as a "
-    "fraction of its mean; newton's systems are scaled to a diagonal of ones first.",
+    help=f"What the solves of {', '.join(DAMPED)} add to the diagonal, as a fraction of its mean; "
+    "newton's systems are scaled to a diagonal of ones first.",
 )
 @click.option(
     "--pattern",
