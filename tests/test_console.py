@@ -288,7 +288,8 @@ class TestPipe:
         assert steps_of(said)[:1] == ["calibrate"], said
         warning = re.compile("layer .*: no damping lowered the held-out error; ")
         lines = [line for line in shown(said) if line and not warning.match(line)]
-        *lines, load, measure, report, upload, clean = lines
+        *lines, load, measure, report, llama_cpp, upload, clean = lines
+        assert llama_cpp == "Take it to llama.cpp: prunetool convert out out.gguf"
         assert "from_pretrained" in load
         for line, name in {
             measure: "evaluate",

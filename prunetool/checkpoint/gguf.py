@@ -554,7 +554,8 @@ def _open(path: Path, todo: str) -> _Reader:
         if not path.exists():
             raise ConfigError(path, "no such file", todo)
         if not path.is_file():
-            raise ConfigError(path, "is not a regular file", "give a .gguf file")
+            todo = "give a .gguf file; to make one of a checkpoint, OUT ends in .gguf"
+            raise ConfigError(path, "is not a regular file", todo)
         with np.errstate(over="raise"):
             reader = _Reader(path)
             end = reader.data_offset

@@ -34,7 +34,12 @@ from prunetool import console, options
     type=click.IntRange(1),
     help="How often; the table has medians and ranges.",
 )
-@click.option("--threads", type=click.IntRange(1), show_default="one for each core")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    show_default="one for each core",
+    help="Threads of the program that is measured.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),

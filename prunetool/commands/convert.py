@@ -54,10 +54,6 @@ def convert(
     if given(unused) is ParameterSource.COMMANDLINE:
         what = f"writing a {'GGUF' if unused == 'dtype' else 'checkpoint'}"
         raise click.UsageError(f"--{'dtype' if unused == 'dtype' else 'type'} is not for {what}")
-    if source.is_dir() and out.suffix != SUFFIX:
-        raise click.UsageError(
-            f"{source} is a directory: to make a GGUF of it, OUT ends in {SUFFIX}"
-        )
     with console.summary("convert") as said:
         if out.suffix == SUFFIX:
             from prunetool.model import open_model

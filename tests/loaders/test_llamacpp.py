@@ -316,7 +316,7 @@ def test_what_cannot_be_written_is_one_line_and_writes_nothing(tmp_path, run):
         assert not list(tmp_path.glob(".*"))
 
     directory = build(tmp_path, {})
-    assert "OUT ends in .gguf" in run("convert", "dense", "out", ok=False).stderr
+    assert "OUT ends in .gguf" in error_of(run("convert", "dense", "out", ok=False))
     assert "--dtype is not for" in run("convert", "dense", "a.gguf", "--dtype", "float32",
                                        ok=False).stderr  # fmt: skip
     document = json.loads((directory / "tokenizer.json").read_text())
