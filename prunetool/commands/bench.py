@@ -67,8 +67,7 @@ def bench(
     A directory is measured in transformers, a GGUF file in llama.cpp (pip install transformers
     torch, or cyllama), each in a process of its own. The others of a program are compared with its
     first one, so name the model before pruning first. The table goes to stderr, a JSON list to
-    stdout.
-    Code of a checkpoint runs only if it is prunetool's own loader.
+    stdout. Code of a checkpoint runs only if it is prunetool's own loader.
 
     \b
     Example:

@@ -49,13 +49,15 @@ def convert(
       prunetool convert SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-135M
       prunetool convert SmolLM2-pruned SmolLM2-pruned.gguf --type q8_0
     """
-    given = click.get_current_context().get_parameter_source
-    unused = "dtype" if out.suffix == SUFFIX else "kind"
-    if given(unused) is ParameterSource.COMMANDLINE:
-        what = f"writing a {'GGUF' if unused == 'dtype' else 'checkpoint'}"
-        raise click.UsageError(f"--{'dtype' if unused == 'dtype' else 'type'} is not for {what}")
+    to_gguf = out.suffix == SUFFIX
+    unused, option, what = (
+        ("dtype", "--dtype", "a GGUF") if to_gguf else ("kind", "--type", "a checkpoint")
+    )
+    given = click.get_current_context().get_parameter_source(unused)
+    if given is ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"{option} is not for writing {what}")
     with console.summary("convert") as said:
-        if out.suffix == SUFFIX:
+        if to_gguf:
             from prunetool.model import open_model
             from prunetool.steps.gguf import convert_checkpoint
 

@@ -97,14 +97,15 @@ def evaluate(
         if work:
             work = work.absolute()
             stack.enter_context(claimed(work, opened, token_ids, how, overwrite))
-        if against is None:
+        dense = open_model(against) if against else None
+        if dense is None:
             loss, compared = mean_loss(opened, tokens, dtype, work, overwrite=overwrite), {}
         else:
-            comparison = compare(opened, open_model(against), tokens, dtype)
-            loss, compared = comparison.loss, {"against": comparison.as_json(against)}
+            comparison = compare(opened, dense, tokens, dtype)
+            loss, compared = comparison.loss, {"against": comparison.as_json(str(against))}
         if asked:
-            if against:
-                compared["against"] |= asked.accuracy(open_model(against), dtype).as_json()
+            if dense:
+                compared["against"] |= asked.accuracy(dense, dtype).as_json()
             compared |= asked.accuracy(opened, dtype).as_json()
         result = {
             "model": model, "perplexity": perplexity(loss), "loss": loss,

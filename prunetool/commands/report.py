@@ -27,9 +27,9 @@ def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
 
     Reads the records of score or compensate from a file or stdin, all before the page is written;
     given the directory that export wrote, it reads the records that it was made of, and of a work
-    directory the last ones.
-    Of several sparsities scored from one calibration, it draws the expected loss, and beside it
-    the measured one of every --evaluation made with --against. The page is one self-contained file.
+    directory the last ones. Of several sparsities scored from one calibration, it draws the
+    expected loss, and beside it the measured one of every --evaluation made with --against. The
+    page is one self-contained file.
 
     \b
     Example:

@@ -20,9 +20,6 @@ import numpy as np
 from prunetool.errors import ConfigError
 from prunetool.llama.config import LlamaConfig
 
-ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides the frequencies by
-INTERLEAVED = ("llama", "deci")
-
 
 class Form(NamedTuple):
     """How llama.cpp is to compute a model.
@@ -30,7 +27,7 @@ class Form(NamedTuple):
     Attributes:
       architecture: its name.
       fields: keys without the architecture's name; an int, a float, a str or a list of ints each.
-      rope_factors: `ROPE_FACTORS`, (d/2,), float32; None if there are none.
+      rope_factors: what llama.cpp divides the frequencies by, (d/2,), float32; None if nothing.
       warning: what llama.cpp computes otherwise; empty if nothing.
     """
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from prunetool import console, workdir
 from prunetool.checkpoint import gguf_writer
+from prunetool.checkpoint.gguf import INTERLEAVED, ROPE_FACTORS
 from prunetool.checkpoint.gguf_vocabulary import Ends, vocabulary_fields
 from prunetool.checkpoint.hub import hub_id
 from prunetool.checkpoint.index import read_json, tokenizer_path
@@ -59,13 +60,13 @@ def convert_checkpoint(
     planned = [gguf_writer.plan_tensors(chunk, stored) for chunk in chunks]
     first = []
     if (factors := form.rope_factors) is not None:
-        name = gguf_form.ROPE_FACTORS
+        name = ROPE_FACTORS
         first.append(gguf_writer.Tensor(name, factors.shape, gguf_writer.Type.F32))
 
     def arrays() -> Iterator[Mapping[str, np.ndarray]]:
         if factors is not None:
-            yield {gguf_form.ROPE_FACTORS: factors}
-        turned = form.architecture in gguf_form.INTERLEAVED
+            yield {ROPE_FACTORS: factors}
+        turned = form.architecture in INTERLEAVED
         for chunk in console.progress(planned, len(planned), what="part"):
             made = {}
             for name, tensor in chunk.items():

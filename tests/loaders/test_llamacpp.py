@@ -14,6 +14,7 @@ from prunetool.checkpoint.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT
 from prunetool.checkpoint.gguf_vocabulary import Ends, vocabulary_fields
 from prunetool.checkpoint.gguf_writer import KINDS
 from prunetool.checkpoint.reader import read_tensor
+from prunetool.commands.convert import convert
 from prunetool.errors import ConfigError
 from prunetool.model import open_model
 from prunetool.tokenizer import load_tokenizer
@@ -166,6 +167,11 @@ def test_unequal_layers_are_the_same_in_llama_cpp(unequal, request, run, tmp_pat
     for name in there.index:
         assert (read_tensor(there.index, name) == read_tensor(back.index, name)).all()
     assert type(load(tmp_path / "back")).__name__ == "PrunedLlamaForCausalLM"
+
+
+def test_convert_offers_the_types_that_are_written():
+    (option,) = [option for option in convert.params if option.name == "kind"]
+    assert list(option.type.choices) == list(KINDS), "without importing them at every start"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "f32"])
