@@ -11,14 +11,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
 
+from prunetool.chat import conversation_text
 from prunetool.dataset import Dataset
 from prunetool.errors import CorpusError
-from prunetool.text import read_text
+from prunetool.text import ROWS, Column, read_text
 from prunetool.tokenizer import bos_id, tokenize
 
 PART_TOKENS = 1 << 20  # of a token file, read at a time
@@ -29,12 +30,13 @@ class Text(NamedTuple):
 
     Attributes:
       texts: text files, joined.
-      field: field of JSON lines.
+      field: field of JSON lines and Parquet.
       tokens_path: a file of token ids instead.
       length: tokens per sequence.
       bos: ``auto``, ``always`` or ``never`` (`tokenizer.bos_id`).
       by_model: no text: the model writes its own (`steps.selftext`).
       dataset: a data set of the Hub instead.
+      chat: the rows are conversations (`chat.conversation_text`).
     """
 
     texts: Sequence[Path] = ()
@@ -44,15 +46,17 @@ class Text(NamedTuple):
     bos: str = "auto"
     by_model: bool = False
     dataset: Dataset | None = None
+    chat: bool = False
 
     @property
-    def said(self) -> dict[str, str]:
-        """What the history says of a data set."""
+    def said(self) -> dict[str, Any]:
+        """What the history says of a data set, and of conversations."""
+        said: dict[str, Any] = {"chat": True} if self.chat else {}
         if not self.dataset:
-            return {}
+            return said
         column = self.dataset.column
         own = {"text_field": column} if column else {}
-        return {"dataset": self.dataset.pinned, "split": self.dataset.split, **own}
+        return {"dataset": self.dataset.pinned, "split": self.dataset.split, **own, **said}
 
     @property
     def files(self) -> list[Path]:
@@ -75,17 +79,22 @@ class Text(NamedTuple):
         Returns:
           (samples, length) int32; the BOS, or None.
         """
-        bos = bos_id(directory, vocab_size, self.bos, self.tokens_path)
+        # A chat template writes its own BOS.
+        how = "never" if self.chat and self.bos == "auto" else self.bos
+        bos = bos_id(directory, vocab_size, how, self.tokens_path)
         where = ", ".join(map(str, self.files))
         ids: np.ndarray | Iterator[np.ndarray]
+        render = conversation_text(directory) if self.chat else None
         if self.dataset:
             where, known = self.dataset.where, self.dataset.known
-            parts = read_text(self.dataset.paths(), known.field, known.between, where, rows=True)
+            column = Column(known.field, "" if self.chat else known.between, render)
+            parts = read_text(self.dataset.paths(), column, where, rows=True)
             ids = tokenize(parts, directory)
         elif self.tokens_path:
             ids = read_tokens(self.tokens_path)
         else:
-            ids = tokenize(read_text(self.texts, self.field, where=where), directory)
+            column = Column(self.field, "" if self.chat else ROWS, render)
+            ids = tokenize(read_text(self.texts, column, where), directory)
         return sequences(ids, samples, self.length, vocab_size, where, shuffle, bos), bos
 
 

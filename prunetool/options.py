@@ -161,8 +161,12 @@ SELF_HELP = (
 )
 TEXT = (
     click.option(
-        "--text-field", default="text", show_default=True,
+        "--text-field", show_default="text; with --chat messages",
         help="Field of JSON lines, column of Parquet; of --dataset, if not its own.",
+    ),
+    click.option(
+        "--chat", is_flag=True, help="The field has conversations, lists of messages with role and "
+        "content, of which the model's chat template makes text. It writes its own BOS.",
     ),
     click.option(
         "--dataset", metavar="NAME",
@@ -201,18 +205,17 @@ def text_options(
 
     @wraps(command)
     def gathered(
-        *, texts: tuple[str, ...], text_field: str, tokens_path: Path | None, length: int,
-        bos: str, dataset: str | None, split: str, **others: Any,
+        *, texts: tuple[str, ...], text_field: str | None, tokens_path: Path | None, length: int,
+        bos: str, dataset: str | None, split: str, chat: bool, **others: Any,
     ) -> None:  # fmt: skip
         given = sum(map(bool, (texts, tokens_path, dataset)))
         if given > 1 or (required and not given):
             raise click.UsageError("give either --text or --tokens or --dataset")
         source = click.get_current_context().get_parameter_source
-        typed = {
-            name: source(name) is ParameterSource.COMMANDLINE for name in ("split", "text_field")
-        }
-        if typed["split"] and not dataset:
+        if source("split") is ParameterSource.COMMANDLINE and not dataset:
             raise click.UsageError("--split is for --dataset")
+        if chat and (tokens_path or SELF in texts):
+            raise click.UsageError("--chat is for conversations in --text or --dataset")
         if SELF in texts and not by_model:
             raise click.UsageError(
                 f"--text {SELF} is for calibrate and recover: a file of this name is ./{SELF}"
@@ -223,12 +226,9 @@ def text_options(
         from prunetool.dataset import Dataset
 
         paths = tuple(Path(path) for path in texts if path != SELF)
-        named = (
-            Dataset(dataset, split, text_field if typed["text_field"] else None)
-            if dataset
-            else None
-        )
-        text = Text(paths, text_field, tokens_path, length, bos, SELF in texts, named)
+        column = text_field or ("messages" if chat else None)
+        named = Dataset(dataset, split, column) if dataset else None
+        text = Text(paths, column or "text", tokens_path, length, bos, SELF in texts, named, chat)
         command(text=text if given else None, **others)
 
     text_opt = click.option(

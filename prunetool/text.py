@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import zstandard
 
@@ -37,13 +37,45 @@ ROWS = "\n\n"  # between the texts of two rows
 BATCH = 1000  # rows of Parquet at a time
 
 
+class Column(NamedTuple):
+    """Which text the rows of JSON lines and Parquet have, and how they are joined.
+
+    Attributes:
+      field: the field, and the column of Parquet.
+      between: what joins the rows of a file.
+      render: makes a row's text of a value that is not text; raises CorpusError, which names where
+        the value is. Files without rows are then refused.
+    """
+
+    field: str = "text"
+    between: str = ROWS
+    render: Callable[[object, Any], str] | None = None
+
+    def text(self, where: object, value: Any, todo: str) -> str:
+        """A row's text.
+
+        Raises:
+          CorpusError: if it has none.
+        """
+        if self.render:
+            value = self.render(where, value)
+        if not isinstance(value, str):
+            raise CorpusError(
+                where,
+                f"has no text in field {shown(self.field, 40)!r}: {shown(json.dumps(value), 40)}",
+                todo,
+            )
+        if half := re.search("[\ud800-\udfff]", value):
+            raise CorpusError(
+                where,
+                f"has half of a surrogate pair ({half[0]}), which is not a character",
+                "write that text again from its source",
+            )
+        return value
+
+
 def read_text(
-    paths: Iterable[Path],
-    field: str,
-    between: str = ROWS,
-    where: object = "--text",
-    *,
-    rows: bool = False,
+    paths: Iterable[Path], column: Column, where: object = "--text", *, rows: bool = False
 ) -> Iterator[str]:
     """The text of files joined as they are, in parts; of JSON lines and Parquet, one field.
 
@@ -52,8 +84,7 @@ def read_text(
 
     Args:
       paths: the files, each taken when the one before is used up.
-      field: the field of JSON lines, and the column of Parquet.
-      between: what joins the rows of such a file.
+      column: what the rows of JSON lines and Parquet have.
       where: what to name if there is no text.
       rows: whether all files have rows, so that files are joined as rows are.
 
@@ -63,8 +94,8 @@ def read_text(
     """
     blank: list[str] | None = []  # white space, until something else follows
     for number, path in enumerate(paths):
-        parts = _text_of(path, field, between)
-        for part in chain([between], parts) if rows and number else parts:
+        parts = _text_of(path, column)
+        for part in chain([column.between], parts) if rows and number else parts:
             if blank is None:
                 yield part
             elif part.strip():
@@ -76,20 +107,22 @@ def read_text(
         raise CorpusError(where, "holds no text", "give another")
 
 
-def _text_of(path: Path, field: str, between: str) -> Iterator[str]:
+def _text_of(path: Path, column: Column) -> Iterator[str]:
     with _Bytes(path) as source:
         if source.begins(PARQUET) and path.is_file():
-            yield from _parquet(path, field, between)
+            yield from _parquet(path, column)
             return
         parts = _decoded(path, _decompressed(path, source))
         head, whole = _more("", parts, HEAD)
         while not whole and head.lstrip(BLANK).startswith("{") and "\n" not in head.lstrip(BLANK):
             head, whole = _more(head, parts, 2 * len(head))
         if JSON_NAME.search(path.name) or _is_object(head.lstrip(BLANK).partition("\n")[0]):
-            yield from _json_lines(path, head, whole, parts, field, between)
+            yield from _json_lines(path, head, whole, parts, column)
             return
         if ARRAY_OF_OBJECTS.match(head):
             _refuse_document(path, head, whole)
+        if column.render:
+            raise CorpusError(path, "is plain text, without conversations", "omit --chat")
         yield head
         yield from parts
 
@@ -322,10 +355,10 @@ def _lines(parts: Iterator[str]) -> Iterator[str]:
 
 
 def _json_lines(
-    path: Path, head: str, whole: bool, parts: Iterator[str], field: str, join: str
+    path: Path, head: str, whole: bool, parts: Iterator[str], column: Column
 ) -> Iterator[str]:
     """The field of every line, joined."""
-    between = ""
+    between, begun, field = "", False, column.field
     for number, line in enumerate(_lines(chain([head], parts)), 1):
         if not line.strip(" \t\r"):
             continue
@@ -333,13 +366,13 @@ def _json_lines(
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if not between:
+            if not begun:
                 _refuse_document(path, head, whole)
             raise CorpusError(
                 where, f"is not JSON ({error})", "give JSON lines: one object per line"
             ) from error
         if not isinstance(fields, dict):
-            if not between:
+            if not begun:
                 _refuse_document(path, head, whole)
             raise CorpusError(where, f"is JSON but not an object ({shown(line, 40)})", AS_OBJECTS)
         if field not in fields:
@@ -349,24 +382,14 @@ def _json_lines(
                 f"has no text field {shown(field, 40)!r} (its fields: {names})",
                 "name it with --text-field",
             )
-        value = fields[field]
-        if not isinstance(value, str):
-            raise CorpusError(
-                where,
-                f"has no text in field {shown(field, 40)!r}: {shown(json.dumps(value), 40)}",
-                "name another with --text-field, or delete the line",
-            )
-        if half := re.search("[\ud800-\udfff]", value):
-            raise CorpusError(
-                where,
-                f"has half of a surrogate pair ({half[0]}), which is not a character",
-                "write that text again from its source",
-            )
-        yield between + value
-        between = join
+        text = column.text(
+            where, fields[field], "name another with --text-field, or delete the line"
+        )
+        yield between + text
+        between, begun = column.between, True
 
 
-def _parquet(path: Path, field: str, join: str) -> Iterator[str]:
+def _parquet(path: Path, column: Column) -> Iterator[str]:
     """The column of every row, joined; only that column is read, some rows at a time."""
     if importlib.util.find_spec("pyarrow") is None:
         raise CorpusError(
@@ -375,6 +398,7 @@ def _parquet(path: Path, field: str, join: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
+    field = column.field
     try:
         with parquet.ParquetFile(path) as file:
             names = [column.name for column in file.schema_arrow]
@@ -386,18 +410,22 @@ def _parquet(path: Path, field: str, join: str) -> Iterator[str]:
                     "name it with --text-field",
                 )
             kind = file.schema_arrow.field(field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            if not (
+                column.render
+                or pyarrow.types.is_string(kind)
+                or pyarrow.types.is_large_string(kind)
+            ):
                 raise CorpusError(
                     path,
                     f"has {kind}, not text, in column {shown(field, 40)!r}",
                     "name another with --text-field",
                 )
-            between = ""
-            for batch in file.iter_batches(BATCH, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    if value is not None:
-                        yield between + value
-                        between = join
+            between, batches = "", file.iter_batches(BATCH, columns=[field])
+            rows = (value for batch in batches for value in batch.column(0).to_pylist())
+            for row, value in enumerate(rows, 1):
+                if value is not None:
+                    yield between + column.text(f"{path}: row {row}", value, "delete the row")
+                    between = column.between
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise CorpusError(path, f"is damaged Parquet ({reason})", "download it again") from error

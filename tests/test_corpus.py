@@ -19,7 +19,7 @@ from tests.conftest import byte_tokenizer
 
 
 def read_text(paths, field):
-    return "".join(corpus.read_text(paths, field))
+    return "".join(text.read_text(paths, text.Column(field)))
 
 
 def cut(ids, samples, length, **more):
@@ -459,7 +459,7 @@ def test_a_file_is_read_only_as_far_as_its_text_is_used(tmp_path, monkeypatch):
         line = b'{"text": "a b"}\n' if "json" in name else b"some words "
         data = line * 1000 + damage
         (tmp_path / name).write_bytes(gzip.compress(data)[:-8] if "gz" in name else data)
-        parts = corpus.read_text([tmp_path / name], "text")
+        parts = text.read_text([tmp_path / name], text.Column())
         assert next(parts)
         with pytest.raises(CorpusError, match=r"is not (UTF-8|JSON) \("):
             list(parts)
@@ -529,7 +529,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, compress):
     (tmp_path / "a.txt").write_bytes(compress(varied + b"a" * 60_000_000))
     tracemalloc.start()
     try:
-        characters = sum(map(len, corpus.read_text([tmp_path / "a.txt"], "text")))
+        characters = sum(map(len, text.read_text([tmp_path / "a.txt"], text.Column())))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from prunetool import workdir
 from prunetool.errors import CorpusError
-from prunetool.text import read_text
+from prunetool.text import Column, read_text
 from tests import hub
 from tests.conftest import error_of
 
@@ -144,18 +144,18 @@ def test_what_is_not_there_is_one_line(checkpoint, run, tmp_path, server, monkey
 def test_a_parquet_file_is_text(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(table(["a", None, "b\n", "", "c"], n=pyarrow.array(range(5))))
-    assert "".join(read_text([path], "text")) == "a\n\nb\n\n\n\n\nc"
+    assert "".join(read_text([path], Column())) == "a\n\nb\n\n\n\n\nc"
     other = tmp_path / "b.parquet"
     other.write_bytes(table(["d"]))
-    assert "".join(read_text([path, other], "text", rows=True)).endswith("\n\nc\n\nd")
-    assert "".join(read_text([path, other], "text")).endswith("\n\ncd"), "as files are joined"
+    assert "".join(read_text([path, other], Column(), rows=True)).endswith("\n\nc\n\nd")
+    assert "".join(read_text([path, other], Column())).endswith("\n\ncd"), "as files are joined"
     twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     parquet.write_table(twice, other)
     with pytest.raises(CorpusError, match="has 2 column 'text'"):
-        list(read_text([other], "text"))
+        list(read_text([other], Column()))
     for field, says in (("n", "has int64, not text, in column 'n'"), ("m", "has no column 'm'")):
         with pytest.raises(Exception, match=says):
-            list(read_text([path], field))
+            list(read_text([path], Column(field)))
     whole = path.read_bytes()
     random = np.random.default_rng(0)
     for _ in range(60):  # damage is one line, or goes unseen
@@ -164,7 +164,7 @@ def test_a_parquet_file_is_text(tmp_path, monkeypatch):
             data[place] = random.integers(256)
         path.write_bytes(data[: random.integers(8, len(data) + 1)])
         with suppress(CorpusError):
-            list(read_text([path], "text"))
+            list(read_text([path], Column()))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Exception, match=r"pyarrow is missing; pip install 'prunetool\[data\]'"):
-        list(read_text([path], "text"))
+        list(read_text([path], Column()))

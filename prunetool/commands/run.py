@@ -18,13 +18,13 @@ STEPS = (calibrate, score, compensate, recover, export)
 OPTIONAL = recover
 # The arguments and options of the steps that run has, too; for the others there is the pipe.
 TAKEN = (
-    "model", "out", "texts", "text_field", "dataset", "split", "tokens_path", "sparsities",
+    "model", "out", "texts", "text_field", "chat", "dataset", "split", "tokens_path", "sparsities",
     "allocation", "samples", "length", "shuffle", "bos", "form", "dtype", "device", "revision",
     "work", "overwrite",
 )  # fmt: skip
 # Of calibrate, and not of recover, which trains on the same tokens.
 OF_CALIBRATE = (
-    "samples", "texts", "text_field", "dataset", "split", "tokens_path", "length", "bos"
+    "samples", "texts", "text_field", "chat", "dataset", "split", "tokens_path", "length", "bos"
 )  # fmt: skip
 
 

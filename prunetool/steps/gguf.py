@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from prunetool import console, workdir
+from prunetool.chat import chat_templates
 from prunetool.checkpoint import gguf_writer
 from prunetool.checkpoint.gguf import INTERLEAVED, ROPE_FACTORS
 from prunetool.checkpoint.gguf_vocabulary import Ends, vocabulary_fields
@@ -106,18 +107,8 @@ def _tokenizer_fields(directory: Path, config: LlamaConfig) -> dict[str, Any]:
             "with one",
             where,
         )
-    return vocabulary_fields(where, document, config.vocab_size, ends, _templates(directory, said))
-
-
-def _templates(directory: Path, said: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates by name: of the file, which counts, or of tokenizer_config.json."""
-    file = directory / "chat_template.jinja"
-    stated = file.read_text("utf-8", "replace") if file.is_file() else said.get("chat_template")
-    if isinstance(stated, str):
-        return {"default": _utf8(stated)}
-    named = [one for one in stated if isinstance(one, dict)] if isinstance(stated, list) else []
-    pairs = [(one.get("name"), one.get("template")) for one in named]
-    return {_utf8(a): _utf8(b) for a, b in pairs if isinstance(a, str) and isinstance(b, str)}
+    templates = {_utf8(name): _utf8(text) for name, text in chat_templates(directory).items()}
+    return vocabulary_fields(where, document, config.vocab_size, ends, templates)
 
 
 def _utf8(text: str) -> str:
