@@ -63,6 +63,11 @@ class Text(NamedTuple):
         """All its files."""
         return [*self.texts, *([self.tokens_path] if self.tokens_path else [])]
 
+    @property
+    def where(self) -> str:
+        """Its name in messages."""
+        return self.dataset.where if self.dataset else ", ".join(map(str, self.files))
+
     def load(
         self, directory: Path, vocab_size: int, samples: int | None, shuffle: int | None = None
     ) -> tuple[np.ndarray, int | None]:
@@ -82,11 +87,11 @@ class Text(NamedTuple):
         # A chat template writes its own BOS.
         how = "never" if self.chat and self.bos == "auto" else self.bos
         bos = bos_id(directory, vocab_size, how, self.tokens_path)
-        where = ", ".join(map(str, self.files))
+        where = self.where
         ids: np.ndarray | Iterator[np.ndarray]
         render = conversation_text(directory) if self.chat else None
         if self.dataset:
-            where, known = self.dataset.where, self.dataset.known
+            known = self.dataset.known
             column = Column(known.field, "" if self.chat else known.between, render)
             parts = read_text(self.dataset.paths(), column, where, rows=True)
             ids = tokenize(parts, directory)

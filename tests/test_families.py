@@ -120,7 +120,9 @@ def test_single_weights_are_masked_by_attention_and_by_gram_matrices(tmp_path, c
     assert worst(tmp_path / "out") < 2e-5
 
     call("export", "learned", "qk.jsonl")
-    compared = json.loads(call("evaluate", "learned", "--against", "dense", *words, 2))["against"]
+    compared = json.loads(
+        call("evaluate", "--allow-calibrated", "learned", "--against", "dense", *words, 2)
+    )["against"]
     lines = (tmp_path / "qk.jsonl").read_text().splitlines()
     layers = [json.loads(line) for line in lines if '"record": "layer"' in line]
     for layer, by_head in zip(

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from prunetool.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from prunetool.checkpoint.shards import Chunk, TensorSpec, layout, split
 from prunetool.errors import CheckpointError, WorkError
 
+T = TypeVar("T")
 UNFINISHED = ".unfinished"  # in a checkpoint being written: its run, and checksums by file
 # The same for a complete checkpoint, index included; and the work directory it was made from.
 MANIFEST = ".prunetool.json"
@@ -371,8 +372,12 @@ class CheckpointWriter:
         (self.directory / name).parent.mkdir(exist_ok=True)
         write_bytes(self.directory / name, data)
 
-    def close(self) -> None:
-        """Write the index, which makes the directory a checkpoint."""
+    def close(self, sketches: Sequence[str] = ()) -> None:
+        """Write the index, which makes the directory a checkpoint.
+
+        Args:
+          sketches: of the texts that it was made with, for `sketches_of`.
+        """
         if unwritten := [n for n in self._weight_map.values() if not self._sums[n]]:
             raise AssertionError(f"{unwritten[0]} was not written to its end")
         metadata = {"total_size": self.size_bytes, "total_parameters": self.parameters}
@@ -381,8 +386,8 @@ class CheckpointWriter:
         self._sums[INDEX_NAME] = checksum.of_bytes(data)
         sums = {name: total for name, total in sorted(self._sums.items()) if total}
         if self._run:
-            manifest = checksum.sealed({"run": self._run, "files": sums, **self._from})
-            write_json(self.directory / MANIFEST, manifest)
+            said = {"run": self._run, "files": sums, **self._from, "sketches": list(sketches)}
+            write_json(self.directory / MANIFEST, checksum.sealed(said))
         write_bytes(self.directory / INDEX_NAME, data)
         (self.directory / UNFINISHED).unlink()
 
@@ -412,20 +417,26 @@ def _write_shard(
 
 def work_of(directory: Path) -> str:
     """The work directory that a checkpoint was exported from; empty if unknown."""
-    return _stated(directory, "work")
+    return _stated(directory, "work", "")
 
 
 def step_of(directory: Path) -> str:
     """The directory, below the work directory, of the step that it was made of; or empty."""
-    return _stated(directory, "step")
+    return _stated(directory, "step", "")
 
 
-def _stated(directory: Path, key: str) -> str:
-    """A text of a checkpoint's manifest; empty if there is none."""
+def sketches_of(directory: Path) -> list[str]:
+    """Sketches of the texts that a checkpoint was made with; none if unknown."""
+    found: list[Any] = _stated(directory, "sketches", [])
+    return [sketch for sketch in found if isinstance(sketch, str)]
+
+
+def _stated(directory: Path, key: str, empty: T) -> T:
+    """A value of a checkpoint's manifest, of the type of ``empty``; that if there is none."""
     with suppress(CheckpointError):
         found = checksum.read_sealed(directory / MANIFEST).get(key)
-        return found if isinstance(found, str) else ""
-    return ""
+        return found if isinstance(found, type(empty)) else empty
+    return empty
 
 
 def is_empty(directory: Path, *, but: re.Pattern[str] | None = None) -> bool:

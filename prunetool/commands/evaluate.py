@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     "lines with context, choices and answer (examples/cloze.py makes some of any text).",
 )
 @click.option(
+    "--allow-calibrated",
+    is_flag=True,
+    help="Measure on text that MODEL was pruned with too; it does better there than elsewhere.",
+)
+@click.option(
     "--work",
     type=click.Path(path_type=Path),
     callback=options.named,
@@ -56,19 +61,22 @@ def evaluate(
     revision: str | None,
     against: str | None,
     choices: Path | None,
+    allow_calibrated: bool,
     work: Path | None,
     overwrite: bool,
 ) -> None:
     """Measure the perplexity of MODEL, dense or pruned, one layer at a time.
 
     Windows do not overlap; every token but a window's first is predicted, and with --bos the
-    first is the BOS token. The result is one JSON object on stdout.
+    first is the BOS token. The result is one JSON object on stdout. Text that MODEL was calibrated
+    or trained on is refused, if MODEL is the directory that export wrote.
 
     \b
     Example:
       prunetool evaluate OUT --text wiki.test.txt --samples 8 --dtype float32
       prunetool evaluate OUT --against MODEL --text wiki.test.txt > compared.json
       prunetool evaluate OUT --against MODEL --text wiki.test.txt --choices cloze.jsonl > all.json
+      prunetool evaluate OUT --text wiki.txt --allow-calibrated
     """
     if work and against:
         raise click.UsageError("--work is for one model, without --against")
@@ -78,13 +86,14 @@ def evaluate(
     from prunetool.model import open_model
     from prunetool.steps.choices import Choices
     from prunetool.steps.compare import compare
-    from prunetool.steps.evaluate import claimed, mean_loss, perplexity
+    from prunetool.steps.evaluate import claimed, mean_loss, perplexity, used_before
     from prunetool.steps.run import read_text
 
     with console.summary("evaluate") as said, ExitStack() as stack:
         devices.start(device)
         opened = open_model(model, revision)
         tokens, bos_id = read_text(opened, text, samples)
+        used = used_before(opened, tokens, text.where, allowed=allow_calibrated)
         asked = Choices.read(choices, opened, text.bos) if choices else None
         dtype = opened.product_dtype(dtype)
         how = {
@@ -110,7 +119,8 @@ def evaluate(
         result = {
             "model": model, "perplexity": perplexity(loss), "loss": loss,
             "tokens": len(tokens) * (text.length - 1), **how, "token_ids": token_ids,
-            "parameters": opened.parameters(), "version": __version__, **text.said, **compared,
+            "parameters": opened.parameters(), "version": __version__, **text.said, **used,
+            **compared,
         }  # fmt: skip
         console.write(sys.stdout, json.dumps(result) + "\n")
         said += [f"{model}, perplexity {_shown(result)}", f"{result['tokens']:,} tokens"]

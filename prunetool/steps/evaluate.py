@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunetool import __version__, console, streaming, workdir
-from prunetool.checkpoint.writer import need_room
+from prunetool import __version__, console, overlap, streaming, workdir
+from prunetool.checkpoint.writer import MANIFEST, need_room, sketches_of
+from prunetool.errors import CheckpointError, CorpusError
 from prunetool.llama import forward
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
 from prunetool.plan import LOGIT_TOKENS
 from prunetool.steps.run import recall_weights
+
+USED = 0.05  # of a text; below, its common phrases may be all that is shared
 
 
 @contextmanager
@@ -40,6 +43,38 @@ def claimed(
         workdir.claim(work, run, overwrite=overwrite)
         yield
         workdir.clear(work)
+
+
+def used_before(model: Model, tokens: np.ndarray, where: str, *, allowed: bool) -> dict[str, float]:
+    """Refuse a text that a checkpoint was calibrated or trained on.
+
+    Args:
+      model: the checkpoint; nothing is known of one that export did not write.
+      tokens: (samples, N), int32.
+      where: the text, for the message.
+      allowed: measure all the same.
+
+    Returns:
+      The fraction of the text that was used, for the result, if it is known (`overlap.share`).
+
+    Raises:
+      CorpusError: if it is at least `USED`.
+    """
+    if not (sketches := sketches_of(model.directory)):
+        return {}
+    try:
+        used = overlap.share(tokens, sketches)
+    except ValueError as error:
+        raise CheckpointError(
+            model.directory / MANIFEST, f"has a damaged sketch ({error})", "export it again"
+        ) from error
+    if used >= USED and not allowed:
+        raise CorpusError(
+            where,
+            f"is text that {model.directory.name} was pruned with (about {used:.0%} of it)",
+            "measure on other text, or give --allow-calibrated",
+        )
+    return {"calibrated": round(used, 4)}
 
 
 def perplexity(loss: float) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 
-from prunetool import console, records, workdir
+from prunetool import console, overlap, records, workdir
 from prunetool.card import model_card
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.index import read_json
@@ -28,6 +28,7 @@ from prunetool.llama import forms
 from prunetool.llama.config import PRUNED, LlamaConfig
 from prunetool.llama.parts import FINAL_NORM, MATRICES
 from prunetool.llama.weights import part_shapes, scatter, tensor_chunks, tensor_name
+from prunetool.steps.recover import trained_on
 from prunetool.steps.run import reopen
 
 # Copied unchanged; resaving a tokenizer writes classes that older readers refuse.
@@ -149,7 +150,7 @@ class Export:
             self.header, model, label, shapes, writer.parameters, densities, recovered=recovered
         )
         writer.put("README.md", card.encode())
-        writer.close()
+        writer.close(_sketches(self.work, made))
         return self._said(kind, densities)
 
     def _said(self, kind: str, densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
@@ -171,6 +172,16 @@ class Export:
                 self.writer.put(name, data)
         for name, data in along.items():
             self.writer.put(name, data)
+
+
+def _sketches(work: Path, made: Sequence[records.LayerRecord]) -> list[str]:
+    """Sketches of the texts that were used, so that evaluate knows them."""
+    found = []
+    if (work / workdir.TOKENS_NAME).exists():  # an older version kept none
+        found.append(overlap.sketch(workdir.TensorFile(work, workdir.TOKENS_NAME)["tokens"]))
+    if file := made[0].files.get("recover"):
+        found.append(trained_on(work / file))
+    return found
 
 
 def companions(directory: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunetool import console, corpus, records, streaming, workdir
+from prunetool import console, corpus, overlap, records, streaming, workdir
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint import writer as files
 from prunetool.corpus import Text
@@ -154,6 +154,15 @@ def _removed(model: Model, work: Path, made: list[records.LayerRecord]) -> float
     return 1 - kept / total
 
 
+def trained_on(file: Path) -> str:
+    """The sketch of the text that made a layer's file.
+
+    Raises:
+      CheckpointError: if what stands beside the file is damaged.
+    """
+    return str(checksum.read_sealed(file.with_name(PROGRESS_NAME)).get("sketch", ""))
+
+
 @dataclass
 class Recovery:
     """One training: everything its layers share.
@@ -276,7 +285,7 @@ class Recovery:
         return True
 
     def _write_progress(self, *, finished: bool) -> None:
-        value = {"kl": self.kl, "finished": finished}
+        value = {"kl": self.kl, "finished": finished, "sketch": overlap.sketch(self.tokens)}
         files.write_json(self._directory / PROGRESS_NAME, checksum.sealed(value))
 
     def _resume(self) -> tuple[int, int | None]:

@@ -85,6 +85,8 @@ def read_evaluation(path: Path) -> Evaluation:
                 rows = [list(map(_known, row)) for row in found["by_head"]]
                 maps.append((f"Attention error by layer and head on {label}: {said}", rows))
         lines += [("model", shown(value["model"])), ("tokens", f"{value['tokens']:,}")]
+        if used := value.get("calibrated"):
+            lines.append(("of them calibrated on", f"about {used:.0%}"))
     except OSError as error:
         raise RecordError(path, error.strerror or "cannot be read", "check the name") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

@@ -55,7 +55,16 @@ def test_it_is_that_of_transformers_before_and_after(checkpoint, call, run, text
     how = ["--allocation", "uniform", "--method", "wanda-sp", "--multiple-of", 8]
     call("score", "a", "--sparsity", ".4", *how, "-o", "b")
     call("export", "out", "b")
-    done = run("evaluate", "out", "--against", "dense", *words, "--choices", "items.jsonl")
+    done = run(
+        "evaluate",
+        "--allow-calibrated",
+        "out",
+        "--against",
+        "dense",
+        *words,
+        "--choices",
+        "items.jsonl",
+    )
     found = json.loads(done.stdout)
     for directory, said in (("out", found), ("dense", found["against"])):
         by_loss, by_bytes = by_transformers(tmp_path / directory, items)
@@ -68,7 +77,16 @@ def test_it_is_that_of_transformers_before_and_after(checkpoint, call, run, text
     call("report", "b", "--evaluation", "e.json", "-o", "page.html")
     assert "accuracy before" in (tmp_path / "page.html").read_text()
     alone = json.loads(
-        call("evaluate", "out", *words, "--choices", "items.jsonl", "--bos", "always")
+        call(
+            "evaluate",
+            "--allow-calibrated",
+            "out",
+            *words,
+            "--choices",
+            "items.jsonl",
+            "--bos",
+            "always",
+        )
     )
     assert alone["items"] == 24
 

@@ -258,8 +258,8 @@ def test_a_sweep_is_drawn_with_what_was_measured(calibrated, run, text, tmp_path
     (tmp_path / "dense.work/score-0123456789ac").mkdir()
     (tmp_path / "dense.work/score-0123456789ac/records.jsonl").write_text(wrong)
     run("export", "out", "kept-.4.jsonl")
-    compared = run("evaluate", "out", "--against", "dense", "--text", text, "--samples", 2,
-                   "--sequence-length", 32).stdout  # fmt: skip
+    words = ["--text", text, "--samples", 2, "--sequence-length", 32, "--allow-calibrated"]
+    compared = run("evaluate", "out", "--against", "dense", *words).stdout
     (tmp_path / "e.json").write_text(compared)
     stream = (tmp_path / "kept-.2.jsonl").read_text()
     page = page_of(run, tmp_path, stream, "--evaluation", "e.json")

@@ -794,7 +794,15 @@ class TestTiedWithItsOwnHead:
             with torch.no_grad():
                 expected = theirs(torch.tensor(tokens), labels=torch.tensor(tokens)).loss.item()
             ours = json.loads(
-                call("evaluate", directory, "--tokens", "ids.npy", "--sequence-length", 32)
+                call(
+                    "evaluate",
+                    "--allow-calibrated",
+                    directory,
+                    "--tokens",
+                    "ids.npy",
+                    "--sequence-length",
+                    32,
+                )
             )
             assert ours["loss"] == pytest.approx(expected, abs=2e-5)
         config = json.loads((tmp_path / "out/config.json").read_text())

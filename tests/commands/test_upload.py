@@ -90,7 +90,18 @@ def upload(tmp_path, monkeypatch, capsys):
 
 def evaluated(capsys, model, text, *more):
     capsys.readouterr()
-    prunetool("evaluate", model, "--text", text, "--sequence-length", 32, "--samples", 4, *more)
+    prunetool(
+        "evaluate",
+        "--allow-calibrated",
+        model,
+        "--text",
+        text,
+        "--sequence-length",
+        32,
+        "--samples",
+        4,
+        *more,
+    )
     return json.loads(capsys.readouterr().out)
 
 
