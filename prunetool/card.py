@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prunetool import __version__
 from prunetool.checkpoint.hub import HUB_ID, hub_id
 from prunetool.checkpoint.source import front_matter
-from prunetool.errors import shown
+from prunetool.errors import plain, shown
 from prunetool.llama.config import PRUNED, LayerShape
 from prunetool.llama.forms import LOADER_FILES
 from prunetool.model import Model
@@ -219,11 +219,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, str) and ABSOLUTE.fullmatch(value):
         return PureWindowsPath(value).name
     return value
-
-
-def plain(text: str) -> str:
-    """Escape foreign text for a Markdown page: one short line without markup."""
-    return re.sub(r"([\\`*_{}\[\]<>()#!|&~$:@])", r"\\\1", shown(text))
 
 
 def _how_to_load(form: str) -> list[str]:

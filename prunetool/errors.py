@@ -4,6 +4,7 @@ Every message is one line, ``where: what; what to do``. Any other exception is a
 traceback.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ def shown(value: object, limit: int = SHOWN) -> str:
         return text
     tail = limit // 2  # a path ends in the file's name
     return f"{text[: limit - tail - 1]}…{text[-tail:]}"
+
+
+def plain(text: str, limit: int = SHOWN) -> str:
+    """Escape foreign text for a Markdown page: one short line without markup."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|&~$:@])", r"\\\1", shown(text, limit))
 
 
 def _escaped(letter: str) -> str:

@@ -88,7 +88,7 @@ def bench(
     with console.summary("bench") as said:
         step.check(models)
         found = [step.measure(model, how) for model in console.progress(models, len(models))]
-        console.table(*step.table(found, how))
+        console.table(*step.table(found))
         console.write(sys.stdout, json.dumps([each.as_json() for each in found]) + "\n")
         if plot:
             write_bytes(plot, step.plot(found).encode())

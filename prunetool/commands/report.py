@@ -10,9 +10,23 @@ from prunetool import console, options, records
 @click.command(cls=options.Command)
 @options.source_arg
 @click.option(
-    "-o", "--output", "sink", default="report.html", show_default=True, metavar="FILE",
-    help="Write the page here; - is stdout.",
+    "-o", "--output", "sink", show_default="report.html, .md, .csv or .json", metavar="FILE",
+    help="Write the report here; - is stdout.",
 )  # fmt: skip
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["html", "markdown", "csv", "json"]),
+    default="html",
+    show_default=True,
+    help="html: one page with tables and pictures. The others: the tables, of csv a line a cell.",
+)
+@click.option(
+    "--plots",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write the pictures there too, as SVG files.",
+)
 @click.option(
     "--evaluation",
     "evaluated",
@@ -22,24 +36,45 @@ from prunetool import console, options, records
     help="Show this result of evaluate too; if made with --against, a heat map of every head's "
     "attention error. May be given several times.",
 )
-def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
-    """Make an HTML page of what each layer kept and what that cost.
+@click.option(
+    "--bench",
+    "benched",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Show this result of bench too.",
+)
+def report(
+    source: str,
+    sink: str | None,
+    form: str,
+    plots: Path | None,
+    evaluated: tuple[Path, ...],
+    benched: Path | None,
+) -> None:
+    """Make a page of what each layer kept and what that cost.
 
     Reads the records of score or compensate from a file or stdin, all before the page is written;
     given the directory that export wrote, it reads the records that it was made of, and of a work
     directory the last ones. Of several sparsities scored from one calibration, it draws the
-    expected loss, and beside it the measured one of every --evaluation made with --against. The
-    page is one self-contained file.
+    expected loss, and beside it the measured one of every --evaluation made with --against. An
+    HTML page is one self-contained file.
 
     \b
     Example:
       prunetool report OUT
       prunetool report refitted.jsonl -o page.html
-      prunetool report refitted.jsonl --evaluation compared.json
+      prunetool report OUT --evaluation compared.json --bench speed.json
+      prunetool report OUT --format markdown -o - | less
+      prunetool report OUT --format csv --plots pictures
     """
-    options.keep_inputs([sink], [source, *evaluated])
     from prunetool import workdir
+    from prunetool.checkpoint.writer import write_bytes
+    from prunetool.steps import bench, page
     from prunetool.steps import report as step
+
+    made_by = page.FORMS[form]
+    sink = sink or f"report{made_by.suffix}"
+    options.keep_inputs([sink], [source, *evaluated, benched])
 
     with console.summary("report") as said:
         if Path(source).is_dir():
@@ -49,7 +84,12 @@ def report(source: str, sink: str, evaluated: tuple[Path, ...]) -> None:
             header, layers = records.read(stream)
             options.keep_inputs([sink], [header.source])
             made = list(layers)
-        page, sizes = step.make_page(header, made, evaluations)
+        speeds = bench.read_speeds(benched) if benched else None
+        found, sizes = step.make_page(header, made, evaluations, speeds)
+        if plots:
+            plots.mkdir(parents=True, exist_ok=True)
+            for figure in found.figures:
+                write_bytes(plots / f"{figure.name}.svg", figure.svg.encode())
         with options.open_sink(sink) as out:
-            out.write(page)
+            console.write(out, made_by.render(found))
         said += [f"{len(made)} layers", sizes, "page on stdout" if sink == "-" else sink]

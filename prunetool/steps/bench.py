@@ -15,18 +15,19 @@ from typing import Any
 from prunetool.checkpoint.gguf import PART_NAME
 from prunetool.checkpoint.index import read_json
 from prunetool.checkpoint.source import ADAPTER_NAME
-from prunetool.errors import PrunetoolError, shown
+from prunetool.errors import PrunetoolError, RecordError, shown
 from prunetool.llama import forms
 from prunetool.llama.config import PRUNED
 from prunetool.runtimes import NEEDED, runtime_of
 from prunetool.steps import picture
+from prunetool.steps.page import Table
 
 COLOURS = {"transformers": "#3070b0", "llama.cpp": "#c05020"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's speed: that of every repeat, in tokens a second."""
+    """A model's speed: that of every repeat, in tokens a second; and how it was measured."""
 
     model: str
     runtime: str
@@ -35,6 +36,7 @@ class Measured:
     peak_bytes: int
     prompt_tokens_per_second: list[float]
     generated_tokens_per_second: list[float]
+    how: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -83,7 +85,7 @@ def measure(model: Path, how: Mapping[str, Any]) -> Measured:
             shown(model), f"{runtime_of(model)} failed ({shown(lines[-1], 120)})", "see its own log"
         )
     found = json.loads(done.stdout.splitlines()[-1])
-    return Measured(model=str(model), file_bytes=_size(model), **found)
+    return Measured(model=str(model), file_bytes=_size(model), how=dict(how), **found)
 
 
 def _size(model: Path) -> int:
@@ -106,8 +108,26 @@ def _is_ours(model: Path) -> bool:
     )
 
 
-def table(found: Sequence[Measured], how: Mapping[str, Any]) -> tuple[str, list[str], list[Any]]:
+def read_speeds(path: Path) -> Table:
+    """The table of a result of ``prunetool bench``, for a report.
+
+    Raises:
+      RecordError: if it is something else.
+    """
+    try:
+        found = [Measured(**each) for each in json.loads(path.read_text("utf-8"))]
+        title, columns, rows = table(found)
+    except OSError as error:
+        raise RecordError(path, error.strerror or "cannot be read", "check the name") from error
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        what = f"is not a result of bench ({type(error).__name__}: {error})"
+        raise RecordError(path, what, "name a file that prunetool bench printed") from error
+    return Table(title, rows, columns)
+
+
+def table(found: Sequence[Measured]) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows: medians, ± half the range, times that of its program's first."""
+    how = found[0].how
     first = {each.runtime: each for each in reversed(found)}
 
     def cells(values: Sequence[float], of: Sequence[float]) -> list[str]:
@@ -118,7 +138,13 @@ def table(found: Sequence[Measured], how: Mapping[str, Any]) -> tuple[str, list[
     for each in found:
         other = first[each.runtime]
         size, peak = f"{each.file_bytes / 1e6:,.1f}", f"{each.peak_bytes / 1e6:,.0f}"
-        row = [Path(each.model).name, each.runtime, size, f"{each.load_seconds:.2f}", peak]
+        row = [
+            shown(Path(each.model).name),
+            shown(each.runtime),
+            size,
+            f"{each.load_seconds:.2f}",
+            peak,
+        ]
         row += cells(each.prompt_tokens_per_second, other.prompt_tokens_per_second)
         row += cells(each.generated_tokens_per_second, other.generated_tokens_per_second)
         rows.append(row)

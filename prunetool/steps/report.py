@@ -1,46 +1,24 @@
-"""The report page of a run: what each layer keeps, at what cost, and every head's error."""
+"""What a report of a run says: what each layer keeps, at what cost, and every head's error."""
 
-import html
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prunetool import console, records
+from prunetool.checkpoint.hub import hub_id
 from prunetool.errors import RecordError, shown
 from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, masks
 from prunetool.model import Model
 from prunetool.pruning import curve
 from prunetool.steps import picture, sweep
+from prunetool.steps.page import NOTHING, Cell, Figure, Page, Row, Table
 from prunetool.steps.run import reopen
 
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; max-width: 60em }
-h1, p { overflow-wrap: anywhere }
-figure, .table { margin: 1.5em 0; overflow-x: auto } figcaption, summary { font-weight: bold }
-table { border-collapse: collapse }
-caption { text-align: left; font-weight: bold; padding: .3em 0 }
-th, td { padding: .2em .6em; text-align: right; border: 1px solid #8883; font-weight: normal }
-.words td, .words th { text-align: left } .map td, .map th { font-size: 75%; padding: .3em }
-details caption { display: none }
-"""
 COLUMNS = ("query heads", "KV heads", "MLP channels")
 MAPS = {"own": "each model's own input", "same_input": "the dense model's input"}
 SUMMARY = "mean {mean:.4g}, worst {worst:.4g} (layer {worst_layer} head {worst_head})"
-
-
-class Cell(NamedTuple):
-    """A table cell; ``value``, 0 to 1, sets its colour (NaN: grey)."""
-
-    text: object
-    value: float | None = None
-    title: str = ""
-
-
-NOTHING = Cell("–")
-Row = Sequence[object]
 Columns = dict[Any, Cell]  # a layer's row
 
 
@@ -84,7 +62,7 @@ def read_evaluation(path: Path) -> Evaluation:
                 said = "no head to compare" if found["mean"] is None else SUMMARY.format_map(found)
                 rows = [list(map(_known, row)) for row in found["by_head"]]
                 maps.append((f"Attention error by layer and head on {label}: {said}", rows))
-        lines += [("model", shown(value["model"])), ("tokens", f"{value['tokens']:,}")]
+        lines += [("model", _named(value["model"])), ("tokens", f"{value['tokens']:,}")]
         if used := value.get("calibrated"):
             lines.append(("of them calibrated on", f"about {used:.0%}"))
     except OSError as error:
@@ -92,7 +70,13 @@ def read_evaluation(path: Path) -> Evaluation:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"is not an evaluation ({type(error).__name__}: {error})"
         raise RecordError(path, what, "name a file that prunetool evaluate printed") from error
-    return Evaluation(shown(path), lines, maps, point)
+    return Evaluation(_named(path), lines, maps, point)
+
+
+def _named(path: object) -> str:
+    """A path as typed, without the directories of this machine."""
+    where = Path(str(path))
+    return shown(where.name if where.is_absolute() else path)
 
 
 def _accuracy(of: dict[str, Any], name: str) -> list[tuple[str, str]]:
@@ -122,9 +106,12 @@ def _perplexity(of: dict[str, Any]) -> str:
 
 
 def make_page(
-    header: records.Header, made: Sequence[records.LayerRecord], evaluations: Sequence[Evaluation]
-) -> tuple[str, str]:
-    """The HTML page for a complete stream and evaluations; and what to report about it."""
+    header: records.Header,
+    made: Sequence[records.LayerRecord],
+    evaluations: Sequence[Evaluation],
+    speeds: Table | None,
+) -> tuple[Page, str]:
+    """The page for a complete stream, evaluations and speeds; and what to report about it."""
     model, work = reopen(header), Path(header.work)
     sizes = [_sizes(model, work, r) for r in console.progress(made, header.layers)]
     kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
@@ -143,33 +130,33 @@ def make_page(
         ]
         for step in header.history
     ]
-    title = _text(f"{shown(Path(header.source).name)}, pruned")
     errors = [_errors(record.values) for record in made]
     nats = [
         {name: Cell(f"{loss:.3g}") for name, loss in record.values.get("nats", {}).items()}
         for record in made
     ]
-    parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n",
-        f"<h1>{title}</h1>\n<p>{_text(shown(header.source))}</p>\n",
-        _table("Weights of the decoder layers' seven matrices", counts),
-        *_evaluated(evaluations),
-        _units([of[0] for of in sizes]),
-        _by_layer("Units kept", [of[0] for of in sizes]),
+    units = [of[0] for of in sizes]
+    parts: list[Table | Figure] = [
+        Table("Weights of the decoder layers' seven matrices", counts),
+        *(Table(f"Evaluation {of.file}", of.lines, kind="words") for of in evaluations),
+        *([speeds] if speeds else []),
+        _units(units),
+        _by_layer("Units kept", units),
         _by_layer("Weights kept, of those before", [of[1] for of in sizes]),
         _by_layer("Predicted loss after the refit, nats a token", nats),
-        _sweep(header, model, evaluations),
+        *_sweep(header, model, evaluations),
         *_recovered(made[0]),
         _by_layer("Relative output error by plain removal", [of[0] for of in errors]),
         _by_layer("Relative output error, plain removal → refitted", [of[1] for of in errors]),
         _by_layer("Relative error of the attention matrices", [of[2] for of in errors]),
         *_maps(evaluations),
-        _table("What was requested", asked, "words"),
-        "</html>\n",
+        Table("What was requested", asked, kind="words"),
     ]
-    return "".join(parts), f"{kept:,} of {dense:,} layer weights kept"
+    name = hub_id(Path(header.model)) or _named(header.source)
+    page = Page(
+        f"{name}, pruned", [part for part in parts if not isinstance(part, Table) or part.rows]
+    )
+    return page, f"{kept:,} of {dense:,} layer weights kept"
 
 
 def _sizes(
@@ -208,15 +195,17 @@ def _errors(values: dict[str, Any]) -> tuple[Columns, Columns, Columns]:
     return plain, refits, {"calibration": seen, "held out": unseen}
 
 
-def _recovered(record: records.LayerRecord) -> Iterator[str]:
+def _recovered(record: records.LayerRecord) -> Iterator[Table]:
     """The table of what recover reached, if it ran: every record has it."""
     if said := record.values.get("recover"):
         losses = f"{said['kl_before']:.4f} → {said['kl_after']:.4f}"
         rows: list[Row] = [["held-out KL, nats a token", losses], ["steps", said["steps"]]]
-        yield _table("Recovered", rows)
+        yield Table("Recovered", rows)
 
 
-def _sweep(header: records.Header, model: Model, evaluations: Sequence[Evaluation]) -> str:
+def _sweep(
+    header: records.Header, model: Model, evaluations: Sequence[Evaluation]
+) -> Iterator[Figure]:
     """The loss by the fraction removed, of all sparsities and of the evaluations."""
     total = sum(map(model.layer_parameters, model.config.layer_shapes))
     measured = [
@@ -227,35 +216,25 @@ def _sweep(header: records.Header, model: Model, evaluations: Sequence[Evaluatio
     predicted = sweep.predicted(header, Path(header.work))
     expected = [(removed, curve.INTERACTION * nats) for removed, nats in predicted]
     if len(expected) + len(measured) < 2:
-        return ""
+        return
     lines = [
         (f"expected: {curve.INTERACTION} x score's prediction", "#3070b0", expected),
         ("measured by evaluate --against", "#c05020", sorted(measured)),
     ]
     caption = "Loss added, nats a token, by the fraction of the layers' parameters removed"
-    return _figure(caption, picture.lines(lines, caption))
+    yield Figure(caption, picture.lines(lines, caption), "loss")
 
 
-def _figure(caption: str, svg: str) -> str:
-    return f"<figure><figcaption>{_text(caption)}</figcaption>\n{svg}</figure>\n"
-
-
-def _units(kept: Sequence[Columns]) -> str:
+def _units(kept: Sequence[Columns]) -> Figure:
     """A picture of the heads and channels that every layer keeps."""
     rows = [
         (f"{name} kept, by layer", colour, [cells[name].value or 0.0 for cells in kept])
         for name, colour in (("KV heads", "#c05020"), ("MLP channels", "#3070b0"))
     ]
-    return _figure("Units kept", picture.bars(rows, "Units kept, by layer"))
+    return Figure("Units kept", picture.bars(rows, "Units kept, by layer"), "units")
 
 
-def _evaluated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """What each evaluation measured."""
-    for of in evaluations:
-        yield _table(f"Evaluation {of.file}", of.lines, "words")
-
-
-def _maps(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+def _maps(evaluations: Sequence[Evaluation]) -> Iterator[Table]:
     """The heat maps of all evaluations; all share one scale, for comparison."""
     every = (e for of in evaluations for _, rows in of.maps for row in rows for e in row)
     largest = max(filter(math.isfinite, every), default=0.0) or 1.0
@@ -271,43 +250,12 @@ def _maps(evaluations: Sequence[Evaluation]) -> Iterator[str]:
             yield _by_layer(f"{caption}; darkest: {largest:.4g}", cells, "map")
 
 
-def _by_layer(caption: str, layers: Sequence[Columns], kind: str = "numbers") -> str:
-    """A table of the columns in which any layer has an entry; empty if there are none."""
+def _by_layer(caption: str, layers: Sequence[Columns], kind: str = "numbers") -> Table:
+    """A folded table of the columns in which any layer has an entry; no rows if there are none."""
     every = dict.fromkeys(name for cells in layers for name in cells)
     names = [n for n in every if any(cells.get(n, NOTHING) != NOTHING for cells in layers)]
     rows = [[i, *(cells.get(n, NOTHING) for n in names)] for i, cells in enumerate(layers)]
-    if not names:
-        return ""
-    table = _table(caption, rows, kind, ["layer", *names])
-    return f"<details><summary>{_text(caption)}</summary>\n{table}</details>\n"
-
-
-def _table(caption: str, rows: Iterable[Row], kind: str = "numbers", head: Row = ()) -> str:
-    """A table; the first cell of a row names it. All text is escaped here and in `_cell`."""
-    names = "".join(f"<th>{_text(name)}</th>" for name in head)
-    lines = [
-        f'<div class="table"><table class="{kind}">',
-        f"<caption>{_text(caption)}</caption>",
-        f"<tr>{names}</tr>",
-    ]
-    for first, *cells in rows:
-        lines.append(f"<tr><th>{_text(first)}</th>{''.join(map(_cell, cells))}</tr>")
-    return "\n".join([*lines, "</table></div>", ""])
-
-
-def _cell(cell: object) -> str:
-    text, value, title = cell if isinstance(cell, Cell) else Cell(cell)
-    style = "" if value is None else f' style="{_colour(value)}"'
-    hover = f' title="{_text(title)}"' if title else ""
-    return f"<td{style}{hover}>{_text(text)}</td>"
-
-
-def _colour(value: float) -> str:
-    """Background from light (0) to dark (1), and a readable text colour; grey for NaN."""
-    if not math.isfinite(value):
-        return "background:#ddd"
-    ink = "#fff" if value > 0.8 else "#000"  # above this, white is more legible
-    return f"background:hsl(210 65% {96 - 62 * min(max(value, 0), 1):.1f}%);color:{ink}"
+    return Table(caption, rows if names else [], ["layer", *names], kind, folded=True)
 
 
 def _share(kept: int, of: int, text: str = "") -> Cell:
@@ -319,8 +267,3 @@ def _error(*errors: float | None) -> Cell:
     """Errors joined by arrows; the last one sets the colour."""
     known = [error for error in errors if error is not None]
     return Cell(" → ".join(f"{error:.4g}" for error in known), known[-1]) if known else NOTHING
-
-
-def _text(value: object) -> str:
-    # ASCII, since standard output may have any encoding.
-    return html.escape(str(value)).encode("ascii", "xmlcharrefreplace").decode()

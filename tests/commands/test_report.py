@@ -1,5 +1,6 @@
 """The page against the files it was made of, read as a browser reads it."""
 
+import csv
 import json
 import re
 from dataclasses import fields
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from prunetool.errors import plain
 from prunetool.llama.parts import MATRICES
 from prunetool.llama.weights import tensor_name
 from prunetool.records import Header
@@ -238,7 +240,7 @@ def test_foreign_text_is_cut_and_the_page_is_ascii_in_any_locale(calibrated, pro
     asked = page.tables["What was requested"][-1][1][0]
     assert r"shuffle z\x1bz\x1b" in asked
     assert asked.count("z") < 50
-    assert done.stdout.count("&#27169;") == 3 * 99  # title, heading and line below
+    assert done.stdout.count("&#27169;") == 2 * 99  # title and heading
 
 
 def test_a_perplexity_too_large_for_a_number_is_said(tmp_path):
@@ -332,3 +334,59 @@ def test_what_is_no_evaluation_is_said(run, tmp_path, value, says):
     assert line.startswith("Error: e.json: ")
     assert says in line
     assert not (tmp_path / "report.html").exists()
+
+
+def test_other_formats_have_the_same_tables(calibrated, run, tmp_path):
+    _, records = calibrated()
+    (tmp_path / "made.jsonl").write_text(
+        run("compensate", "--damping", ".01", stdin=scored(run, records, *PRUNED)).stdout
+    )
+    page = page_of(run, tmp_path, (tmp_path / "made.jsonl").read_text(), "--plots", "pictures")
+    assert (tmp_path / "pictures/units.svg").read_text().startswith("<svg xmlns=")
+    done = run("report", "made.jsonl", "--format", "json", "-o", "-")
+    tables = {table["caption"]: table for table in json.loads(done.stdout)["tables"]}
+    assert tables.keys() == page.tables.keys()
+    run("report", "made.jsonl", "--format", "csv")
+    with (tmp_path / "report.csv").open(newline="") as file:
+        cells = {(r["table"], r["row"], r["column"]): r["value"] for r in csv.DictReader(file)}
+    markdown = run("report", "made.jsonl", "--format", "markdown", "-o", "-").stdout
+    for caption, rows in page.tables.items():
+        table = tables[caption]
+        assert table["columns"] == [text for text, *_ in rows[0]]
+        assert len(table["rows"]) == len(rows) - 1
+        assert f"## {plain(caption)}\n" in markdown
+        for shown, given in zip(rows[1:], table["rows"], strict=True):
+            name = shown[0][0]
+            for column, (text, *_), value in zip(table["columns"], shown, given, strict=False):
+                if text == "–":
+                    assert value is None
+                elif isinstance(value, str):
+                    assert value == text
+                else:
+                    assert value == pytest.approx(
+                        float(text.strip("%").replace(",", "")) / (100 if "%" in text else 1)
+                    )
+                if column not in ("", table["columns"][0]):
+                    assert cells[caption, name, column] == ("" if value is None else str(value))
+            line = " | ".join(plain(text, 300) for text, *_ in shown)
+            assert f"| {line} |" in markdown
+    assert tables["Weights kept, of those before"]["rows"][0][-1] < 1
+
+
+def test_a_result_of_bench_is_shown_and_another_refused(calibrated, run, tmp_path):
+    _, records = calibrated()
+    speed = {
+        "model": "a/<b>", "runtime": "llama.cpp", "file_bytes": 2_000_000, "load_seconds": 0.5,
+        "peak_bytes": 3_000_000, "prompt_tokens_per_second": [10.0, 20.0, 30.0],
+        "generated_tokens_per_second": [4.0], "how": {"prompt": 8, "generate": 4, "repeats": 3,
+        "threads": 2},
+    }  # fmt: skip
+    (tmp_path / "speed.json").write_text(json.dumps([speed]))
+    page = page_of(run, tmp_path, records.read_text(), "--bench", "speed.json")
+    names, (row,) = page.table("Tokens a second: prompt of 8, 4 generated; median of 3")
+    assert names[:2] == ["program", "MB"]
+    assert (row["MB"][0], row["prompt"][0], row["generated"][0]) == ("2.0", "20.0±10.0", "4.0±0.0")
+    for wrong in ("[]", "{", "[{}]", '[{"model": 1}]', json.dumps([speed | {"how": 3}])):
+        (tmp_path / "speed.json").write_text(wrong)
+        done = run("report", records, "--bench", "speed.json", ok=False)
+        assert "speed.json: is not a result of bench" in error_of(done)

@@ -14,9 +14,9 @@ from huggingface_hub import EvalResult, ModelCard
 from safetensors.numpy import load_file, save_file
 
 from prunetool import records, workdir
-from prunetool.card import model_card, plain, published
+from prunetool.card import model_card, published
 from prunetool.checkpoint import checksum, writer
-from prunetool.errors import CheckpointError, RecordError, WorkError
+from prunetool.errors import CheckpointError, RecordError, WorkError, plain
 from prunetool.model import open_model
 from prunetool.steps.export import companions
 from tests.commands.test_pipe import contents
