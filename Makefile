@@ -16,7 +16,7 @@ SPARSITY ?= 0.2
 TEXT ?= $(DEMO)/topics.calibrate.txt
 HELD_OUT ?= $(DEMO)/topics.measure.txt
 
-.PHONY: install check lint type test demo docs readme examples bench gpu-check clean
+.PHONY: install check lint type test loaders demo docs readme examples bench gpu-check clean
 
 install: $(VENV)/.test
 
@@ -39,7 +39,12 @@ type: $(VENV)/.test
 	$(BIN)/mypy
 
 test: $(VENV)/.test $(MODEL)/model.safetensors.index.json
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 -m 'not loaders'
+
+# Exported models in programs that need more packages; the others' tests are in `make test`.
+loaders: $(VENV)/.test
+	$(BIN)/pip install --quiet --editable '.[test,dev,loaders]'
+	$(BIN)/pytest -q tests/loaders/test_table.py
 
 docs readme: $(VENV)/.test
 	$(BIN)/cog -r $(PAGES)
