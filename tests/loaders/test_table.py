@@ -1,10 +1,12 @@
 """What export writes, in every program that is here: the table of examples/formats.md.
 
 A row is a program and what it does; a column is a format. `make loaders` also runs the rows that
-need a heavy package.
+need heavy packages: lm-evaluation-harness, and vLLM in an environment of its own, whose Python
+PRUNETOOL_VLLM names.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +48,11 @@ def out(request, tmp_path_factory):
     """A directory as export wrote it."""
     here = tmp_path_factory.mktemp("loaders")
     config = tiny_config(
-        num_hidden_layers=4, num_attention_heads=8, head_dim=8, max_position_embeddings=512
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
     )
     dense = with_merges(write_checkpoint(here / "dense", config))
     named = {
@@ -169,6 +175,21 @@ def accuracy_in_lm_eval(out, capsys, tmp_path):
     assert found == pytest.approx(ours["accuracy"])
 
 
+def greedy_in_vllm(out, capsys, tmp_path):
+    python = os.environ.get("PRUNETOOL_VLLM")
+    if not python:
+        pytest.skip("vLLM is not here; make loaders")
+    prompt = IDS[0, :20].tolist()
+    script = Path(__file__).with_name("vllm_greedy.py")
+    done = subprocess.run(
+        [python, script, out, json.dumps(prompt), "16"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    how = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    ours = load(out).generate(torch.tensor([prompt]), **how)[0, 20:]
+    assert json.loads(done.stdout.splitlines()[-1]) == ours.tolist()
+
+
 ROWS = {
     "transformers: logits": logits_in_transformers,
     "transformers: greedy text with a cache as without": greedy_with_a_cache,
@@ -179,8 +200,9 @@ ROWS = {
     "MLX-LM: text with a cache as without": a_cache_in_mlx,
     "llama.cpp, by `convert`: logits and 64 greedy tokens": logits_and_greedy_in_llama_cpp,
     "lm-evaluation-harness: accuracy as of `evaluate --choices`": accuracy_in_lm_eval,
+    "vLLM 0.32, on a CPU: greedy text as in transformers": greedy_in_vllm,
 }
-HEAVY = {"lm-evaluation-harness: accuracy as of `evaluate --choices`"}
+HEAVY = (accuracy_in_lm_eval, greedy_in_vllm)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # in peft
