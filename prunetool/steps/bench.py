@@ -167,4 +167,5 @@ def plot(found: Sequence[Measured]) -> str:
         ]
         lines.append((runtime, colour, sorted(points)))
     caption = "Generated tokens a second by peak memory, GB"
-    return picture.lines(lines, caption, x_format=".2g")
+    axes = ("peak memory, GB", "generated tokens a second")
+    return picture.lines(lines, caption, axes, x_format=".4g")

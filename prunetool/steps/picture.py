@@ -1,10 +1,11 @@
 """Pictures as SVG, which stand in a page or a file of their own."""
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 
 WIDTH, HEIGHT, MARGIN = 480, 260, 44
-TICKS = 4  # of each axis
+TICKS = 5  # of each axis, at most
 BAR, GAP = 90, 6  # height of a row of bars, and the space above it
 
 Point = tuple[float, float]
@@ -43,38 +44,56 @@ def bars(rows: Sequence[tuple[str, str, Sequence[float]]], caption: str) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
+def _ticks(largest: float) -> list[float]:
+    """Round numbers from 0 to just above the largest."""
+    size = 10 ** math.floor(math.log10(largest / TICKS))
+    step = next(size * times for times in (1, 2, 5, 10) if size * times * TICKS >= largest)
+    return [step * number for number in range(math.ceil(largest / step) + 1)]
+
+
 def lines(
-    named: Sequence[tuple[str, str, Sequence[Point]]], caption: str, x_format: str = ".0%"
+    named: Sequence[tuple[str, str, Sequence[Point]]],
+    caption: str,
+    axes: tuple[str, str],
+    x_format: str = ".0%",
 ) -> str:
     """An SVG of several lines of points from 0 on; empty if no line has a point.
 
     Args:
       named: name, CSS colour and points of each line.
       caption: what it shows.
+      axes: what stands along x and y.
       x_format: how numbers stand along the x axis.
     """
     every = [point for *_, points in named for point in points]
     if not every:
         return ""
-    right, top = (max(values) * 1.05 or 1.0 for values in zip(*every, strict=True))
+    across, up = (_ticks(max(0, *values) or 1.0) for values in zip(*every, strict=True))
+    right, top = across[-1], up[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across, up = (WIDTH - 2 * MARGIN) * x / right, (HEIGHT - 2 * MARGIN) * y / top
-        return round(MARGIN + across, 1), round(HEIGHT - MARGIN - up, 1)
+        left, high = (WIDTH - 2 * MARGIN) * x / right, (HEIGHT - 2 * MARGIN) * y / top
+        return round(MARGIN + left, 1), round(HEIGHT - MARGIN - high, 1)
 
     parts = [_begin(WIDTH, HEIGHT, caption)]
-    for i in range(TICKS + 1):
-        x, y = right * i / TICKS, top * i / TICKS
-        (left, up), (across, bottom) = place(0, y), place(x, 0)
-        end = WIDTH - MARGIN
-        parts.append(
-            f'<line x1="{left}" y1="{up}" x2="{end}" y2="{up}" stroke="currentColor" '
-            'stroke-opacity=".2"/>'
-        )
-        parts.append(f'<text x="{left - 4}" y="{up + 4}" text-anchor="end">{y:.2g}</text>')
-        parts.append(
-            f'<text x="{across}" y="{bottom + 14}" text-anchor="middle">{x:{x_format}}</text>'
-        )
+    for y in up:
+        left, high = place(0, y)
+        parts += [
+            f'<line x1="{left}" y1="{high}" x2="{WIDTH - MARGIN}" y2="{high}" '
+            'stroke="currentColor" stroke-opacity=".2"/>',
+            f'<text x="{left - 4}" y="{high + 4}" text-anchor="end">{y:.4g}</text>',
+        ]
+    middle = 'text-anchor="middle"'
+    parts += [
+        f'<text x="{place(x, 0)[0]}" y="{HEIGHT - MARGIN + 14}" {middle}>{x:{x_format}}</text>'
+        for x in across
+    ]
+    x_label, y_label = map(html.escape, axes)
+    parts += [
+        f'<text x="{WIDTH // 2}" y="{HEIGHT - 12}" {middle}>{x_label}</text>',
+        f'<text x="12" y="{HEIGHT // 2}" {middle} transform="rotate(-90 12 {HEIGHT // 2})">'
+        f"{y_label}</text>",
+    ]
     for number, (name, colour, points) in enumerate(named):
         parts += _line(name, colour, [place(*point) for point in points], number)
     return "\n".join([*parts, "</svg>\n"])

@@ -222,7 +222,7 @@ def _sweep(
         ("measured by evaluate --against", "#c05020", sorted(measured)),
     ]
     caption = "Loss added, nats a token, by the fraction of the layers' parameters removed"
-    yield Figure(caption, picture.lines(lines, caption), "loss")
+    yield Figure(caption, picture.lines(lines, caption, ("removed", "nats a token")), "loss")
 
 
 def _units(kept: Sequence[Columns]) -> Figure:

@@ -14,7 +14,7 @@ from prunetool.errors import plain
 from prunetool.llama.parts import MATRICES
 from prunetool.llama.weights import tensor_name
 from prunetool.records import Header
-from prunetool.steps import report, sweep
+from prunetool.steps import picture, report, sweep
 from tests.conftest import error_of
 
 HEADS, LAYERS = 4, 3  # of the tiny checkpoint
@@ -390,3 +390,19 @@ def test_a_result_of_bench_is_shown_and_another_refused(calibrated, run, tmp_pat
         (tmp_path / "speed.json").write_text(wrong)
         done = run("report", records, "--bench", "speed.json", ok=False)
         assert "speed.json: is not a result of bench" in error_of(done)
+
+
+@pytest.mark.parametrize("largest", [-1.0, 0.0, 1e-9, 0.3, 1.0, 7.2, 109.0])
+def test_a_plot_has_round_ticks_and_holds_its_points(largest):
+    points = [(0.1, largest), (0.5, largest / 2)]
+    svg = picture.lines([("name", "#000", points)], "what", ("x", "y"))
+    ticks = [float(text) for text in re.findall(r'text-anchor="end">([^<]*)<', svg)]
+    assert ticks[0] == 0
+    assert 3 <= len(ticks) <= 6
+    steps = np.diff(ticks)
+    assert np.allclose(steps, steps[0])
+    assert f"{steps[0]:.0e}"[0] in "125"
+    assert ticks[-1] >= largest
+    heights = [float(y) for y in re.findall(r'cy="([^"]*)"', svg)]
+    assert len(heights) == 2
+    assert largest < 0 or all(0 < y < picture.HEIGHT for y in heights)
