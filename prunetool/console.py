@@ -406,6 +406,11 @@ def summary(command: str) -> Iterator[list[str]]:
     log.info("%s: %s", command, SEPARATOR.join(parts), extra={"folds": True})
 
 
+def spent() -> tuple[float, int]:
+    """Seconds that this command has worked, and the peak memory of its process, MB."""
+    return _step.worked(), _peak()
+
+
 def _peak() -> int:
     """Peak resident memory of this process, MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,6 +21,7 @@ from prunetool.methods import UNIT_TARGETS
 from prunetool.model import Model
 
 GROUPS, CHANNELS = UNIT_TARGETS
+BINS = 4  # of a power of ten, in the histograms of scores that records have
 FINAL = "final_norm"  # in the last layer's file of recover
 
 

@@ -207,6 +207,10 @@ def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
+def _pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_count, value))
+
+
 def _text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -235,6 +239,7 @@ VALUES: dict[str, Shape] = {
     "loss": BOTH,
     "energy": BOTH,
     "nats": {...: ("(o|down)_proj", _number)},
+    "scores": {...: ("heads|channels", {...: (r"-?\d{1,4}|least", _pair)})},
     "masks": {...: (MATRIX, MASK)},
     "attention": {...: (".*", _number)},
     "refit": {...: (rf"{MATRIX}_proj(\.masked)?", REFIT)},

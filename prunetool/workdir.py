@@ -16,6 +16,7 @@
       compensate-77c1…/     refitted weights, one file per layer
       recover-90ab…/        recovered weights, one file per layer; streams and state while it runs
       */records.jsonl       the records of the directory's step, once complete
+      */cost.json           the seconds and memory that it took
 
 A step's directory name has a hash of all options so far, so several sparsities share one
 calibration, and a file that exists is complete (files are renamed into place): a rerun step makes
@@ -28,6 +29,7 @@ deleted, below a directory whose run.json matches that stream, and never through
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import time
@@ -43,6 +45,7 @@ from safetensors import SafetensorError, safe_open
 from prunetool import console
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint import writer as files
+from prunetool.checkpoint.index import read_json
 from prunetool.errors import CheckpointError, RecordError, WorkError, shown
 from prunetool.records import Header, LayerRecord
 
@@ -65,8 +68,10 @@ FILES = re.compile(
     rf"|tokens\.safetensors|{OWN_TEXT.pattern}"
 )
 RECORDS_NAME = "records.jsonl"
+COST_NAME = "cost.json"
 STEP_FILES = re.compile(
     rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}|{re.escape(WEIGHTS_NAME)}"
+    rf"|{re.escape(COST_NAME)}"
     r"|(hidden|residual|gradient)-\d{5}|state-\d{5}\.\w+\.\d+|progress\.json"
 )
 AGAIN = (
@@ -402,6 +407,24 @@ def records_copy(work: Path, directory: str) -> Iterator[IO[str]]:
     path = below(work, f"{directory}/{RECORDS_NAME}")
     path.parent.mkdir(exist_ok=True)
     files.write_bytes(path, copy.getvalue().encode())
+    _keep_cost(work, directory)
+
+
+def _keep_cost(work: Path, directory: str) -> None:
+    """Keep what a step took, unless an earlier run, whose files this one read, took longer."""
+    (seconds, peak), known = console.spent(), cost_of(work, directory)
+    if known is None or known[0] < seconds:
+        value = {"seconds": round(seconds, 1), "peak_mb": peak}
+        files.write_json(below(work, f"{directory}/{COST_NAME}"), value)
+
+
+def cost_of(work: Path, directory: str) -> tuple[float, int] | None:
+    """Seconds and peak memory, MB, of a step's longest run; None if they are not known."""
+    with suppress(CheckpointError, KeyError, TypeError, ValueError, OverflowError):
+        said = read_json(work / directory / COST_NAME)
+        seconds, peak = float(said["seconds"]), int(said["peak_mb"])
+        return (seconds, peak) if math.isfinite(seconds) else None
+    return None
 
 
 def of(place: Path) -> Path:

@@ -87,6 +87,7 @@ VALUES = {
     "loss": {"o_proj": 0.1, "down_proj": 0},
     "energy": {"o_proj": 1e300, "down_proj": 3},
     "nats": {"down_proj": 0.01},
+    "scores": {"heads": {"least": [0, 1]}, "channels": {"-12": [30, 2], "4": [0, 0]}},
     "masks": {"q": MASK, "down": {**MASK, "loss": 0.1}},
     "attention": {"calibration": 0.1},
     "refit": {
@@ -149,6 +150,9 @@ def test_records_are_ascii_whatever_a_path_holds():
         (changed(1, values={"loss": {"o_proj": 1}}), "loss is {'o_proj': 1}, which is malformed"),
         (changed(1, values={"energy": {"o_proj": 1, "down_proj": "1"}}), "energy is"),
         (changed(1, values={"nats": {"q_proj": 1}}), "nats is {'q_proj': 1}, which is malformed"),
+        (changed(1, values={"scores": {"heads": {"0": [1]}}}), "scores is {'heads': {'0': [1]}}"),
+        (changed(1, values={"scores": {"heads": {"x": [1, 2]}}}), "which is malformed"),
+        (changed(1, values={"scores": {"heads": {"1": [1, -2]}}}), "which is malformed"),
         (changed(1, values={"energy": {"o_proj": 1, "down_proj": 10**400}}), "energy is"),
         (changed(1, values={"kept": {"heads": -1, "kv_heads": 1, "channels": 1}}), "kept is"),
         (changed(1, values={"kept": {"heads": True, "kv_heads": 1, "channels": 1}}), "kept is"),

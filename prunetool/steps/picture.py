@@ -44,6 +44,38 @@ def bars(rows: Sequence[tuple[str, str, Sequence[float]]], caption: str) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
+def stacks(
+    rows: Sequence[tuple[str, Sequence[tuple[str, int, int]]]],
+    colours: tuple[str, str],
+    caption: str,
+) -> str:
+    """An SVG of rows of stacked bars, of two counts each.
+
+    Args:
+      rows: name of each row, and its bars: a label, perhaps empty, and the two counts.
+      colours: of the first count, at the bottom, and the second.
+      caption: what it shows.
+    """
+    parts = [_begin(WIDTH, len(rows) * (BAR + 40), caption)]
+    for number, (name, bars) in enumerate(rows):
+        top = number * (BAR + 40) + 16
+        tallest = max((first + second for _, first, second in bars), default=0) or 1
+        step = (WIDTH - MARGIN) / max(len(bars), 1)
+        parts.append(f'<text x="0" y="{top - 4}">{html.escape(name)}</text>')
+        for place, (label, *counts) in enumerate(bars):
+            x, width = round(place * step, 1), round(max(step - 1, 0.5), 1)
+            bottom = float(top + BAR - GAP)
+            for count, colour in zip(counts, colours, strict=True):
+                high = round((BAR - GAP) * count / tallest, 1)
+                bottom = round(bottom - high, 1)
+                parts.append(
+                    f'<rect x="{x}" y="{bottom}" width="{width}" height="{high}" fill="{colour}">'
+                    f"<title>{count}</title></rect>"
+                )
+            parts.append(f'<text x="{x}" y="{top + BAR + 8}">{html.escape(label)}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def _ticks(largest: float) -> list[float]:
     """Round numbers from 0 to just above the largest."""
     size = 10 ** math.floor(math.log10(largest / TICKS))

@@ -3,19 +3,23 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunetool import console, records
+from prunetool import console, records, workdir
 from prunetool.checkpoint.hub import hub_id
 from prunetool.errors import RecordError, shown
-from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, masks
+from prunetool.kept import BINS, CHANNELS, GROUPS, extents, kept_units, masks
 from prunetool.model import Model
 from prunetool.pruning import curve
 from prunetool.steps import picture, sweep
 from prunetool.steps.page import NOTHING, Cell, Figure, Page, Row, Table
 from prunetool.steps.run import reopen
 
+COSTS = "Time and memory of each step (if it was resumed, of its longest run)"
+SCORED = {CHANNELS: "MLP channels", GROUPS: "KV heads"}
+WIDEST = 200  # bars of a histogram
 COLUMNS = ("query heads", "KV heads", "MLP channels")
 MAPS = {"own": "each model's own input", "same_input": "the dense model's input"}
 SUMMARY = "mean {mean:.4g}, worst {worst:.4g} (layer {worst_layer} head {worst_head})"
@@ -140,7 +144,9 @@ def make_page(
         Table("Weights of the decoder layers' seven matrices", counts),
         *(Table(f"Evaluation {of.file}", of.lines, kind="words") for of in evaluations),
         *([speeds] if speeds else []),
+        Table(COSTS, list(_costs(header, work)), ("step", "seconds", "peak memory, MB")),
         _units(units),
+        *_scores(made),
         _by_layer("Units kept", units),
         _by_layer("Weights kept, of those before", [of[1] for of in sizes]),
         _by_layer("Predicted loss after the refit, nats a token", nats),
@@ -223,6 +229,40 @@ def _sweep(
     ]
     caption = "Loss added, nats a token, by the fraction of the layers' parameters removed"
     yield Figure(caption, picture.lines(lines, caption, ("removed", "nats a token")), "loss")
+
+
+def _costs(header: records.Header, work: Path) -> Iterator[Row]:
+    """What each step took, where that is known."""
+    for number, step in enumerate(header.history, 1):
+        so_far = replace(header, history=header.history[:number])
+        directory = workdir.step_directory(so_far) if number > 1 else workdir.STATS
+        if cost := workdir.cost_of(work, directory):
+            yield [shown(step["command"]), f"{cost[0]:,.1f}", f"{cost[1]:,}"]
+
+
+def _scores(made: Sequence[records.LayerRecord]) -> Iterator[Figure]:
+    """How many units of all layers have which score, of those that stay and those that go."""
+    rows = []
+    for target in (CHANNELS, GROUPS):
+        total: dict[str, tuple[int, int]] = {}
+        for record in made:
+            for name, counts in record.values.get("scores", {}).get(target, {}).items():
+                stay, go = counts
+                before = total.get(name, (0, 0))
+                total[name] = before[0] + stay, before[1] + go
+        known = sorted(int(name) for name in total if name != "least")
+        stay, go = total.get("least", (0, 0))
+        bars = [("0", stay, go)] if "least" in total else []
+        if known and known[-1] - known[0] < WIDEST:
+            every = range(known[0], known[-1] + 1)
+            for n in every:
+                stay, go = total.get(str(n), (0, 0))
+                bars.append((f"1e{n // BINS}" if n % BINS == 0 else "", stay, go))
+        if bars:
+            rows.append((f"{SCORED[target]}, by score: kept, and removed above", bars))
+    if rows:
+        caption = "How many units have which score: blue stay, red go"
+        yield Figure(caption, picture.stacks(rows, ("#3070b0", "#c05020"), caption), "scores")
 
 
 def _units(kept: Sequence[Columns]) -> Figure:

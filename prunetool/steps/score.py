@@ -10,7 +10,7 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, RecordError, naming
-from prunetool.kept import CHANNELS, GROUPS, extents, kept_units, used_weight
+from prunetool.kept import BINS, CHANNELS, GROUPS, extents, kept_units, used_weight
 from prunetool.llama.parts import UNIT_MATRICES
 from prunetool.methods import methods_of
 from prunetool.pruning import budget, compensation, curve, gram, structural, units
@@ -115,6 +115,7 @@ class Scoring:
             yield record.adding(
                 {f"kept.{t}": name for t in self.targets},
                 {"kept": now, "loss": losses, "energy": layer.energy, **layer.seconds}
+                | {"scores": self._histograms(layer.units, masks)}
                 | self._with_earlier(record, nats),
             )
         columns = ["layer", "heads", "channels", *OUTPUT_MATRICES]
@@ -128,6 +129,20 @@ class Scoring:
             self.said.append(f"predicted loss {predicted:.3g} nats a token")
             times = math.exp(min(curve.INTERACTION * predicted, MOST_NATS))
             self.said.append(f"expect about {times:.3g} x the perplexity")
+
+    def _histograms(
+        self, units: dict[str, _Units], masks: dict[str, np.ndarray]
+    ) -> dict[str, dict[str, list[int]]]:
+        """How many units of a layer have which score: `BINS` a power of ten, [kept, removed]."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for target in self.targets:
+            bins: dict[str, list[int]] = {}
+            for score, stays in zip(units[target].between_layers, masks[target], strict=True):
+                known = score > 0 and math.isfinite(score)
+                name = str(math.floor(BINS * math.log10(score))) if known else "least"
+                bins.setdefault(name, [0, 0])[not stays] += 1
+            found[target] = bins
+        return found
 
     def _with_earlier(
         self, record: records.LayerRecord, nats: dict[str, float]

@@ -73,7 +73,7 @@ def test_nothing_runs_off_the_edge_or_is_blank(calibrated, run, text, tmp_path):
         assert found["scroll"] <= found["client"] <= width
         assert not found["over"]
         assert not found["empty"]
-        assert len(found["pictures"]) == 2
+        assert len(found["pictures"]) == 3
         assert all(0 < wide <= width and inside > 4 for wide, inside in found["pictures"])
         assert found["tables"] >= 10
         assert not re.search(r"None|undefined|nan|[0-9a-f]{12}|/tmp", found["text"])

@@ -30,7 +30,7 @@ def contents(directory):
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in ("records.jsonl", ".prunetool.json")
+        if path.is_file() and path.name not in ("records.jsonl", "cost.json", ".prunetool.json")
     }
 
 

@@ -274,9 +274,12 @@ def test_a_sweep_is_drawn_with_what_was_measured(calibrated, run, text, tmp_path
     measured = json.loads(compared)
     point = report.read_evaluation(tmp_path / "e.json").point
     assert point == (measured["parameters"], measured["loss"] - measured["against"]["loss"])
-    alone = page_of(run, tmp_path, (tmp_path / "other.jsonl").read_text())
+    (tmp_path / "pictures").mkdir()
+    stream = (tmp_path / "other.jsonl").read_text()
+    alone = page_of(run, tmp_path, stream, "--plots", "pictures")
     assert "circle" not in alone.every, "one point is no curve"
-    assert alone.every.count("rect") == 2 * 2 * LAYERS, "of heads and channels, and behind each"
+    svg = (tmp_path / "pictures/units.svg").read_text()
+    assert svg.count("<rect") == 2 * 2 * LAYERS, "of heads and channels, and behind each"
 
 
 def test_an_evaluation_of_nan_and_infinity_is_shown(calibrated, run, tmp_path):
@@ -336,6 +339,52 @@ def test_what_is_no_evaluation_is_said(run, tmp_path, value, says):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("method", ["newton", "wanda-sp", "random"])
+def test_scores_are_counted_as_they_were_cut(calibrated, run, tmp_path, method):
+    _, records = calibrated()
+    words = ["--method", method, "--allocation", "global", "--sparsity", ".3", "--multiple-of", 1]
+    stream = scored(run, records, words)
+    layers = list(map(json.loads, stream.splitlines()))[1:-1]
+    (made,) = (tmp_path / "dense.work").glob("scores-*")
+    for layer in layers:
+        number, values = layer["index"], layer["values"]
+        scores = load_file(made / f"layer-{number:05d}.safetensors")
+        for target, kept in (("heads", "kv_heads"), ("channels", "channels")):
+            counts, compared = values["scores"][target], scores[f"{target}.compared"]
+            assert sum(stay for stay, _ in counts.values()) == values["kept"][kept]
+            assert sum(map(sum, counts.values())) == len(compared)
+            for name, pair in counts.items():
+                if name == "least":
+                    inside = ~(compared > 0)
+                else:
+                    low, high = (10 ** (x / 4) for x in (int(name), int(name) + 1))
+                    inside = (compared >= low * (1 - 1e-9)) & (compared < high * (1 + 1e-9))
+                assert inside.sum() == sum(pair)
+    run("report", "-o", "page.html", "--plots", "pictures", stdin=stream)
+    svg = (tmp_path / "pictures/scores.svg").read_text()
+    assert sum(map(int, re.findall("<title>([0-9]+)</title>", svg))) == LAYERS * (96 + 2)
+
+
+def test_what_each_step_took_is_shown(calibrated, run, tmp_path):
+    _, records = calibrated()
+    stream = scored(run, records, *PRUNED)
+    stream = run("compensate", "--damping", ".01", stdin=stream).stdout
+    names, rows = page_of(run, tmp_path, stream).table("Time and memory of each step")
+    assert names == ["seconds", "peak memory, MB"]
+    assert len(rows) == 4
+    assert all(float(row["seconds"][0]) > 0 for row in rows)
+    cost = tmp_path / "dense.work/stats/cost.json"
+    before = json.loads(cost.read_text())
+    cost.write_text(json.dumps(before | {"seconds": 3600.0}))
+    run("calibrate", "dense", "--text", "text.txt", "--samples", 8, "--sequence-length", 32,
+        "--held-out", 2, "--work", "dense.work", "-o", "again.jsonl")  # fmt: skip
+    assert json.loads(cost.read_text())["seconds"] == 3600, "it only read what is there"
+    for damage in ("{", "[]", '{"seconds": "x"}', '{"seconds": NaN, "peak_mb": 1}'):
+        cost.write_text(damage)
+        _, rows = page_of(run, tmp_path, stream).table("Time and memory of each step")
+        assert len(rows) == 3
+
+
 def test_other_formats_have_the_same_tables(calibrated, run, tmp_path):
     _, records = calibrated()
     (tmp_path / "made.jsonl").write_text(
@@ -355,8 +404,8 @@ def test_other_formats_have_the_same_tables(calibrated, run, tmp_path):
         assert table["columns"] == [text for text, *_ in rows[0]]
         assert len(table["rows"]) == len(rows) - 1
         assert f"## {plain(caption)}\n" in markdown
-        for shown, given in zip(rows[1:], table["rows"], strict=True):
-            name = shown[0][0]
+        names = [row[0][0] for row in rows[1:]]
+        for name, shown, given in zip(names, rows[1:], table["rows"], strict=True):
             for column, (text, *_), value in zip(table["columns"], shown, given, strict=False):
                 if text == "–":
                     assert value is None
@@ -366,7 +415,7 @@ def test_other_formats_have_the_same_tables(calibrated, run, tmp_path):
                     assert value == pytest.approx(
                         float(text.strip("%").replace(",", "")) / (100 if "%" in text else 1)
                     )
-                if column not in ("", table["columns"][0]):
+                if column not in ("", table["columns"][0]) and names.count(name) == 1:
                     assert cells[caption, name, column] == ("" if value is None else str(value))
             line = " | ".join(plain(text, 300) for text, *_ in shown)
             assert f"| {line} |" in markdown
