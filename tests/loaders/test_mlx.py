@@ -35,11 +35,15 @@ def test_a_model_that_transformers_saved_again_is_the_same_in_mlx(
     assert loss_in_mlx(tmp_path / "saved", token_ids) == pytest.approx(loss(unequal), abs=1e-5)
 
 
-def test_a_text_goes_on_with_a_cache_as_without(unequal, token_ids):
-    model, _ = utils.load_model(unequal, trust_remote_code=True)
+def assert_a_cache_changes_nothing(directory, token_ids):
+    model, _ = utils.load_model(directory, trust_remote_code=True)
     ids = mx.array(token_ids[:2])
     cache = make_prompt_cache(model)
     parts = [model(ids[:, :30], cache), *(model(ids[:, i : i + 1], cache) for i in range(30, 48))]
     np.testing.assert_allclose(
         np.array(mx.concatenate(parts, axis=1)), np.array(model(ids)), atol=1e-4
     )
+
+
+def test_a_text_goes_on_with_a_cache_as_without(unequal, token_ids):
+    assert_a_cache_changes_nothing(unequal, token_ids)

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from prunetool import cli
 from tests.conftest import tiny_config, write_checkpoint
 from tests.loaders.test_llamacpp import Judge, with_merges
-from tests.loaders.test_mlx import loss_in_mlx, make_prompt_cache, mx, utils
-from tests.loaders.test_transformers import load, loss_of
+from tests.loaders.test_mlx import assert_a_cache_changes_nothing, loss_in_mlx
+from tests.loaders.test_transformers import assert_a_cache_changes_no_text, load, loss_of
 
 COLUMNS = {
     "alike": ["--allocation", "uniform"],
@@ -79,12 +79,7 @@ def logits_in_transformers(out, capsys, tmp_path):
 
 
 def greedy_with_a_cache(out, capsys, tmp_path):
-    model, prompt = load(out), torch.tensor(IDS, dtype=torch.long)[:2, :30]
-    cached, whole = (
-        model.generate(prompt, max_new_tokens=16, do_sample=False, use_cache=cache, pad_token_id=0)
-        for cache in (True, False)
-    )
-    assert cached.tolist() == whole.tolist()
+    assert_a_cache_changes_no_text(out, IDS)
 
 
 def left_padding(out, capsys, tmp_path):
@@ -127,13 +122,7 @@ def logits_in_mlx(out, capsys, tmp_path):
 
 
 def a_cache_in_mlx(out, capsys, tmp_path):
-    model, _ = utils.load_model(out, trust_remote_code=True)
-    ids = mx.array(IDS[:2])
-    cache = make_prompt_cache(model)
-    parts = [model(ids[:, :30], cache), *(model(ids[:, i : i + 1], cache) for i in range(30, 48))]
-    np.testing.assert_allclose(
-        np.array(mx.concatenate(parts, axis=1)), np.array(model(ids)), atol=1e-4
-    )
+    assert_a_cache_changes_nothing(out, IDS)
 
 
 def logits_and_greedy_in_llama_cpp(out, capsys, tmp_path):
