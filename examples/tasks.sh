@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Accuracy of a checkpoint on the sets that papers about pruning report, by lm-evaluation-harness
-# (pip install 'lm-eval[hf]'), which downloads them. Its names of tasks were looked up; nothing was run,
-# since no machine here reaches the Hub. The first seven need no examples in the prompt.
+# (pip install 'lm-eval[hf]'), which downloads them. Its names of tasks were looked up; nothing was run yet.
+# The first seven need no examples in the prompt.
 #   examples/tasks.sh OUT [results]
 set -euo pipefail
 out=$1 results=${2:-results}

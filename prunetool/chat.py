@@ -1,7 +1,7 @@
 """Conversations -> text, as the checkpoint's own chat template writes them.
 
 The template and the conversations are untrusted: a template runs in Jinja2's sandbox, and whatever
-goes wrong in it is one line.
+goes wrong in it is one line. How long it runs is not limited.
 """
 
 import json
@@ -65,10 +65,13 @@ def conversation_text(directory: Path) -> Callable[[object, Any], str]:
                 "name its field with --text-field, or omit --chat",
             )
         try:
-            return template.render(messages=messages, add_generation_prompt=False, **special)
+            return template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=False,
+                **special,
+            )  # fmt: skip
         except Exception as error:  # the template's own code can raise anything
             what = f"is refused by the model's chat template ({error})"
-            raise CorpusError(where, what, "delete it from the file") from error
+            raise CorpusError(where, what, "leave it out, or omit --chat") from error
 
     return text
 
@@ -77,9 +80,12 @@ def _message(said: Any) -> dict[str, Any] | None:
     if not isinstance(said, dict):
         return None
     if {"from", "value"} <= said.keys():
-        role = said["from"]
+        role = str(said["from"])
         said = {"role": ROLES.get(role, role), "content": said["value"]}
-    return said if isinstance(said.get("role"), str) and "content" in said else None
+    if not isinstance(said.get("role"), str) or "content" not in said:
+        return None
+    # Parquet has null for what a message lacks, and templates ask what it has.
+    return {key: value for key, value in said.items() if value is not None or key == "content"}
 
 
 def _special_tokens(directory: Path) -> dict[str, str]:
@@ -115,8 +121,8 @@ def _compiled(directory: Path) -> "jinja2.Template":
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def as_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def as_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
     found = chat_templates(directory).get("default")
     if found is None:
@@ -130,6 +136,6 @@ def _compiled(directory: Path) -> "jinja2.Template":
     environment.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
     try:
         return environment.from_string(found)
-    except (jinja2.TemplateError, RecursionError, ValueError) as error:
+    except Exception as error:  # it becomes Python code, which can fail in any way
         what = f"has a chat template that cannot be used ({error})"
         raise CorpusError(directory, what, "omit --chat") from error

@@ -166,7 +166,7 @@ TEXT = (
     ),
     click.option(
         "--chat", is_flag=True, help="The field has conversations, lists of messages with role and "
-        "content, of which the model's chat template makes text. It writes its own BOS.",
+        "content, of which the model's chat template makes text. The template writes the BOS, too.",
     ),
     click.option(
         "--dataset", metavar="NAME",
@@ -214,7 +214,7 @@ def text_options(
         source = click.get_current_context().get_parameter_source
         if source("split") is ParameterSource.COMMANDLINE and not dataset:
             raise click.UsageError("--split is for --dataset")
-        if chat and (tokens_path or SELF in texts):
+        if chat and (tokens_path or SELF in texts or not given):
             raise click.UsageError("--chat is for conversations in --text or --dataset")
         if SELF in texts and not by_model:
             raise click.UsageError(
@@ -251,7 +251,9 @@ dtype_opt = click.option(
     help="Precision of matrix products; sums are float32. auto: bfloat16 "
     "if the checkpoint is, else float32.",
 )
-overwrite_opt = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+overwrite_opt = click.option(
+    "--overwrite", is_flag=True, help="Replace what is there: OUT, the work directory."
+)
 max_shard_size_opt = click.option(
     "--max-shard-size", "max_shard_bytes", metavar="SIZE", callback=_size_bytes, default="5GB",
     show_default=True, help="Maximum shard size, such as 5GB, 2GiB or 1000000. No layer is split: "

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 
 SHINGLE = 16  # tokens
-KEPT = 256  # hashes of 32 bits
+KEPT = 8192  # hashes of 32 bits
+FEWEST = 6  # comparable hashes that tell that nothing is shared
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, with bits as if drawn at random
 
 
@@ -24,32 +25,38 @@ def sketch(tokens: np.ndarray) -> str:
     return base64.b64encode(_hashes(tokens)[:KEPT].astype("<u4").tobytes()).decode()
 
 
-def share(tokens: np.ndarray, sketches: Iterable[str]) -> float:
+def share(tokens: np.ndarray, sketches: Iterable[str]) -> float | None:
     """Estimate the fraction of the shingles in ``tokens`` that a sketched text has too.
 
     Args:
       tokens: (samples, N), whole numbers.
       sketches: of several texts; the largest fraction counts.
 
+    Returns:
+      The fraction; None if none was found, but ``tokens`` are too few to tell.
+
     Raises:
       ValueError: if a sketch is damaged.
     """
-    hashes, largest = _hashes(tokens), 0.0
+    hashes, largest, fewest = _hashes(tokens), 0.0, len(tokens) * tokens.shape[1]
     for text in sketches:
         known = np.frombuffer(base64.b64decode(text, validate=True), "<u4")
         # Above the largest hash kept, nothing is known.
         comparable = hashes if len(known) < KEPT else hashes[hashes <= known[-1]]
+        fewest = min(fewest, len(comparable) if len(known) else 0)
         if len(comparable):
             largest = max(largest, float(np.isin(comparable, known).mean()))
-    return largest
+    return largest if largest or fewest >= FEWEST else None
 
 
 def _hashes(tokens: np.ndarray) -> np.ndarray:
     """The different hashes of all shingles, ascending, uint32."""
-    ids = tokens.astype(np.uint64)
-    count = max(ids.shape[1] - SHINGLE + 1, 0)
-    total = np.zeros((len(ids), count), np.uint64)
-    for place in range(SHINGLE if count else 0):
-        total = (total + ids[:, place : place + count] + np.uint64(1)) * FACTOR
-        total ^= total >> np.uint64(29)
-    return np.unique((total >> np.uint64(32)).astype(np.uint32))
+    found = [np.zeros(0, np.uint32)]
+    count = max(tokens.shape[1] - SHINGLE + 1, 0)
+    for row in tokens if count else ():  # one at a time, for memory
+        ids, total = row.astype(np.uint64), np.zeros(count, np.uint64)
+        for place in range(SHINGLE):
+            total = (total + ids[place : place + count] + np.uint64(1)) * FACTOR
+            total ^= total >> np.uint64(29)
+        found.append((total >> np.uint64(32)).astype(np.uint32))
+    return np.unique(np.concatenate(found))

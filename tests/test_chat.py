@@ -28,6 +28,9 @@ TEMPLATES = {
     "marked": "{{ bos_token }}{% for m in messages %}\n    {%- if m.role == 'assistant' %}\n"
     "{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}\n"
     "    {% else %}[{{ m['role'] | upper }}] {{ m['content'] }}\n    {% endif %}\n{% endfor %}",
+    "tools": "{% if tools is not none or documents is not none %}TOOLS{% endif %}"
+    "{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls | length }}{% endif %}"
+    "{{ m | tojson(ensure_ascii=true, separators=(',', ':')) }}{% endfor %}",
     "json": "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'system' %}"
     "{% continue %}{% endif %}{% set ns.n = ns.n + 1 %}{{ ns.n }} {{ m | tojson }} "
     "{{ m | tojson(indent=2) }}{% endfor %}",
@@ -100,6 +103,33 @@ def test_the_same_rows_in_parquet_and_of_sharegpt(dense, call, tmp_path):
     assert tokens(tmp_path / "a")[0, 1] != 256, "and no second one"
 
 
+def test_run_and_recover_take_conversations_too(dense, run, tmp_path):
+    add_template(dense, TEMPLATES["marked"])
+    name = write_rows(tmp_path / "a.jsonl", TALKS * 20)
+    words = ["--sequence-length", 32, "--sparsity", ".2", "--allocation", "global"]
+    run("run", "dense", "out", "--chat", "--text", name, "--samples", 4, "--gradients", 0, *words)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "calibrate dense --text TEXT" in card
+    assert "--chat" in card
+    line = error_of(run("evaluate", "out", "--chat", "--text", name, *words[:2], ok=False))
+    assert "a.jsonl: was used to prune" in line
+    made = str(next((tmp_path / "dense.prunetool").glob("compensate-*/records.jsonl")))
+    done = run("recover", made, "--chat", ok=False)
+    assert "--chat is for conversations in --text or --dataset" in done.stderr
+
+
+def test_what_parquet_fills_with_null_is_not_there(dense, call, tmp_path):
+    add_template(dense, TEMPLATES["tools"])
+    rows = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None,
+             "tool_calls": ["a", "b"]}]] * 9  # fmt: skip
+    words = ["--samples", 2, "--sequence-length", 16, "--gradients", 0, "--chat", "--work"]
+    write_rows(tmp_path / "a.jsonl", rows)
+    call("calibrate", "dense", "--text", "a.jsonl", *words, "a", "-o", "x")
+    parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "b.parquet")
+    call("calibrate", "dense", "--text", "b.parquet", *words, "b", "-o", "x")
+    assert np.array_equal(tokens(tmp_path / "a"), tokens(tmp_path / "b"))
+
+
 def test_today_is_always_the_same_day(dense):
     add_template(dense, "{{ strftime_now('%d %b %Y') }}")
     assert conversation_text(dense)("row", TALKS[0]) == "26 Jul 2024"
@@ -111,14 +141,17 @@ def test_what_is_wrong_is_one_line(dense, run, tmp_path):
 
     talks = write_rows(tmp_path / "a.jsonl", TALKS)
     assert "has no chat template" in refused(talks)
-    add_template(dense, "{% for %}")
-    assert "a chat template that cannot be used" in refused(talks)
+    nested = "".join(f"{{% for a{i} in messages %}}" for i in range(25)) + "{% endfor %}" * 25
+    for template in ("{% for %}", nested):
+        add_template(dense, template)
+        assert "a chat template that cannot be used" in refused(talks)
     add_template(dense, "{{ raise_exception('roles must alternate') }}")
     assert "a.jsonl: line 1: is refused by the model's chat template (roles must" in refused(talks)
     add_template(dense, "{{ messages.__class__.__base__.__subclasses__() }}")
     assert "is refused by the model's chat template" in refused(talks)
     add_template(dense, TEMPLATES["json"])
-    for wrong in ("text", [], ["text"], [{"role": "user"}], [{"role": 3, "content": ""}]):
+    odd = ([{"role": 3, "content": ""}], [{"from": [], "value": 1, "role": 3}][1:])
+    for wrong in ("text", [], ["text"], [{"role": "user"}], *odd):
         write_rows(tmp_path / "b.jsonl", [TALKS[0], wrong])
         assert "b.jsonl: line 2: has no conversation: a list of objects" in refused("b.jsonl")
     (tmp_path / "plain.txt").write_text("words")

@@ -111,7 +111,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     type=click.Path(path_type=Path),
     callback=options.named,
     metavar="DIR",
-    show_default="NAME.prunetool",
+    show_default="MODEL's name.prunetool, here",
     help="Work directory of this run; rerun the same command to resume there.",
 )
 @options.overwrite_opt

@@ -27,6 +27,6 @@ def clean(place: Path) -> None:
             before = workdir.size_bytes(work, *workdir.EVERYTHING)
             workdir.clear(work)
             freed = before - workdir.size_bytes(work, *workdir.EVERYTHING)
-        said += [f"{freed / 1e6:,.1f} MB of {work}"]
+        said += [f"deleted {freed / 1e6:,.1f} MB in {work}"]
         if work.exists():
             said += ["files that no step wrote stay there"]

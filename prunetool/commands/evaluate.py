@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-calibrated",
     is_flag=True,
-    help="Measure on text that MODEL was pruned with too; it does better there than elsewhere.",
+    help="Also measure on text that MODEL was pruned with, where its perplexity is too good.",
 )
 @click.option(
     "--work",

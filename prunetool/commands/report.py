@@ -1,5 +1,7 @@
 """``prunetool report``."""
 
+import io
+import sys
 from pathlib import Path
 
 import click
@@ -72,8 +74,8 @@ def report(
     from prunetool.steps import bench, page
     from prunetool.steps import report as step
 
-    made_by = page.FORMS[form]
-    sink = sink or f"report{made_by.suffix}"
+    format_of = page.FORMS[form]
+    sink = sink or f"report{format_of.suffix}"
     options.keep_inputs([sink], [source, *evaluated, benched])
 
     with console.summary("report") as said:
@@ -90,6 +92,8 @@ def report(
             plots.mkdir(parents=True, exist_ok=True)
             for figure in found.figures:
                 write_bytes(plots / f"{figure.name}.svg", figure.svg.encode())
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack the tables' signs
+            sys.stdout.reconfigure(encoding="utf-8")
         with options.open_sink(sink) as out:
-            console.write(out, made_by.render(found))
+            console.write(out, format_of.render(found))
         said += [f"{len(made)} layers", sizes, "page on stdout" if sink == "-" else sink]

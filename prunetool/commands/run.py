@@ -19,12 +19,13 @@ OPTIONAL = recover
 # The arguments and options of the steps that run has, too; for the others there is the pipe.
 TAKEN = (
     "model", "out", "texts", "text_field", "chat", "dataset", "split", "tokens_path", "sparsities",
-    "allocation", "samples", "length", "shuffle", "bos", "form", "dtype", "device", "revision",
-    "work", "overwrite",
+    "allocation", "samples", "gradients", "length", "shuffle", "bos", "form", "dtype", "device",
+    "revision", "work", "overwrite",
 )  # fmt: skip
 # Of calibrate, and not of recover, which trains on the same tokens.
 OF_CALIBRATE = (
-    "samples", "texts", "text_field", "chat", "dataset", "split", "tokens_path", "length", "bos"
+    "samples", "gradients", "texts", "text_field", "chat", "dataset", "split", "tokens_path",
+    "length", "bos",
 )  # fmt: skip
 
 
@@ -43,6 +44,10 @@ class Run(options.Command):
         out = Path(ctx.params["out"])
         if out.exists() and out.resolve() == Path(ctx.params["model"]).resolve():
             raise click.UsageError(f"{out} is MODEL itself: name another directory for OUT")
+        if not ctx.params["overwrite"]:
+            from prunetool.steps.export import refuse_taken
+
+            refuse_taken(out, ctx.params["sparsities"])
         made = "-"
         with TemporaryDirectory(prefix="prunetool-") as directory:
             for step in STEPS:

@@ -59,7 +59,7 @@ def upload(
         if dry_run:
             for name, content in files.items():
                 click.echo(f"{step.size_bytes(content):>15,}  {name}")
-            said += [f"none sent to {repository}"]
+            said += [f"nothing sent to {repository}"]
             return
         done = step.upload(
             files,

@@ -116,13 +116,18 @@ def read_speeds(path: Path) -> Table:
     """
     try:
         found = [Measured(**each) for each in json.loads(path.read_text("utf-8"))]
+        for each in found:
+            if not all(isinstance(value, int) for value in (each.file_bytes, each.peak_bytes)):
+                raise TypeError("sizes are whole numbers")
         title, columns, rows = table(found)
     except OSError as error:
         raise RecordError(path, error.strerror or "cannot be read", "check the name") from error
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (
+        ValueError, KeyError, TypeError, IndexError, ArithmeticError, RecursionError
+    ) as error:  # fmt: skip
         what = f"is not a result of bench ({type(error).__name__}: {error})"
         raise RecordError(path, what, "name a file that prunetool bench printed") from error
-    return Table(title, rows, columns)
+    return Table(shown(title, 200), rows, columns)
 
 
 def table(found: Sequence[Measured]) -> tuple[str, list[str], list[list[str]]]:
@@ -137,14 +142,9 @@ def table(found: Sequence[Measured]) -> tuple[str, list[str], list[list[str]]]:
     rows = []
     for each in found:
         other = first[each.runtime]
-        size, peak = f"{each.file_bytes / 1e6:,.1f}", f"{each.peak_bytes / 1e6:,.0f}"
-        row = [
-            shown(Path(each.model).name),
-            shown(each.runtime),
-            size,
-            f"{each.load_seconds:.2f}",
-            peak,
-        ]
+        row = [f"{shown(Path(each.model).name)}, {shown(each.runtime)}"]
+        row += [f"{each.file_bytes / 1e6:,.0f}", f"{each.load_seconds:.2f}"]
+        row.append(f"{each.peak_bytes / 1e6:,.0f}")
         row += cells(each.prompt_tokens_per_second, other.prompt_tokens_per_second)
         row += cells(each.generated_tokens_per_second, other.generated_tokens_per_second)
         rows.append(row)
@@ -152,7 +152,7 @@ def table(found: Sequence[Measured]) -> tuple[str, list[str], list[list[str]]]:
         f"Tokens a second: prompt of {how['prompt']}, {how['generate']} generated; median of "
         f"{how['repeats']} ± half their range, times the first; {how['threads']} threads"
     )
-    columns = ["model", "program", "MB", "load, s", "peak MB", "prompt", "x", "generated", "x"]
+    columns = ["model", "MB", "load s", "peak MB", "prompt", "times", "text", "times of text"]
     return title, columns, rows
 
 

@@ -45,7 +45,9 @@ def claimed(
         workdir.clear(work)
 
 
-def used_before(model: Model, tokens: np.ndarray, where: str, *, allowed: bool) -> dict[str, float]:
+def used_before(
+    model: Model, tokens: np.ndarray, where: str, *, allowed: bool
+) -> dict[str, float | None]:
     """Refuse a text that a checkpoint was calibrated or trained on.
 
     Args:
@@ -55,7 +57,8 @@ def used_before(model: Model, tokens: np.ndarray, where: str, *, allowed: bool) 
       allowed: measure all the same.
 
     Returns:
-      The fraction of the text that was used, for the result, if it is known (`overlap.share`).
+      The fraction of the text that was used, for the result (`overlap.share`; None if the text is
+      too short to tell); nothing if the checkpoint's text is not known.
 
     Raises:
       CorpusError: if it is at least `USED`.
@@ -68,10 +71,12 @@ def used_before(model: Model, tokens: np.ndarray, where: str, *, allowed: bool) 
         raise CheckpointError(
             model.directory / MANIFEST, f"has a damaged sketch ({error})", "export it again"
         ) from error
+    if used is None:
+        return {"calibrated": None}
     if used >= USED and not allowed:
         raise CorpusError(
             where,
-            f"is text that {model.directory.name} was pruned with (about {used:.0%} of it)",
+            f"was used to prune {model.directory} (about {used:.0%} of it)",
             "measure on other text, or give --allow-calibrated",
         )
     return {"calibrated": round(used, 4)}

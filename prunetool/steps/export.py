@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from prunetool.checkpoint.shards import TensorSpec
 from prunetool.checkpoint.writer import (
     LICENSE_FILES,
     TOKENIZER_FILES,
+    UNFINISHED,
     CheckpointWriter,
+    is_empty,
     json_bytes,
+    sketches_of,
+    step_of,
     templates,
 )
-from prunetool.errors import WorkError, shown
+from prunetool.errors import PrunetoolError, RecordError, WorkError, shown
 from prunetool.kept import CHANNELS, GROUPS, kept_shape, kept_units, pruned_layer, pruned_norm
 from prunetool.llama import forms
 from prunetool.llama.config import PRUNED, LlamaConfig
@@ -135,6 +140,7 @@ class Export:
                 if array is not None
             }
 
+        sketches = _sketches(model.directory, self.work, made)
         masked = any(name.startswith("mask.") for record in made for name in record.files)
         densities = []
         written = writer.write(chunks, make, self.max_shard_bytes)
@@ -150,7 +156,7 @@ class Export:
             self.header, model, label, shapes, writer.parameters, densities, recovered=recovered
         )
         writer.put("README.md", card.encode())
-        writer.close(_sketches(self.work, made))
+        writer.close(sketches)
         return self._said(kind, densities)
 
     def _said(self, kind: str, densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
@@ -174,9 +180,35 @@ class Export:
             self.writer.put(name, data)
 
 
-def _sketches(work: Path, made: Sequence[records.LayerRecord]) -> list[str]:
-    """Sketches of the texts that were used, so that evaluate knows them."""
-    found = []
+def refuse_taken(out: Path, sparsity: float) -> None:
+    """Refuse, before a run, a directory that this would find taken at its end.
+
+    What an earlier run wrote or began may be the same run's, which goes on there.
+
+    Raises:
+      WorkError: if it is no checkpoint of this tool, or one of another sparsity.
+    """
+    if not out.exists() or (out.is_dir() and is_empty(out)):
+        return
+    taken = "name another directory or give --overwrite"
+    if not out.is_dir():
+        raise WorkError(out, "is a file", "name a directory")
+    if not (step_of(out) or (out / UNFINISHED).exists()):
+        raise WorkError(out, "is not empty", taken)
+    with suppress(WorkError, RecordError, OSError, KeyError):
+        with workdir.records_of(out).open(encoding="utf-8") as stream:
+            header, _ = records.read(stream)
+        before = [
+            step["options"]["sparsity"] for step in header.history[1:] if step["command"] == "score"
+        ]
+        if before != [sparsity]:
+            was = ", ".join(map(str, before))
+            raise PrunetoolError(out, f"was made with --sparsity {was}", taken)
+
+
+def _sketches(model: Path, work: Path, made: Sequence[records.LayerRecord]) -> list[str]:
+    """Sketches of the texts that were used, for MODEL too, so that evaluate knows them."""
+    found = sketches_of(model)
     if (work / workdir.TOKENS_NAME).exists():  # an older version kept none
         found.append(overlap.sketch(workdir.TensorFile(work, workdir.TOKENS_NAME)["tokens"]))
     if file := made[0].files.get("recover"):

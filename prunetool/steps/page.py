@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
@@ -19,21 +20,21 @@ class Cell(NamedTuple):
     title: str = ""
 
     @property
-    def plain(self) -> float | str | None:
+    def number(self) -> float | str | None:
         """For programs: the number that is shown if it is one alone, else the text; None for –."""
         text = str(self.text)
-        if text == NOTHING.text:
+        if text in (NOTHING.text, "nan", "inf", "-inf"):
             return None
-        try:
-            number = float(text.removesuffix("%").replace(",", ""))
-        except ValueError:
+        if not NUMBER.fullmatch(text):
             return text
-        if not math.isfinite(number):
-            return None
-        return number / 100 if text.endswith("%") else number
+        digits = text.replace(",", "")
+        if digits.endswith("%"):
+            return float(digits[:-1]) / 100
+        return int(digits) if digits.lstrip("-").isdigit() else float(digits)
 
 
 NOTHING = Cell("–")
+NUMBER = re.compile(r"-?\d[\d,]{0,30}(\.\d+)?(e[+-]\d+)?%?", re.ASCII)
 WIDEST = 300  # characters of a cell in Markdown
 Row = Sequence[object]  # its name, then `Cell` or other values
 
@@ -118,8 +119,16 @@ def as_csv(page: Page) -> str:
         for first, *cells in table.rows:
             for number, cell in enumerate(cells, 1):
                 name = table.head[number] if table.head else ""
-                lines.writerow([table.caption, first, name, as_cell(cell).plain])
+                lines.writerow(
+                    [*map(_unformulated, (table.caption, first, name, as_cell(cell).number))]
+                )
     return out.getvalue()
+
+
+def _unformulated(value: object) -> object:
+    """A text that a spreadsheet does not take for a formula."""
+    risky = isinstance(value, str) and value[:1] in ("=", "+", "-", "@")
+    return f"'{value}" if risky else value
 
 
 def as_json(page: Page) -> str:
@@ -128,7 +137,9 @@ def as_json(page: Page) -> str:
         {
             "caption": table.caption,
             "columns": list(table.head),
-            "rows": [[as_cell(cell).plain for cell in row] for row in table.rows],
+            "rows": [
+                [first, *(as_cell(cell).number for cell in cells)] for first, *cells in table.rows
+            ],
         }
         for table in page.tables
     ]

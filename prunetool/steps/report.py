@@ -17,8 +17,9 @@ from prunetool.steps import picture, sweep
 from prunetool.steps.page import NOTHING, Cell, Figure, Page, Row, Table
 from prunetool.steps.run import reopen
 
-COSTS = "Time and memory of each step (if it was resumed, of its longest run)"
+COSTS = "Time and memory of each step (of its longest run that reached the end)"
 SCORED = {CHANNELS: "MLP channels", GROUPS: "KV heads"}
+TINY = 1e-12  # nats; less is nothing to draw
 WIDEST = 200  # bars of a histogram
 COLUMNS = ("query heads", "KV heads", "MLP channels")
 MAPS = {"own": "each model's own input", "same_input": "the dense model's input"}
@@ -60,7 +61,10 @@ def read_evaluation(path: Path) -> Evaluation:
             lines.append(("KL", f"{dense['kl']:.4f} nats"))
             if "loss" in value and "loss" in dense:
                 added = float(value["loss"]) - float(dense["loss"])
-                point = int(value["parameters"]), added
+                size = int(value["parameters"])
+                # A point that can be drawn: no absurd size, and no difference in the last bits.
+                if 0 <= size < 1 << 62:
+                    point = size, added if abs(added) > TINY else 0.0
             for name, label in MAPS.items():
                 found = dense["attention_error"][name]
                 said = "no head to compare" if found["mean"] is None else SUMMARY.format_map(found)
@@ -119,8 +123,8 @@ def make_page(
     model, work = reopen(header), Path(header.work)
     sizes = [_sizes(model, work, r) for r in console.progress(made, header.layers)]
     kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
-    counts: list[Row] = [["before", f"{dense:,}"]]
-    counts.append(["of units kept", f"{stored:,}", _share(stored, dense)])
+    counts: list[Row] = [["before", f"{dense:,}", _share(dense, dense)]]
+    counts.append(["in the units kept", f"{stored:,}", _share(stored, dense)])
     if kept < stored:
         counts.append(["of these, not masked", f"{kept:,}", _share(kept, dense)])
     asked = [
@@ -141,7 +145,7 @@ def make_page(
     ]
     units = [of[0] for of in sizes]
     parts: list[Table | Figure] = [
-        Table("Weights of the decoder layers' seven matrices", counts),
+        Table("Weights of the decoder layers' seven matrices", counts, ("", "weights", "share")),
         *(Table(f"Evaluation {of.file}", of.lines, kind="words") for of in evaluations),
         *([speeds] if speeds else []),
         Table(COSTS, list(_costs(header, work)), ("step", "seconds", "peak memory, MB")),
@@ -286,6 +290,8 @@ def _maps(evaluations: Sequence[Evaluation]) -> Iterator[Table]:
 
     for of in evaluations:
         for caption, rows in of.maps:
+            if not any(error for row in rows for error in row):  # NaN is there, and not 0
+                continue
             cells = [{j: cell(i, j, e) for j, e in enumerate(row)} for i, row in enumerate(rows)]
             yield _by_layer(f"{caption}; darkest: {largest:.4g}", cells, "map")
 

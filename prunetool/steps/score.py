@@ -18,6 +18,7 @@ from prunetool.stats import Gradients, Stats
 from prunetool.steps.run import Run
 
 OUTPUT_MATRICES = tuple(f"{matrix}_proj" for matrix in UNIT_MATRICES)  # units make their inputs
+ENOUGH = 10  # calibration tokens for each channel
 MOST_NATS = 100.0  # beyond, a loss is no statement about perplexity, only large
 MATRIX_OF = dict(zip((GROUPS, CHANNELS), OUTPUT_MATRICES, strict=True))
 
@@ -128,7 +129,25 @@ class Scoring:
         if self._by_loss:
             self.said.append(f"predicted loss {predicted:.3g} nats a token")
             times = math.exp(min(curve.INTERACTION * predicted, MOST_NATS))
-            self.said.append(f"expect about {times:.3g} x the perplexity")
+            self.said.append(f"expect {self._about} {times:.3g} x the perplexity")
+
+    @property
+    def _about(self) -> str:
+        """How sure the prediction is: few tokens know too little of what other text needs."""
+        said, config = self.run.header.calibration, self.model.config
+        samples, held_out, length = (
+            int(said.get(key, 0)) for key in ("samples", "held_out", "sequence_length")
+        )
+        tokens = (samples - held_out) * length
+        widest = max(shape.channels for shape in config.layer_shapes)
+        if tokens >= ENOUGH * widest:
+            return "about"
+        console.log.warning(
+            "%s tokens are few for %s channels: the loss on other text will be larger than "
+            "predicted; calibrate on %s or more",
+            f"{tokens:,}", f"{widest:,}", f"{ENOUGH * widest:,}",
+        )  # fmt: skip
+        return "more than"
 
     def _histograms(
         self, units: dict[str, _Units], masks: dict[str, np.ndarray]

@@ -114,7 +114,7 @@ def contents(directory):
     return {
         path.relative_to(directory): path.read_bytes()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != "weights.json"  # it has times of files
+        if path.is_file() and path.name not in ("weights.json", "cost.json")  # times
     }
 
 

@@ -432,10 +432,10 @@ def test_a_result_of_bench_is_shown_and_another_refused(calibrated, run, tmp_pat
     }  # fmt: skip
     (tmp_path / "speed.json").write_text(json.dumps([speed]))
     page = page_of(run, tmp_path, records.read_text(), "--bench", "speed.json")
-    names, (row,) = page.table("Tokens a second: prompt of 8, 4 generated; median of 3")
-    assert names[:2] == ["program", "MB"]
-    assert (row["MB"][0], row["prompt"][0], row["generated"][0]) == ("2.0", "20.0±10.0", "4.0±0.0")
-    for wrong in ("[]", "{", "[{}]", '[{"model": 1}]', json.dumps([speed | {"how": 3}])):
+    _, (row,) = page.table("Tokens a second: prompt of 8, 4 generated; median of 3")
+    assert (row["MB"][0], row["prompt"][0], row["text"][0]) == ("2", "20.0±10.0", "4.0±0.0")
+    odd = [{"how": 3}, {"file_bytes": 10**400}, {"prompt_tokens_per_second": [0.0]}]
+    for wrong in ("[]", "{", "[{}]", '[{"model": 1}]', *(json.dumps([speed | x]) for x in odd)):
         (tmp_path / "speed.json").write_text(wrong)
         done = run("report", records, "--bench", "speed.json", ok=False)
         assert "speed.json: is not a result of bench" in error_of(done)

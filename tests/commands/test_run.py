@@ -46,3 +46,22 @@ def test_a_wrong_option_and_a_failing_step_are_one_line(checkpoint, text, run, t
     assert not (tmp_path / "out").exists()
     quiet = run(*words, "--sparsity", ".1", "-q")
     assert "calibrate: " not in quiet.stderr
+
+
+def test_a_taken_out_is_refused_before_the_steps(checkpoint, text, run, tmp_path):
+    words = ["--text", text, *WORDS, "--sparsity"]
+    model = checkpoint()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out, says in (("full", "full: is not empty; name another"), ("file", "file: is a file")):
+        assert says in error_of(run("run", model, out, *words, ".2", ok=False))
+    assert not (tmp_path / "dense.prunetool").exists()
+    run("run", model, "out", *words, ".2")
+    done = run("run", model, "out", *words, ".3", ok=False)
+    assert "out: was made with --sparsity 0.2; name another directory or give" in error_of(done)
+    assert "calibrate: " not in done.stderr
+    assert "already has it" in run("run", model, "out", *words, ".2").stderr
+    run("run", model, "out", *words, ".3", "--overwrite")
+    run("clean", "out")
+    assert "already has it" in run("run", model, "out", *words, ".3").stderr
