@@ -143,9 +143,8 @@ class Scoring:
         if tokens >= ENOUGH * widest:
             return "about"
         console.log.warning(
-            "%s tokens are few for %s channels: the loss on other text will be larger than "
-            "predicted; calibrate on %s or more",
-            f"{tokens:,}", f"{widest:,}", f"{ENOUGH * widest:,}",
+            "%s tokens are few: expect more loss than predicted; %s are enough",
+            f"{tokens:,}", f"{ENOUGH * widest:,}",
         )  # fmt: skip
         return "more than"
 

@@ -150,7 +150,7 @@ class TestWhatGoes:
         assert set(sizes) == names(out)
         for name in names(out) - {"README.md"}:
             assert sizes[name] == (out / name).stat().st_size
-        assert "none sent to me/x" in said.err
+        assert "nothing sent to me/x" in said.err
         assert not server.asked
 
     def test_large_files_go_in_parts_if_the_hub_wants_it(self, out, server, upload):
