@@ -374,7 +374,8 @@ def _json_lines(
         if not isinstance(fields, dict):
             if not begun:
                 _refuse_document(path, head, whole)
-            raise CorpusError(where, f"is JSON but not an object ({shown(line, 40)})", AS_OBJECTS)
+            todo = f'give {{"{field}": [...]}} in each line' if column.render else AS_OBJECTS
+            raise CorpusError(where, f"is JSON but not an object ({shown(line, 40)})", todo)
         if field not in fields:
             names = shown(", ".join(map(str, fields)), 80) or "none"
             raise CorpusError(

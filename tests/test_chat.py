@@ -156,6 +156,8 @@ def test_what_is_wrong_is_one_line(dense, run, tmp_path):
         assert "b.jsonl: line 2: has no conversation: a list of objects" in refused("b.jsonl")
     (tmp_path / "plain.txt").write_text("words")
     assert "plain.txt: is plain text, without conversations; omit --chat" in refused("plain.txt")
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
+    assert refused("bare.jsonl").endswith('give {"messages": [...]} in each line')
     write_rows(tmp_path / "c.jsonl", TALKS, "talk")
     assert "has no text field 'messages' (its fields: talk)" in refused("c.jsonl")
     write_rows(tmp_path / "d.jsonl", [[{"role": "user", "content": "\ud800"}]])

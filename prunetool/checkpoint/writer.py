@@ -415,6 +415,16 @@ def _write_shard(
             pass  # its header fits its length
 
 
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint that this tool wrote, and its directory if nothing else is in it."""
+    (directory / INDEX_NAME).unlink(missing_ok=True)  # first: the rest is no checkpoint
+    for name in (*_owned(directory), MANIFEST):
+        (directory / name).unlink(missing_ok=True)
+    for place in (directory / TEMPLATES, directory):
+        with suppress(OSError):
+            place.rmdir()
+
+
 def work_of(directory: Path) -> str:
     """The work directory that a checkpoint was exported from; empty if unknown."""
     return _stated(directory, "work", "")

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from prunetool import console, options, records
+from prunetool.formats import FORMATS
 
 
 @click.command(cls=options.Command)
@@ -14,16 +15,15 @@ from prunetool import console, options, records
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["auto", "dense"]),
-    default="auto",
+    type=click.Choice(list(FORMATS)),
+    default=next(iter(FORMATS)),
     show_default=True,
-    help="auto: smaller matrices, as a stock architecture if the layers are alike, else "
-    "with a loader file. dense: the original shapes with zeros, loadable everywhere.",
+    help=" ".join(f"{name}: {row.help}." for name, row in FORMATS.items()),
 )
 @options.max_shard_size_opt
 @options.overwrite_opt
 def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: bool) -> None:
-    """Write the pruned checkpoint to the directory OUT.
+    """Write the pruned checkpoint to the directory OUT, or a file for llama.cpp.
 
     Reads all records of score or compensate before anything is written. The index is written last;
     without it OUT is not a checkpoint. If killed, the same command resumes after the last finished
@@ -32,7 +32,10 @@ def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: b
     \b
     Example:
       prunetool export SmolLM2-pruned refitted.jsonl
+      prunetool export SmolLM2-pruned.gguf refitted.jsonl --format gguf
     """
+    if wrong := FORMATS[form].wrong_name(out):
+        raise click.UsageError(wrong)
     from prunetool import workdir
     from prunetool.steps.export import Export
 
@@ -40,35 +43,39 @@ def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: b
         header, layers = records.read(stream)
         header = header.after("export", format=form)
         inputs = [] if source == "-" else [Path(source)]
-        with workdir.lock(out.absolute()):
+        with workdir.lock(FORMATS[form].directory(out).absolute()):
             job = Export(
                 header,
                 out,
-                dense=form == "dense",
+                form=form,
                 max_shard_bytes=max_shard_bytes,
                 overwrite=overwrite,
                 inputs=inputs,
             )
             said += job.write(list(layers))
-    _say_next(out, Path(header.work))
+    _say_next(out, Path(header.work), form)
 
 
-def _say_next(out: Path, work: Path) -> None:
+def _say_next(out: Path, work: Path, form: str) -> None:
     """Suggest what to do next."""
     from prunetool import workdir
     from prunetool.checkpoint.index import read_json
     from prunetool.llama.config import PRUNED
 
-    form = read_json(out / "config.json")["model_type"]
-    trust = ", trust_remote_code=True" if form == PRUNED else ""
     size = workdir.size_bytes(work, *workdir.EVERYTHING)
-    name = shlex.quote(str(out))
+    name, clean = shlex.quote(str(out)), f"Delete {size / 1e6:,.1f} MB of work files"
+    if FORMATS[form].suffix:
+        console.log.info("Measure its speed: prunetool bench %s", name)
+        console.log.info("%s: prunetool clean %s", clean, shlex.quote(str(work)))
+        return
+    model_type = read_json(out / "config.json")["model_type"]
+    trust = ", trust_remote_code=True" if model_type == PRUNED else ""
     for what, how in {
         "Load it": f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})",
         "Measure it": f"prunetool evaluate {name} --text OTHER.txt",
         "See what was kept": f"prunetool report {name}",
         "Take it to llama.cpp": f"prunetool convert {name} {name}.gguf",
         "Put it on the Hub": f"prunetool upload {name} OWNER/NAME",
-        f"Delete {size / 1e6:,.1f} MB of work files": f"prunetool clean {name}",
+        clean: f"prunetool clean {name}",
     }.items():
         console.log.info("%s: %s", what, how)

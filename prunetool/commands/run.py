@@ -13,6 +13,7 @@ from prunetool.commands.compensate import compensate
 from prunetool.commands.export import export
 from prunetool.commands.recover import recover
 from prunetool.commands.score import score
+from prunetool.formats import FORMATS
 
 STEPS = (calibrate, score, compensate, recover, export)
 OPTIONAL = recover
@@ -44,9 +45,14 @@ class Run(options.Command):
         out = Path(ctx.params["out"])
         if out.exists() and out.resolve() == Path(ctx.params["model"]).resolve():
             raise click.UsageError(f"{out} is MODEL itself: name another directory for OUT")
-        if not ctx.params["overwrite"]:
-            from prunetool.steps.export import refuse_taken
+        form = FORMATS[ctx.params["form"]]
+        if wrong := form.wrong_name(out):
+            raise click.UsageError(wrong)
+        from prunetool.steps.export import refuse_taken, refuse_taken_file
 
+        if form.suffix:
+            refuse_taken_file(out, overwrite=ctx.params["overwrite"])
+        elif not ctx.params["overwrite"]:
             refuse_taken(out, ctx.params["sparsities"])
         made = "-"
         with TemporaryDirectory(prefix="prunetool-") as directory:

@@ -23,16 +23,19 @@ from prunetool.checkpoint.writer import (
     CheckpointWriter,
     is_empty,
     json_bytes,
+    remove_checkpoint,
     sketches_of,
     step_of,
     templates,
 )
 from prunetool.errors import PrunetoolError, RecordError, WorkError, shown
+from prunetool.formats import FORMATS, load
 from prunetool.kept import CHANNELS, GROUPS, kept_shape, kept_units, pruned_layer, pruned_norm
 from prunetool.llama import forms
 from prunetool.llama.config import PRUNED, LlamaConfig
 from prunetool.llama.parts import FINAL_NORM, MATRICES
 from prunetool.llama.weights import part_shapes, scatter, tensor_chunks, tensor_name
+from prunetool.model import open_model
 from prunetool.steps.recover import trained_on
 from prunetool.steps.run import reopen
 
@@ -51,7 +54,7 @@ class Export:
     Args:
       header: the stream's header, with this step in its history.
       out: the directory.
-      dense: keep the original shapes, with zeros.
+      form: what to write, of `formats.FORMATS`.
       max_shard_bytes: limit on the tensors of a file (`CheckpointWriter.write`).
       overwrite: replace an existing checkpoint.
       inputs: files that are read and must stay.
@@ -67,16 +70,19 @@ class Export:
         header: records.Header,
         out: Path,
         *,
-        dense: bool,
+        form: str,
         max_shard_bytes: int,
         overwrite: bool,
         inputs: Sequence[Path] = (),
     ) -> None:
-        self.header, self.out, self.dense = header, out, dense
-        self.max_shard_bytes = max_shard_bytes
+        self.header, self.out, self.format = header, out, FORMATS[form]
+        self.max_shard_bytes, self.overwrite = max_shard_bytes, overwrite
         self.model, self.work = reopen(header), Path(header.work)
         if out.exists() and out.resolve() == self.model.directory:
             raise WorkError(out, "is the model itself", "name another directory")
+        if self.format.suffix:
+            refuse_taken_file(out, overwrite=overwrite)
+        self.place = self.format.directory(out)
         self.companions = companions(self.model.directory)
         along = {name: checksum.of_bytes(data) for name, data in self.companions.items()}
         config = dict(self.model.config.raw)
@@ -85,7 +91,8 @@ class Export:
         read = {tensor.shard for tensor in self.model.index.values()}
         read |= {self.model.directory / name for name in ("config.json", *self.companions)}
         self.writer = CheckpointWriter(
-            out, overwrite=overwrite, run=run, work=header.work, step=workdir.step_directory(made),
+            self.place, overwrite=overwrite, run=run, work=header.work,
+            step=workdir.step_directory(made),
             files=sorted({
                 "config.json", TOKENIZER_CONFIG, *self.companions, *forms.LOADER_FILES, "README.md"
             }),
@@ -93,15 +100,26 @@ class Export:
         )  # fmt: skip
 
     def write(self, made: Sequence[records.LayerRecord]) -> list[str]:
-        """Write the checkpoint of a complete stream, its index last.
+        """Write what the format is, of a complete stream.
 
         Returns:
           What to report about it.
         """
+        said = self._write_checkpoint(made)
+        if self.format.finish:
+            said = load(self.format.finish)(
+                open_model(str(self.place)), self.out, name=self.out.stem,
+                max_shard_bytes=self.max_shard_bytes, overwrite=self.overwrite,
+            )  # fmt: skip
+            remove_checkpoint(self.place)
+        return said
+
+    def _write_checkpoint(self, made: Sequence[records.LayerRecord]) -> list[str]:
+        """Write the checkpoint, its index last; returns what to report about it."""
         writer = self.writer
         if writer.state == "whole":
             return [f"{self.out} already has it (delete it to write it again)"]
-        model, dense = self.model, self.dense
+        model, dense = self.model, self.format.dense
         kept = [
             kept_units(self.work, record, shape)
             for record, shape in zip(made, model.config.layer_shapes, strict=True)
@@ -111,6 +129,8 @@ class Export:
             for shape, units in zip(model.config.layer_shapes, kept, strict=True)
         )
         target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
+        if self.format.check:
+            load(self.format.check)(target)
         kind = forms.choose_form(target)
         if kind == PRUNED:
             target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
@@ -178,6 +198,18 @@ class Export:
                 self.writer.put(name, data)
         for name, data in along.items():
             self.writer.put(name, data)
+
+
+def refuse_taken_file(out: Path, *, overwrite: bool) -> None:
+    """Refuse to replace what is at the place of a file.
+
+    Raises:
+      WorkError: if something is there, and is a directory or not to be overwritten.
+    """
+    if out.is_dir():
+        raise WorkError(out, "is a directory", "name a file")
+    if out.exists() and not overwrite:
+        raise WorkError(out, "exists", "name another file or give --overwrite")
 
 
 def refuse_taken(out: Path, sparsity: float) -> None:

@@ -27,7 +27,7 @@ QUANTIZATION_VERSION = 2  # of the layouts of the quantised types
 
 
 def convert_checkpoint(
-    model: Model, out: Path, kind: str, *, max_shard_bytes: int, overwrite: bool
+    model: Model, out: Path, kind: str, *, max_shard_bytes: int, overwrite: bool, name: str = ""
 ) -> list[str]:
     """Write a checkpoint as GGUF, layer by layer.
 
@@ -37,6 +37,7 @@ def convert_checkpoint(
       kind: how matrices are stored, of `gguf_writer.KINDS`.
       max_shard_bytes: limit on the tensors of a file.
       overwrite: replace files that exist.
+      name: of the model; that of its directory or of its repository by default.
 
     Returns:
       What to report about it.
@@ -51,7 +52,7 @@ def convert_checkpoint(
         console.log.warning("%s: %s", model.directory, form.warning)
     stored = gguf_writer.KINDS[kind]
     fields = {
-        "general.name": _utf8(hub_id(model.directory) or model.directory.resolve().name),
+        "general.name": _utf8(name or hub_id(model.directory) or model.directory.resolve().name),
         "general.file_type": int(stored.file_type),
         "general.quantization_version": QUANTIZATION_VERSION,
         **{f"{form.architecture}.{key}": value for key, value in form.fields.items()},
@@ -87,6 +88,15 @@ def convert_checkpoint(
     size = sum(path.stat().st_size for path in paths)
     where = str(out) if len(paths) == 1 else f"{len(paths)} parts, from {paths[0]}"
     return [f"{form.architecture}, {kind}", f"{size / 1e6:,.1f} MB in {where}"]
+
+
+def as_f16(
+    model: Model, out: Path, *, name: str, max_shard_bytes: int, overwrite: bool
+) -> list[str]:
+    """`convert_checkpoint` with its usual type, for ``export``."""
+    return convert_checkpoint(
+        model, out, "f16", max_shard_bytes=max_shard_bytes, overwrite=overwrite, name=name
+    )
 
 
 def _tokenizer_fields(directory: Path, config: LlamaConfig) -> dict[str, Any]:
