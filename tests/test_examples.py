@@ -89,3 +89,14 @@ def test_the_check_of_a_gpu_compares_every_step(checkpoint, text, call, monkeypa
     far = {"evaluate": (1.0, np.array(2.0))}
     with pytest.raises(SystemExit, match=r"the results differ by up to 5.0e-01"):
         gpu_check.compare(far, {"evaluate": (1.0, np.array(3.0))}, "gpu")
+
+
+def test_no_paragraph_of_the_language_reference_is_in_both_halves(shell, tmp_path):
+    shell(sys.executable, EXAMPLES / "topics.py", tmp_path)
+    halves = [
+        set(map(str.strip, (tmp_path / f"topics.{half}.txt").read_text().split("\n\n")))
+        for half in ("calibrate", "measure")
+    ]
+    shared = halves[0] & halves[1]
+    assert max(map(len, shared), default=0) < 60, "at most a heading of two topics"
+    assert min(map(len, halves)) > 500
