@@ -10,11 +10,12 @@ from transformers import LlamaForCausalLM
 from prunetool import corpus
 from prunetool.model import open_model
 from prunetool.steps.evaluate import mean_loss
+from prunetool.text import Column, read_text
 from tests.llama.test_forward import logits
 
 
 def ids_of(path, model):
-    return np.concatenate(list(corpus.tokenize(corpus.read_text([path], "text"), model)))
+    return np.concatenate(list(corpus.tokenize(read_text([path], Column()), model)))
 
 
 @pytest.fixture(scope="module")

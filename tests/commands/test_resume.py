@@ -168,7 +168,17 @@ def test_two_sparsities_at_once_share_their_scores(calibrated, start, tmp_path):
 
 def test_a_score_waits_for_a_layer_that_another_makes(calibrated, call, tmp_path, monkeypatch):
     _, records = calibrated()
-    words = ["score", "--method", "wanda-sp", "--multiple-of", 4, records, "--sparsity"]
+    words = [
+        "score",
+        "--method",
+        "wanda-sp",
+        "--allocation",
+        "global",
+        "--multiple-of",
+        4,
+        records,
+        "--sparsity",
+    ]
     call(*words, ".2")
     (made,) = (tmp_path / "dense.work").glob("scores-*/layer-00001.*")
     made.unlink()

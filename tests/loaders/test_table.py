@@ -196,7 +196,8 @@ HEAVY = (accuracy_in_lm_eval, greedy_in_vllm)
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # in peft
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=pytest.mark.loaders if row in HEAVY else ()) for row in ROWS]
+    "row",
+    [pytest.param(row, marks=pytest.mark.loaders if ROWS[row] in HEAVY else ()) for row in ROWS],
 )
 def test_cell(row, out, capsys, tmp_path):
     ROWS[row](out, capsys, tmp_path)
