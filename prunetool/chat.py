@@ -5,13 +5,14 @@ goes wrong in it is one line. How long it runs is not limited.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunetool.checkpoint.index import read_json
 from prunetool.errors import CorpusError
+from prunetool.tokenizer import named_token
 
 if TYPE_CHECKING:
     import jinja2
@@ -92,13 +93,9 @@ def _special_tokens(directory: Path) -> dict[str, str]:
     """The special tokens that a template may write, such as ``bos_token``."""
     path = directory / "tokenizer_config.json"
     stated = read_json(path) if path.exists() else {}
-    found = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = stated.get(name)
-        token = token.get("content") if isinstance(token, Mapping) else token
-        if isinstance(token, str):
-            found[name] = token
-    return found
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    found = {name: named_token(stated, name) for name in names}
+    return {name: token for name, token in found.items() if token is not None}
 
 
 def _compiled(directory: Path) -> "jinja2.Template":

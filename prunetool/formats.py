@@ -3,10 +3,8 @@
 To add one, write a function that makes OUT of a checkpoint, and its row.
 """
 
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Format(NamedTuple):
@@ -39,13 +37,6 @@ class Format(NamedTuple):
         return f"this --format writes a file: name it {out.name}{self.suffix}"
 
 
-def load(function: str) -> Callable[..., Any]:
-    """Import a function of a row."""
-    module, _, name = function.partition(":")
-    found: Callable[..., Any] = getattr(import_module(f"prunetool.{module}"), name)
-    return found
-
-
 # The first row is the default.
 FORMATS = {
     "auto": Format(
@@ -56,6 +47,6 @@ FORMATS = {
         "a file OUT.gguf for llama.cpp, f16; convert has other types",
         suffix=".gguf",
         check="llama.gguf_form:choose",
-        finish="steps.gguf:as_f16",
+        finish="steps.gguf:convert_checkpoint",
     ),
 }

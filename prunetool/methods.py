@@ -9,6 +9,13 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 
+def load(function: str) -> Callable[..., Any]:
+    """Import a row's function, ``module:name`` in prunetool."""
+    module, _, name = function.partition(":")
+    found: Callable[..., Any] = getattr(import_module(f"prunetool.{module}"), name)
+    return found
+
+
 class Method(NamedTuple):
     """A way to score what could be removed.
 
@@ -43,9 +50,7 @@ class Method(NamedTuple):
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
-        module, _, name = self.function.partition(":")
-        function: Callable[..., Any] = getattr(import_module(f"prunetool.{module}"), name)
-        return function
+        return load(self.function)
 
     def given(self, how: Mapping[str, Any]) -> dict[str, Any]:
         """The function's keywords, selected from all options of ``score``."""

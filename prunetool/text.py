@@ -402,7 +402,7 @@ def _parquet(path: Path, column: Column) -> Iterator[str]:
     field = column.field
     try:
         with parquet.ParquetFile(path) as file:
-            names = [column.name for column in file.schema_arrow]
+            names = [each.name for each in file.schema_arrow]
             if names.count(field) != 1:
                 raise CorpusError(
                     path,

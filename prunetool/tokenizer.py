@@ -7,7 +7,7 @@ a one-line error.
 import base64
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def _sentencepiece(path: Path) -> Tokenizer:
     if config.get("add_bos_token") is not False:
         texts = model.vocabulary.texts
         own = texts[model.bos] if 0 <= model.bos < len(texts) else None
-        named = _bos_token(config)
+        named = named_token(config, "bos_token")
         bos = named if named in model.vocabulary.ids else own
     with _no_stderr():
         return build_tokenizer(path, model, bos)
@@ -273,9 +273,9 @@ def template_ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return list(whole.ids[:place]), list(whole.ids[place + 1 :])
 
 
-def _bos_token(config: dict[str, Any]) -> str | None:
-    """The BOS named in a tokenizer_config.json."""
-    token = config.get("bos_token")
+def named_token(config: Mapping[str, Any], key: str) -> str | None:
+    """The text of a special token in a tokenizer_config.json, by its key such as ``bos_token``."""
+    token = config.get(key)
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
@@ -283,7 +283,7 @@ def _bos_token(config: dict[str, Any]) -> str | None:
 
 def _named_bos(directory: Path, tokenizer: Tokenizer | None) -> int | None:
     path = directory / "tokenizer_config.json"
-    token = _bos_token(read_json(path)) if path.exists() else None
+    token = named_token(read_json(path), "bos_token") if path.exists() else None
     found = tokenizer.token_to_id(token) if tokenizer and token is not None else None
     if found is None:
         found = read_json(directory / "config.json").get("bos_token_id")

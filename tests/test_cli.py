@@ -535,7 +535,7 @@ ALLOWED = {
     "model": {"checkpoint", "llama", "errors"},
     "records": {"console", "errors"},
     "corpus": {"chat", "dataset", "text", "tokenizer", "errors"},
-    "chat": {"checkpoint", "errors"},
+    "chat": {"checkpoint", "tokenizer", "errors"},
     "dataset": {"checkpoint", "errors"},
     "text": {"errors"},
     "tokenizer": {"checkpoint", "pieces", "errors"},

@@ -28,13 +28,14 @@ from prunetool.checkpoint.writer import (
     step_of,
     templates,
 )
-from prunetool.errors import PrunetoolError, RecordError, WorkError, shown
-from prunetool.formats import FORMATS, load
+from prunetool.errors import RecordError, WorkError, shown
+from prunetool.formats import FORMATS
 from prunetool.kept import CHANNELS, GROUPS, kept_shape, kept_units, pruned_layer, pruned_norm
 from prunetool.llama import forms
 from prunetool.llama.config import PRUNED, LlamaConfig
 from prunetool.llama.parts import FINAL_NORM, MATRICES
 from prunetool.llama.weights import part_shapes, scatter, tensor_chunks, tensor_name
+from prunetool.methods import load
 from prunetool.model import open_model
 from prunetool.steps.recover import trained_on
 from prunetool.steps.run import reopen
@@ -227,15 +228,15 @@ def refuse_taken(out: Path, sparsity: float) -> None:
         raise WorkError(out, "is a file", "name a directory")
     if not (step_of(out) or (out / UNFINISHED).exists()):
         raise WorkError(out, "is not empty", taken)
+    before = [sparsity]  # if it is not known, export will tell
     with suppress(WorkError, RecordError, OSError, KeyError):
         with workdir.records_of(out).open(encoding="utf-8") as stream:
             header, _ = records.read(stream)
         before = [
             step["options"]["sparsity"] for step in header.history[1:] if step["command"] == "score"
         ]
-        if before != [sparsity]:
-            was = ", ".join(map(str, before))
-            raise PrunetoolError(out, f"was made with --sparsity {was}", taken)
+    if before != [sparsity]:
+        raise WorkError(out, f"was made with --sparsity {', '.join(map(str, before))}", taken)
 
 
 def _sketches(model: Path, work: Path, made: Sequence[records.LayerRecord]) -> list[str]:

@@ -20,14 +20,20 @@ from prunetool.llama import gguf_form
 from prunetool.llama.config import LlamaConfig
 from prunetool.llama.weights import tensor_chunks
 from prunetool.model import Model
-from prunetool.tokenizer import bos_id, load_tokenizer, template_ends
+from prunetool.tokenizer import bos_id, load_tokenizer, named_token, template_ends
 
 TURNED = ("q_proj", "k_proj")  # whose rows the rotary embedding pairs
 QUANTIZATION_VERSION = 2  # of the layouts of the quantised types
 
 
 def convert_checkpoint(
-    model: Model, out: Path, kind: str, *, max_shard_bytes: int, overwrite: bool, name: str = ""
+    model: Model,
+    out: Path,
+    kind: str = "f16",
+    *,
+    max_shard_bytes: int,
+    overwrite: bool,
+    name: str = "",
 ) -> list[str]:
     """Write a checkpoint as GGUF, layer by layer.
 
@@ -62,8 +68,7 @@ def convert_checkpoint(
     planned = [gguf_writer.plan_tensors(chunk, stored) for chunk in chunks]
     first = []
     if (factors := form.rope_factors) is not None:
-        name = ROPE_FACTORS
-        first.append(gguf_writer.Tensor(name, factors.shape, gguf_writer.Type.F32))
+        first.append(gguf_writer.Tensor(ROPE_FACTORS, factors.shape, gguf_writer.Type.F32))
 
     def arrays() -> Iterator[Mapping[str, np.ndarray]]:
         if factors is not None:
@@ -88,15 +93,6 @@ def convert_checkpoint(
     size = sum(path.stat().st_size for path in paths)
     where = str(out) if len(paths) == 1 else f"{len(paths)} parts, from {paths[0]}"
     return [f"{form.architecture}, {kind}", f"{size / 1e6:,.1f} MB in {where}"]
-
-
-def as_f16(
-    model: Model, out: Path, *, name: str, max_shard_bytes: int, overwrite: bool
-) -> list[str]:
-    """`convert_checkpoint` with its usual type, for ``export``."""
-    return convert_checkpoint(
-        model, out, "f16", max_shard_bytes=max_shard_bytes, overwrite=overwrite, name=name
-    )
 
 
 def _tokenizer_fields(directory: Path, config: LlamaConfig) -> dict[str, Any]:
@@ -131,9 +127,8 @@ def _ends(tokenizer: Tokenizer, said: Mapping[str, Any], config: LlamaConfig) ->
     last = template_ends(tokenizer)[1]
 
     def number(key: str) -> int | None:
-        token = said.get(f"{key}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        token = named_token(said, f"{key}_token")
+        found = None if token is None else tokenizer.token_to_id(token)
         stated: Any = config.raw.get(f"{key}_token_id") if found is None else found
         stated = stated[0] if isinstance(stated, list) and stated else stated
         if not isinstance(stated, int) or isinstance(stated, bool):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from prunetool.formats import FORMATS, load
+from prunetool.formats import FORMATS
+from prunetool.methods import load
 from prunetool.steps import export
 from tests.conftest import error_of
 from tests.loaders.test_llamacpp import with_merges
