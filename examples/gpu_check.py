@@ -2,14 +2,14 @@
 
     python examples/gpu_check.py MODEL TEXT [--samples 8] [--device gpu]
 
-Runs the pipe on both, in float32, and prints a table: seconds, and how far the results differ.
+Runs the pipe on both, in float32, and prints a row for each step as it is done: seconds, and how
+far the results differ.
 """
 
 import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 MOST = 1e-3  # relative difference that passes
 LENGTH = 512
+HOW = ("--sparsity", 0.2, "--method", "wanda-sp", "--allocation", "uniform")
 
 
 def timed(*words: object) -> tuple[float, str]:
@@ -33,50 +34,52 @@ def stats(work: Path, kind: str) -> np.ndarray:
     return np.concatenate([x.ravel() for of in arrays for n, x in of.items() if n.endswith("gram")])
 
 
-def kl(records: Path) -> np.ndarray:
-    """Held-out KL before and after, of recover's records."""
-    said = json.loads(records.read_text().splitlines()[1])["values"]["recover"]
-    return np.array([said["kl_before"], said["kl_after"]])
+def kl(work: Path) -> np.ndarray:
+    """The held-out KL each time that recover measured it."""
+    (progress,) = work.glob("recover-*/progress.json")
+    return np.array([loss for _, loss in json.loads(progress.read_text())["kl"]])
 
 
-def steps(model: Path, text: Path, samples: int, device: str, out: Path) -> dict:
-    """Seconds of each step, and the numbers by which it is compared."""
+def steps(model: Path, text: Path, samples: int, device: str, out: Path) -> dict[str, tuple]:
+    """The command of each step on a device, and what reads the numbers that it is compared by."""
     where = ("--device", device, "--dtype", "float32")
     tokens = ("--text", text, "--samples", samples, "--sequence-length", LENGTH)
-    work, made = out / "work", {}
-    results: dict[str, Callable[[str], np.ndarray]] = {
-        "calibrate": lambda _: stats(work, "stats"),
-        "gradients": lambda _: stats(work, "gradients"),
-        "recover": lambda _: kl(out / "r.jsonl"),
-        "evaluate": lambda said: np.array(json.loads(said)["loss"]),
+    stream = [out / f"{step}.jsonl" for step in ("calibrate", "score", "compensate", "recover")]
+    work = out / "work"
+    return {
+        "calibrate": (
+            ("calibrate", model, *tokens, *where, "--work", work, "-o", stream[0]),
+            lambda _: np.concatenate([stats(work, "stats"), stats(work, "gradients")]),
+        ),
+        # The same count in every layer: recover then compiles one size.
+        "score": (("score", stream[0], *HOW, "-o", stream[1]), None),
+        "compensate": (("compensate", stream[1], "-o", stream[2]), None),
+        "recover": (
+            ("recover", stream[2], "--samples", 4, *where, "-o", stream[3]),
+            lambda _: kl(work),
+        ),
+        "evaluate": (
+            ("evaluate", model, *tokens, *where, "--allow-calibrated"),
+            lambda said: np.array(json.loads(said)["loss"]),
+        ),
     }
-    calls = {
-        "calibrate": ("calibrate", model, *tokens, *where, "--work", work, "-o", out / "a.jsonl"),
-        "score": ("score", out / "a.jsonl", "--sparsity", 0.2, "-o", out / "b.jsonl"),
-        "compensate": ("compensate", out / "b.jsonl", "-o", out / "c.jsonl"),
-        "recover": ("recover", out / "c.jsonl", *where, "-o", out / "r.jsonl"),
-        "export": ("export", out / "model", out / "r.jsonl"),
-        "evaluate": ("evaluate", model, *tokens, *where),
-    }
-    for name, words in calls.items():
-        seconds, said = timed(*words)
-        made[name] = (seconds, results[name](said) if name in results else None)
-    made["gradients"] = (float("nan"), results["gradients"](""))  # in calibrate's time
-    return made
 
 
-def compare(cpu: dict, gpu: dict, device: str) -> None:
-    """Print the table; ends the program if results differ by more than `MOST`."""
+def compare(cpu: dict[str, tuple], gpu: dict[str, tuple], device: str) -> None:
+    """Run step by step and print a row each; exits if results differ by more than `MOST`."""
     print(f"| step | cpu, s | {device}, s | times as fast | difference |")
-    print("|---|---:|---:|---:|---:|")
+    print("|---|---:|---:|---:|---:|", flush=True)
     worst = 0.0
-    for name, (seconds, expected) in cpu.items():
-        other, result = gpu[name]
+    for name, (command, numbers) in cpu.items():
+        seconds, said = timed(*command)
+        other, other_said = timed(*gpu[name][0])
         shown = "–"
-        if expected is not None:
+        if numbers is not None:
+            expected, result = numbers(said), gpu[name][1](other_said)
             difference = float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
             worst, shown = max(worst, difference), f"{difference:.1e}"
-        print(f"| {name} | {seconds:.1f} | {other:.1f} | {seconds / other:.1f} | {shown} |")
+        row = f"| {name} | {seconds:.1f} | {other:.1f} | {seconds / other:.1f} | {shown} |"
+        print(row, flush=True)
     if worst > MOST:
         raise SystemExit(f"the results differ by up to {worst:.1e}, more than {MOST:g}")
 
@@ -88,11 +91,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--device", default="gpu", choices=["gpu", "cpu"])
     given = parser.parse_args()
-    found = []
-    for device in ("cpu", given.device):
-        with tempfile.TemporaryDirectory() as directory:
-            found.append(steps(given.model, given.text, given.samples, device, Path(directory)))
-    compare(*found, given.device)
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        compare(
+            steps(given.model, given.text, given.samples, "cpu", Path(a)),
+            steps(given.model, given.text, given.samples, given.device, Path(b)),
+            given.device,
+        )
 
 
 if __name__ == "__main__":

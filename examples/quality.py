@@ -5,43 +5,81 @@
 Calibrates on 64 x 1024 tokens at random places of the text (and 8 x 1024 held out) for each seed,
 and measures on the first 8 x 2048 tokens of TEST_TEXT, of the same kind, and of OTHER_TEXT, of
 another kind; all in float32, which is faster on CPUs without instructions for bfloat16. A row is
-added to the CSV as it is done, and a row that is there is not made again.
-With --table it prints the CSV as Markdown: the mean over the seeds ± half their range.
+added to the CSV as it is done, and a row that is there is not made again; --jobs makes several
+rows at a time. With --table NAME it prints one of the tables as Markdown: means over the seeds
+± half their range.
 """
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
-import time
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from methods import SPARSITIES, append, prunetool, read
 
 SEEDS = ("0", "1", "2")
-# What score is given, and what recover is: None leaves it out.
-SETTINGS = {
-    "the paper (newton, global)": (["--published"], None),
-    "wanda-sp, weighted tokens": (
-        ["--method", "wanda-sp", "--allocation", "global", "--weighting", "token"],
-        None,
-    ),
-    "newton, by loss": (["--method", "newton"], None),
-    "default (greedy, by loss)": ([], None),
-    "default, recover --what norms": ([], ["--what", "norms", "--samples", 16]),
-    "default, recover": ([], []),
+SAMPLES, HELD_OUT, MEASURED = 72, 8, 8
+OWN = "self"  # --text of calibrate: the model's own
+OTHER = Path("demo/topics.calibrate.txt")  # of OTHER_TEXT's kind, from `make demo`
+MASKED = ["--target", "weights"]
+
+
+class Setting(NamedTuple):
+    """What is done in a row: options of each step; ``recover`` None leaves it out."""
+
+    score: Sequence[object] = ()
+    recover: Sequence[object] | None = None
+    calibrate: tuple[object, ...] = ()
+    text: str | Path | None = None  # to calibrate on, if not CALIBRATION_TEXT
+    sparsities: Sequence[str] = SPARSITIES
+
+
+def both(name: str, setting: Setting) -> dict[str, Setting]:
+    """A setting with and without recover."""
+    return {name: setting, f"{name}, recover": setting._replace(recover=())}
+
+
+DEFAULT = "default (greedy, by loss)"
+FEW = ("0.2", "0.5")
+TABLES = {
+    "methods": {
+        "the paper (newton, global)": Setting(["--published"]),
+        "wanda-sp, weighted tokens": Setting(
+            ["--method", "wanda-sp", "--allocation", "global", "--weighting", "token"]
+        ),
+        "wanda-sp, by loss": Setting(["--method", "wanda-sp"]),
+        "newton, by loss": Setting(["--method", "newton"]),
+        "obs, by loss": Setting(["--method", "obs"]),
+        DEFAULT: Setting(),
+        "default, recover --what norms": Setting(recover=["--what", "norms", "--samples", 16]),
+        "default, recover": Setting(recover=()),
+        "default, recover --epochs 2": Setting(recover=["--epochs", 2], sparsities=FEW),
+    },
+    "masks": both("weights", Setting(MASKED, sparsities=["0.5"]))
+    | both("weights, 2:4", Setting([*MASKED, "--pattern", "2:4"], sparsities=["0.5"])),
+    "texts": both("the model's own text", Setting(text=OWN, sparsities=FEW))
+    | both("language reference", Setting(text=OTHER, calibrate=("--samples", 48), sparsities=FEW)),
+    "gradients": {
+        f"{count} run backward": Setting(calibrate=("--gradients", count), sparsities=FEW)
+        for count in (4, 8, 16, 64)
+    },
 }
-COLUMNS = ["setting", "seed", "sparsity", "test", "other", "predicted", "seconds"]
+SETTINGS = {name: setting for rows in TABLES.values() for name, setting in rows.items()}
+COLUMNS = ["setting", "seed", "sparsity", "test", "other", "predicted"]
 DENSE = ("dense", "-", "0")
 DTYPE = ("--dtype", "float32")
 
 
-def perplexity(model: Path, text: Path) -> float:
-    return float(
-        json.loads(prunetool("evaluate", model, "--text", text, "--samples", 8, *DTYPE))[
-            "perplexity"
-        ]
-    )
+def perplexity(model: Path, text: Path) -> str:
+    said = prunetool("evaluate", model, "--text", text, "--samples", MEASURED, *DTYPE)
+    return f"{json.loads(said)['perplexity']:.4f}"
 
 
 def predicted(path: Path) -> str:
@@ -51,46 +89,98 @@ def predicted(path: Path) -> str:
     return f"{sum(nats):.4f}" if any(nats) else ""
 
 
-def measure(stats: Path, setting: str, sparsity: str, texts: list[Path], out: Path) -> list[str]:
-    """The cells of a row behind its keys."""
-    how, recovers = SETTINGS[setting]
-    kept, made = out / "kept.jsonl", out / "made.jsonl"
-    began = time.monotonic()
-    prunetool("score", stats, "-o", kept, "--sparsity", sparsity, *how)
-    prunetool("compensate", kept, "-o", made)
-    if recovers is not None:
-        prunetool("recover", made, "-o", out / "recovered.jsonl", *recovers, *DTYPE)
-        made = out / "recovered.jsonl"
-    seconds = time.monotonic() - began
-    prunetool("export", out / "model", made, "--overwrite")
-    found = [f"{perplexity(out / 'model', text):.4f}" for text in texts]
-    return [*found, predicted(kept), f"{seconds:.0f}"]
+class Rows:
+    """The CSV."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.lock = given, threading.Lock()
+        self.lock_of: dict[object, threading.Lock] = defaultdict(threading.Lock)
+        self.done = read(given.csv, keys=3)
+
+    def calibrated(self, setting: Setting, seed: str) -> Path:
+        """The records of a seed's calibration."""
+        given, text = self.given, setting.text or self.given.calibration
+        words = [Path(text).stem, *map(str, setting.calibrate), seed]
+        stats = given.csv.with_name(".".join([given.csv.stem, *words, "jsonl"]))
+        prunetool(
+            "calibrate", given.model, "--text", text, "--shuffle", seed, "--samples", SAMPLES,
+            "--held-out", HELD_OUT, "--sequence-length", 1024, "--stats", "all",
+            *setting.calibrate, *DTYPE, "--work", stats.with_suffix(".prunetool"), "-o", stats,
+        )  # fmt: skip
+        return stats
+
+    def make(self, row: tuple[str, str, str], calibration: Future[Path]) -> None:
+        """Make a row of the CSV."""
+        name, _, sparsity = row
+        how, stats = SETTINGS[name], calibration.result()
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory)
+            kept, made = out / "kept.jsonl", out / "made.jsonl"
+            with self.lock_of[stats, sparsity, *how.score]:  # rows that share it find it made
+                prunetool("score", stats, "-o", kept, "--sparsity", sparsity, *how.score)
+                prunetool("compensate", kept, "-o", made)
+            if how.recover is not None:
+                source, made = made, out / "recovered.jsonl"
+                prunetool("recover", source, "-o", made, *how.recover, *DTYPE)
+            prunetool("export", out / "model", made)
+            cells = [*self.measured(out / "model"), predicted(kept)]
+        self.write([*row, *cells])
+
+    def measured(self, model: Path) -> list[str]:
+        return [perplexity(model, text) for text in (self.given.test, self.given.other)]
+
+    def write(self, row: list[str]) -> None:
+        with self.lock:
+            append(self.given.csv, COLUMNS, row)
+            print(*row, flush=True)
+
+    def make_all(self) -> None:
+        given = self.given
+        if DENSE not in self.done:
+            self.write([*DENSE, *self.measured(given.model), ""])
+        names = given.setting or SETTINGS
+        todo = [
+            row
+            for row in itertools.product(names, given.seed or SEEDS, given.sparsity or SPARSITIES)
+            if row not in self.done and row[2] in SETTINGS[row[0]].sparsities
+        ]
+        stats: dict[object, Future[Path]] = {}
+        with ThreadPoolExecutor(given.jobs) as pool:
+            made = []
+            for row in todo:
+                how = SETTINGS[row[0]]
+                key = (how.text, how.calibrate, row[1])
+                if key not in stats:
+                    stats[key] = pool.submit(self.calibrated, how, row[1])
+                made.append(pool.submit(self.make, row, stats[key]))
+        for each in made:
+            each.result()
 
 
-def print_table(path: Path) -> None:
-    rows = read(path, keys=3)
-    if DENSE in rows:
-        print("dense: {} and {}\n".format(*(f"{float(x):.2f}" for x in rows[DENSE][3:5])))
+def print_table(rows: dict[tuple[str, ...], list[str]], table: str) -> None:
     fractions = " | ".join(f"{float(sparsity):.0%}" for sparsity in SPARSITIES)
     print(f"| | {fractions} |")
     print(f"|---|{'---:|' * len(SPARSITIES)}")
-    for setting in SETTINGS:
+    for setting in TABLES[table]:
         cells = []
         for sparsity in SPARSITIES:
             found = [rows[key] for seed in SEEDS if (key := (setting, seed, sparsity)) in rows]
             cells.append(f"{spread(found, 3)} ({spread(found, 4)})" if found else "–")
         if set(cells) != {"–"}:
             print(f"| {setting} | {' | '.join(cells)} |")
+
+
+def print_prediction(rows: dict[tuple[str, ...], list[str]]) -> None:
+    dense = float(rows[DENSE][3])
     ratios = [
-        math.log(float(row[3]) / float(rows[DENSE][3])) / float(row[5])
+        math.log(float(row[3]) / dense) / float(row[5])
         for row in rows.values()
-        if row[0].startswith("default (") and row[5]
+        if row[0] == DEFAULT
     ]
-    if ratios:
-        print(
-            f"\nMeasured loss over predicted, default: {min(ratios):.2f} to {max(ratios):.2f}, "
-            f"{len(ratios)} runs."
-        )
+    print(
+        f"\nMeasured loss over predicted, default: {min(ratios):.2f} to {max(ratios):.2f}, "
+        f"{len(ratios)} runs."
+    )
 
 
 def spread(rows: list[list[str]], column: int) -> str:
@@ -104,32 +194,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model", "calibration", "test", "other", "csv"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", choices=TABLES, help="print it, of the rows that are there")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these")
     parser.add_argument("--sparsity", action="append", choices=SPARSITIES, help="only these")
     parser.add_argument("--seed", action="append", choices=SEEDS, help="only these")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     given = parser.parse_args()
-    if given.table:
-        return print_table(given.csv)
-    texts = [given.test, given.other]
-    if DENSE not in read(given.csv, keys=3):
-        found = [f"{perplexity(given.model, text):.4f}" for text in texts]
-        append(given.csv, COLUMNS, [*DENSE, *found, "", ""])
-    for seed in given.seed or SEEDS:
-        stats = given.csv.with_suffix(f".{seed}.jsonl")
-        prunetool(
-            "calibrate", given.model, "--text", given.calibration, "--shuffle", seed,
-            "--samples", 72, "--held-out", 8, "--sequence-length", 1024, *DTYPE,
-            "--work", given.csv.with_suffix(f".{seed}.prunetool"), "-o", stats,
-        )  # fmt: skip
-        for setting in given.setting or SETTINGS:
-            for sparsity in given.sparsity or SPARSITIES:
-                if (setting, seed, sparsity) in read(given.csv, keys=3):
-                    continue
-                with tempfile.TemporaryDirectory() as directory:
-                    cells = measure(stats, setting, sparsity, texts, Path(directory))
-                append(given.csv, COLUMNS, [setting, seed, sparsity, *cells])
-                print(setting, seed, sparsity, *cells, flush=True)
+    if not given.table:
+        return Rows(given).make_all()
+    rows = read(given.csv, keys=3)
+    if given.table == "methods":
+        print("dense: {} and {}\n".format(*(f"{float(x):.2f}" for x in rows[DENSE][3:5])))
+    print_table(rows, given.table)
+    if given.table == "methods":
+        print_prediction(rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Small random checkpoints, and the commands run as a user runs them."""
 
+import atexit
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,14 @@ from prunetool.checkpoint.shards import TensorSpec
 from prunetool.llama.config import FAMILIES, parse_config
 from prunetool.llama.weights import tensor_shapes
 
+
+def temporary() -> str:
+    """A directory that goes when this process ends."""
+    directory = tempfile.mkdtemp(prefix="prunetool-tests-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
 # A runner in the background has them ignored, which the processes of tests would inherit.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
@@ -33,9 +43,9 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 # transformers copies a checkpoint's own code there; read when it is first imported.
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="prunetool-tests-")
+os.environ["HF_MODULES_CACHE"] = temporary()
 # What one test compiled, the others and their processes load: it halves their time.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="prunetool-tests-"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", temporary())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -73,22 +73,27 @@ def test_makefile_and_scripts_have_the_same_defaults():
     assert "SPARSITY ?= 0.2\n" in makefile
 
 
-def test_the_check_of_a_gpu_compares_every_step(checkpoint, text, call, monkeypatch, capsys):
+def test_the_check_of_a_gpu_compares_every_step(checkpoint, text, call, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     gpu_check = importlib.import_module("gpu_check")
     monkeypatch.setattr(gpu_check, "prunetool", lambda *words: call(*words))
     monkeypatch.setattr(gpu_check, "LENGTH", 32)
     words = ["gpu_check.py", str(checkpoint()), str(text), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", words)
+    lines = []
+    monkeypatch.setattr(gpu_check, "print", lambda line, **_: lines.append(line), raising=False)
     gpu_check.main()
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = [line.split("|") for line in lines[2:]]
     compared = {row[1].strip(): row[5].strip() for row in rows}
-    assert {name for name, said in compared.items() if said == "0.0e+00"} == {
-        "calibrate", "gradients", "recover", "evaluate"
+    assert compared == {
+        "calibrate": "0.0e+00", "score": "–", "compensate": "–", "recover": "0.0e+00",
+        "evaluate": "0.0e+00",
     }  # fmt: skip
-    far = {"evaluate": (1.0, np.array(2.0))}
+    near, far = (
+        {"evaluate": (("inspect", checkpoint()), lambda _, x=x: np.array(x))} for x in (2.0, 3.0)
+    )
     with pytest.raises(SystemExit, match=r"the results differ by up to 5.0e-01"):
-        gpu_check.compare(far, {"evaluate": (1.0, np.array(3.0))}, "gpu")
+        gpu_check.compare(near, far, "gpu")
 
 
 def test_no_paragraph_of_the_language_reference_is_in_both_halves(shell, tmp_path):
