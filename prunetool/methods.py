@@ -25,6 +25,7 @@ class Method(NamedTuple):
         values, so without ``sparsity`` a sweep shares them.
       needs_gram: it requires the Gram matrix of the inputs.
       needs_gradients: it requires the mean squared gradients at the outputs, its third argument.
+      needs_slopes: it requires gradients of the text's own labels, `Evidence.slopes`.
       raw_loss: its scores are a loss in output units. Layers are then compared by loss per
         parameter; the scores of other methods are already relative to their layer.
       sums_energy: it also returns the output energy of all units together.
@@ -32,6 +33,7 @@ class Method(NamedTuple):
       updates: ``compensate`` moves the weights that it keeps, by `unstructured.sparsegpt`.
       damping: default, as a fraction of the mean diagonal of its system.
       pattern: default pattern.
+      allocation: default allocation; None: ``loss`` where it can be.
       published: options that ``--published`` sets, by name (None: left to the function); None if
         there is no such setting.
     """
@@ -40,12 +42,14 @@ class Method(NamedTuple):
     options: tuple[str, ...] = ()
     needs_gram: bool = False
     needs_gradients: bool = False
+    needs_slopes: bool = False
     raw_loss: bool = False
     sums_energy: bool = False
     cuts: bool = False
     updates: bool = False
     damping: float = 1e-4
     pattern: str = "unstructured"
+    allocation: str | None = None
     published: Mapping[str, Any] | None = None
 
     def load(self) -> Callable[..., Any]:
@@ -73,6 +77,20 @@ UNITS = {
     "newton-tied": Method("pruning.units:newton_tied", _NEWTON, sums_energy=True),
     "obs": Method("pruning.units:obs", ("damping",), raw_loss=True),
     "flap": Method("pruning.units:flap"),
+    "taylor": Method(
+        "pruning.units:taylor",
+        ("taylor", "reduce"),
+        raw_loss=True,
+        needs_slopes=True,
+        allocation="share",
+        published={
+            "allocation": "share",
+            "layers": "4:-2",
+            "multiple_of": 1,
+            "min_channels": 1,
+            "weighting": "none",
+        },
+    ),
     "wanda-sp": Method("pruning.units:wanda_sp", raw_loss=True),
     "magnitude": Method("pruning.units:magnitude", raw_loss=True),
     "random": Method("pruning.units:random", ("seed",)),
@@ -109,6 +127,9 @@ QK = {
         published={"lam": None, "learning_rate": None},
     ),
 }
+# Of taylor: the sums over a unit's weights in a matrix, and how the matrices are merged.
+TAYLOR = ("first", "vector", "second", "mix")
+REDUCE = ("sum", "mean", "max", "prod", "first")
 UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
 UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)

@@ -91,6 +91,18 @@ class Several(click.ParamType[tuple[tuple[str, float], ...]]):
         return tuple(found)
 
 
+class Slice(click.ParamType[str]):
+    """A slice as in Python, ``A:B``; either end may be left out, or negative."""
+
+    name = "A:B"
+
+    def convert(self, value: Any, param: Parameter | None, ctx: click.Context | None) -> str:
+        """The slice as typed."""
+        if not re.fullmatch(r"(-?\d{1,6})?:(-?\d{1,6})?", value, re.ASCII):
+            self.fail(f"{value!r} is not a slice, as 4:-2 is", param, ctx)
+        return str(value)
+
+
 def _no_terminal(_: click.Context, __: Parameter, path: str) -> str:
     if path == "-" and sys.stdin.isatty():
         raise click.UsageError(

@@ -9,7 +9,7 @@ from prunetool.llama.weights import input_sizes, part_shapes
 from prunetool.model import Model
 from prunetool.pruning.compensation import CHOICE_OUTPUTS
 from prunetool.pruning.unstructured import BINS
-from prunetool.stats import array_shapes, gradient_shapes
+from prunetool.stats import MODEL, array_shapes, gradient_shapes
 
 FILE_BYTES = 4096  # of names, shapes and checksums in a file of a layer
 # Resident memory of the program before it reads anything: with JAX in use, and without.
@@ -44,7 +44,13 @@ def hidden_bytes(model: Model, samples: int, length: int) -> int:
 
 
 def gradient_bytes(
-    model: Model, sequences: int, length: int, stats: str, stream_dtype: str, stats_dtype: str
+    model: Model,
+    sequences: int,
+    length: int,
+    stats: str,
+    stream_dtype: str,
+    stats_dtype: str,
+    labels: str = MODEL,
 ) -> int:
     """Bytes of the streams kept for a backward pass, two gradients, and its sums."""
     if not sequences:
@@ -53,7 +59,7 @@ def gradient_bytes(
     values = sum(
         math.prod(extent)
         for shape in model.config.layer_shapes
-        for extent in gradient_shapes(model.config, shape, stats).values()
+        for extent in gradient_shapes(model.config, shape, labels, stats).values()
     )
     sums = values * np.dtype(stats_dtype).itemsize + model.layers * FILE_BYTES
     return (model.layers + 3) * stream + sums

@@ -2,11 +2,14 @@
 
 A file has ``tokens``, (1,), and for each site the arrays of `array_shapes`, named ``SITE.SUM``
 (``o.gram``) after the fields of `gram.Sums`; Gram matrices as packed triangles (`gram.pack_tiles`).
-A file of gradients has those of `gradient_shapes` instead, named after the matrix at whose output
-they are: ``o.gram``, Σ g gᵀ, and ``q.square``, Σ g².
+A file of gradients has those of `gradient_shapes` instead, named after the matrix. With labels that
+the model drew they are of the gradients g at its output: ``o.gram``, Σ g gᵀ; ``q.square``, Σ g².
+With the text's own they are of its weights w, with g the gradient of the mean loss of all sequences
+and F the mean over sequences of the squared gradient of each one's mean loss, by row of q, k, v,
+gate, up and by column of o, down: `WEIGHT_SUMS`, ``q.first``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,7 @@ import numpy as np
 from prunetool import records, workdir
 from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
-from prunetool.llama.forward import Taps
+from prunetool.llama.forward import Taps, dot
 from prunetool.llama.parts import MATRICES, PARTS, UNIT_MATRICES
 from prunetool.llama.weights import axis_sizes
 from prunetool.pruning import gram
@@ -136,12 +139,30 @@ def array_shapes(
     return found
 
 
-def gradient_zeros(kept: str, sizes: dict[str, int]) -> dict[str, Any]:
-    """Empty sums over the gradients at the outputs of matrices.
+MODEL, TEXT = "model", "text"  # whose tokens are the labels of a loss: ``--labels``
+# By name, the sum over the weights w of a row or column (LLM-Pruner, arXiv 2305.11627).
+WEIGHT_SUMS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "vector": lambda wg, wwF: np.abs(wg.sum(1, dtype=np.float64)),
+    "first": lambda wg, wwF: np.abs(wg).sum(1, dtype=np.float64),
+    "second": lambda wg, wwF: wwF.sum(1, dtype=np.float64),
+    "mix": lambda wg, wwF: np.abs(wg - wwF / 2).sum(1, dtype=np.float64),
+}
+
+
+def gradient_zeros(kept: str, sizes: dict[str, int], labels: str) -> dict[str, Any]:
+    """Empty sums over a loss's gradients.
 
     Args:
       kept, sizes: as in `zeros`.
+      labels: ``model`` or ``text``.
     """
+    if labels == TEXT:
+        shapes = {matrix: tuple(sizes[axis] for axis in PARTS[matrix].axes) for matrix in MATRICES}
+        return {
+            f"{matrix}.{kind}": jnp.zeros(shape, jnp.float32)
+            for matrix, shape in shapes.items()
+            for kind in ("sum", "squares")
+        }
     sums: dict[str, Any] = {
         f"{matrix}.gram": gram.zero_tiles(sizes["hidden"]) for matrix in UNIT_MATRICES
     }
@@ -151,8 +172,18 @@ def gradient_zeros(kept: str, sizes: dict[str, int]) -> dict[str, Any]:
     return sums
 
 
-def add_gradients(sums: dict[str, Any], outputs: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """Add a batch of gradients at the outputs of matrices, (O, B, N), float32."""
+def add_gradients(
+    sums: dict[str, Any], outputs: Mapping[str, jax.Array], inputs: Taps
+) -> dict[str, Any]:
+    """Add a batch of gradients.
+
+    Args:
+      sums: as from `gradient_zeros`.
+      outputs: at the outputs of matrices, (O, B, N), float32.
+      inputs: the inputs of matrices, (I, B, N).
+    """
+    if "q.sum" in sums:
+        return _add_of_weights(sums, outputs, inputs)
     added = {}
     for name, so_far in sums.items():
         matrix, _, kind = name.partition(".")
@@ -162,6 +193,54 @@ def add_gradients(sums: dict[str, Any], outputs: Mapping[str, jax.Array]) -> dic
         else:
             added[name] = so_far + jnp.sum(jnp.square(g), axis=1).astype(jnp.float64)
     return added
+
+
+def _add_of_weights(
+    sums: dict[str, Any], outputs: Mapping[str, jax.Array], inputs: Taps
+) -> dict[str, Any]:
+    """Add the gradients of matrices, Σ_t g_t x_tᵀ, (O, I), and their squares, of each sequence."""
+    of = {matrix: (outputs[matrix], getattr(inputs, GIVEN[matrix])) for matrix in MATRICES}
+
+    def add(so_far: dict[str, Any], one: dict[str, tuple[jax.Array, jax.Array]]) -> Any:
+        found = {}
+        for matrix, (g, x) in one.items():
+            gradient = dot(g.astype(x.dtype), x, (1, 1))
+            found[f"{matrix}.sum"] = so_far[f"{matrix}.sum"] + gradient
+            found[f"{matrix}.squares"] = so_far[f"{matrix}.squares"] + jnp.square(gradient)
+        return found, None
+
+    by_sequence = jax.tree.map(lambda array: array.swapaxes(0, 1), of)
+    return jax.lax.scan(add, sums, by_sequence)[0]
+
+
+def weight_arrays(
+    sums: dict[str, Any], sequences: int, length: int, weights: Mapping[str, np.ndarray], dtype: str
+) -> dict[str, np.ndarray]:
+    """`WEIGHT_SUMS` of a layer in the form of a file, without padding.
+
+    Args:
+      sums: over sequences, of gradients of the loss summed over tokens, on the host.
+      sequences, length: how many, and the tokens of each, the last of which has no label.
+      weights: the seven matrices, unpadded.
+      dtype: dtype of the arrays.
+    """
+    found, labels = {"tokens": np.array([sequences * (length - 1)])}, np.float32(length - 1)
+    for matrix, w in weights.items():
+        place = tuple(map(slice, w.shape))
+        g = sums[f"{matrix}.sum"][place] / (labels * np.float32(sequences))
+        F = sums[f"{matrix}.squares"][place] / (np.square(labels) * np.float32(sequences))
+        w = w.astype(np.float32)
+        wg, wwF = w * g, np.square(w) * F
+        if _of_columns(matrix):
+            wg, wwF = wg.T, wwF.T
+        for name, sum_ in WEIGHT_SUMS.items():
+            found[f"{matrix}.{name}"] = sum_(wg, wwF).astype(dtype)
+    return found
+
+
+def _of_columns(matrix: str) -> bool:
+    """Whether the units are a matrix's columns."""
+    return matrix in UNIT_MATRICES
 
 
 def gradient_arrays(
@@ -181,14 +260,18 @@ def gradient_arrays(
 
 
 def gradient_shapes(
-    config: LlamaConfig, shape: LayerShape, kept: str | None = None
+    config: LlamaConfig, shape: LayerShape, labels: str, kept: str | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Shape of every array of a layer's file of gradients; as in `array_shapes`."""
-    D = config.hidden_size
+    D, sizes = config.hidden_size, axis_sizes(config, shape)
     found: dict[str, tuple[int, ...]] = {"tokens": (1,)}
+    if labels == TEXT:
+        for matrix in MATRICES:
+            size = sizes[PARTS[matrix].axes[_of_columns(matrix)]]
+            found |= {f"{matrix}.{name}": (size,) for name in WEIGHT_SUMS}
+        return found
     found |= {f"{matrix}.gram": (D * (D + 1) // 2,) for matrix in UNIT_MATRICES}
     if kept in ("all", None):
-        sizes = axis_sizes(config, shape)
         found |= {f"{matrix}.square": (sizes[PARTS[matrix].axes[0]],) for matrix in MATRICES}
     return found
 
@@ -265,21 +348,48 @@ class Stats(_Sums):
 
 
 class Gradients(_Sums):
-    """A layer's sums (`add_gradients`) over gradients of -log p(y), in nats, y drawn from it.
+    """A layer's sums over gradients of -log p(y), in nats.
 
     Args:
       work: the work directory.
       record: the layer's record.
       config: the model's config.
+      labels: whose tokens y are: ``model`` or ``text``.
 
     Raises:
       RecordError: if calibrate kept no gradients.
     """
 
-    def __init__(self, work: Path, record: records.LayerRecord, config: LlamaConfig) -> None:
+    def __init__(
+        self, work: Path, record: records.LayerRecord, config: LlamaConfig, labels: str = MODEL
+    ) -> None:
         if "gradients" not in record.files:
             raise RecordError(
                 f"layer {record.index}", "has no gradients", "calibrate with --gradients"
             )
-        shapes = gradient_shapes(config, config.layer_shapes[record.index])
+        shapes = gradient_shapes(config, config.layer_shapes[record.index], labels)
         super().__init__(work, [record.files["gradients"]], shapes)
+
+
+def need_gradients(calibration: Mapping[str, Any], labels: str, why: str) -> None:
+    """Refuse a calibration without the gradients that a score needs.
+
+    Args:
+      calibration: calibrate's options.
+      labels: ``model`` or ``text``.
+      why: the option that needs them.
+
+    Raises:
+      RecordError: if it kept none, or of other labels.
+    """
+    option = "" if labels == MODEL else f" --labels {labels}"
+    if not calibration.get("gradients"):
+        raise RecordError(
+            why, "needs gradients, and calibrate kept none",
+            f"run calibrate with --gradients 32{option}",
+        )  # fmt: skip
+    if (labels_were := calibration.get("labels", MODEL)) != labels:
+        raise RecordError(
+            why, f"needs gradients of --labels {labels}, and calibrate took --labels {labels_were}",
+            f"run calibrate with --labels {labels}, into another --work",
+        )  # fmt: skip

@@ -55,10 +55,10 @@ def test_a_name_without_a_row_scores_nothing(calibrated, call):
     _, records = calibrated()
     for targets in (("heads",), ("up",), ("q", "k")):
         job = Scoring if targets == ("heads",) else Masking
-        with pytest.raises(KeyError, match="taylor"):
-            job(types.SimpleNamespace(model=None, work=None), targets, {"method": "taylor"})
-    with pytest.raises(click.UsageError, match="'taylor' is not one of 'greedy', "):
-        call("score", records, "--method", "taylor", "--sparsity", ".3")
+        with pytest.raises(KeyError, match="nonesuch"):
+            job(types.SimpleNamespace(model=None, work=None), targets, {"method": "nonesuch"})
+    with pytest.raises(click.UsageError, match="'nonesuch' is not one of 'greedy', "):
+        call("score", records, "--method", "nonesuch", "--sparsity", ".3")
 
 
 @pytest.mark.parametrize("row", ROWS)

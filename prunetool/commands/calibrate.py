@@ -47,6 +47,15 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     "With any, the records come when all layers are done. 0: none.",
 )
 @click.option(
+    "--labels",
+    type=click.Choice(["model", "text"]),
+    default="model",
+    show_default=True,
+    help="Which token the loss of --gradients expects next. model: one drawn from the model's own "
+    "distribution, for score --allocation loss. text: the text's, for score --method taylor; kept "
+    "are sums over the weights of each unit, and not over outputs.",
+)
+@click.option(
     "--stream-dtype",
     type=click.Choice(["bfloat16", "float32"]),
     default="bfloat16",
@@ -123,6 +132,7 @@ def calibrate(
     shuffle: int | None,
     held_out: int | None,
     gradients: int | None,
+    labels: str,
     stream_dtype: str,
     stats: str,
     attention_samples: int,
@@ -174,7 +184,7 @@ def calibrate(
             opened, tokens, held_out, stats, Precision(dtype, stats_dtype, stream_dtype), work,
             AttentionSamples(attention_samples, kept),
             batch or streaming.batch_size(text.length) * devices.local_mesh().size, gradients, team,
-            Profile(profile), chosen, overwrite,
+            Profile(profile), chosen, labels, overwrite,
         )  # fmt: skip
         job.write(model, partial(options.open_sink, sink))
         said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]

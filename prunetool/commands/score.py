@@ -16,6 +16,8 @@ from prunetool.methods import (
     PATTERNS,
     PUBLISHED,
     QK,
+    REDUCE,
+    TAYLOR,
     UNIT_TARGETS,
     UNITS,
     WEIGHTS,
@@ -23,7 +25,10 @@ from prunetool.methods import (
     methods_of,
 )
 
-OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations")
+OF_UNITS = (
+    "weighting", "multiple_of", "min_channels", "newton_iterations", "taylor", "reduce"
+)  # fmt: skip
+OF_TAYLOR = ("taylor", "reduce")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
 PLACE = "{sparsity}"  # in the name of an output, for each of several
 SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
@@ -59,13 +64,21 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 )
 @click.option(
     "--allocation",
-    type=click.Choice(["global", "uniform", "loss"]),
-    show_default="loss, or what --published sets; weights by a method without gradients, or with "
-    "another --pattern than unstructured: uniform",
+    type=click.Choice(["global", "uniform", "share", "loss"]),
+    show_default="loss, or what --published sets; taylor: share; weights by a method without "
+    "gradients, or with another --pattern than unstructured: uniform",
     help="global: one ranking over all layers. uniform: the same counts in "
     "every layer, met to one step of --multiple-of in each; of weights, the same share of each "
-    "matrix. loss: the least predicted loss of the model, from calibrate --gradients; --method "
-    "then only orders the channels of a layer, or the weights of a matrix.",
+    "matrix. share: the same share of KV groups and of channels in every layer, in whole units: "
+    "the total may miss --sparsity. loss: the least predicted loss of the model, from calibrate "
+    "--gradients; --method then only orders the channels of a layer, or the weights of a matrix.",
+)
+@click.option(
+    "--layers",
+    type=options.Slice(),
+    show_default="all",
+    help="Prune only these layers, as a slice in Python: 4:-2 leaves the first four and the last "
+    "two whole. --sparsity counts all layers for heads and channels, and these for weights.",
 )
 @click.option(
     "--weighting",
@@ -103,6 +116,22 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     help="Run the paper's Algorithm 1 for T steps instead of its closed form (same result).",
 )
 @click.option(
+    "--taylor",
+    type=click.Choice(TAYLOR),
+    default=TAYLOR[0],
+    show_default=True,
+    help="Of --method taylor, what counts for a row or column of weights w, with the loss's slope "
+    "g and its mean square F: first: Σ |w g|; vector: |Σ w g|; second: Σ w² F; mix: Σ |w g − ½ w² "
+    "F|.",
+)
+@click.option(
+    "--reduce",
+    type=click.Choice(REDUCE),
+    default=REDUCE[0],
+    show_default=True,
+    help="Of --method taylor, how the matrices of a unit are merged; first: q or gate alone.",
+)
+@click.option(
     "--damping",
     default=None,
     show_default=default_of("damping"),
@@ -135,8 +164,9 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 @click.option(
     "--published",
     is_flag=True,
-    help="A method as published: newton (its λ, one global ranking, no weighting); of q,k "
-    "attention-gd (λ, η, T and order).",
+    help="A method as published: newton (its λ, one global ranking, no weighting); taylor (the "
+    "same share of each layer but the first four and last two); of q,k attention-gd (λ, η, T and "
+    "order).",
 )
 @click.option(
     "--refine",
@@ -269,6 +299,9 @@ def _check(targets: tuple[str, ...], how: dict[str, Any], sparsities: list[float
         "newton_iterations" not in takes or how["lam"] == float("inf")
     ):
         raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
+    for option in OF_TAYLOR:
+        if _given(option) and option not in takes:
+            raise click.UsageError(f"--{option} goes with --method taylor")
     if how["refine"] and targets != SHORTHANDS["qk"]:
         raise click.UsageError("--refine goes with --target qk")
     if how["pattern"] == "2:4" and sparsities != [0.5]:
@@ -298,11 +331,13 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
     if not units:
         how["pattern"] = how["pattern"] or method.pattern
     by_loss = units or (method.needs_gradients and how["pattern"] == "unstructured")
-    how["allocation"] = how["allocation"] or ("loss" if by_loss else "uniform")
+    usual = method.allocation or ("loss" if by_loss else "uniform")
+    how["allocation"] = how["allocation"] or usual
     if not units:
-        if how["allocation"] == "global":
+        if how["allocation"] in ("global", "share"):
             raise click.UsageError(
-                "--allocation global is only for heads and channels; give uniform or loss"
+                f"--allocation {how['allocation']} is only for heads and channels; give uniform or "
+                "loss"
             )
         if how["allocation"] == "loss" and how["pattern"] != "unstructured":
             raise click.UsageError(

@@ -296,6 +296,36 @@ def allocate_uniform(
     return Counts(np.full(layers, lost_groups), np.full(layers, lost_channels))
 
 
+def allocate_share(
+    groups: int, channels: int, layers: int, group_cost: int, channel_cost: int, target: int,
+    limits: Limits,
+) -> Counts:  # fmt: skip
+    """The same share of KV groups and of channels in every layer (LLM-Pruner, arXiv 2305.11627).
+
+    Whole KV groups in the share, ⌊ρ n_kv⌋, and channels so that at most their share is kept; the
+    total is off the target by what that rounding makes.
+
+    Args:
+      groups, channels, layers, group_cost, channel_cost, target, limits: as in `allocate_uniform`.
+
+    Raises:
+      ConfigError: if the units cannot reach the target.
+    """
+    share = target / (layers * (groups * group_cost + channels * channel_cost))
+    lost_groups = int(share * groups + 1e-9)
+    kept = int(channels * (1 - share) + 1e-9) // limits.multiple_of * limits.multiple_of
+    if share > 1 or (groups and lost_groups == groups) or kept < limits.fewest(channels):
+        most_groups, most_channels = max(groups - 1, 0), channels - limits.fewest(channels)
+        _check_reachable(layers * (most_groups * group_cost + most_channels * channel_cost), target)
+        raise ConfigError(
+            "--allocation share",
+            f"asks for {share:.0%} of the KV groups and of the channels of each layer",
+            "lower --sparsity, or give --allocation global",
+        )
+    lost = channels - kept if share else 0
+    return Counts(np.full(layers, lost_groups), np.full(layers, lost))
+
+
 def check_weights(sparsity: float) -> None:
     """Refuse a sparsity that `allocate_weights` cannot reach.
 

@@ -26,6 +26,8 @@ class Evidence(NamedTuple):
       weighted: output energy of each unit alone, with weighted tokens; None without --weighting.
       place: layer, and whether units are blocks; with the seed, determines random scores.
       root: C of the outputs' metric C Cᵀ (`curve`), (D', D'); None if all directions count equally.
+      slopes: the layer's sums over w and the loss's slope g by name (`stats.WEIGHT_SUMS`), for a
+        method with ``needs_slopes``.
     """
 
     W: np.ndarray
@@ -36,6 +38,7 @@ class Evidence(NamedTuple):
     weighted: np.ndarray | None
     place: Sequence[int]
     root: np.ndarray | None = None
+    slopes: Callable[[str], np.ndarray] | None = None
 
     def by_unit(self, rows: np.ndarray, merge: Callable[..., np.ndarray] = np.sum) -> np.ndarray:
         """Turn scores of rows into scores of units: the sum over a block, or another ``merge``."""
@@ -71,6 +74,39 @@ def wanda_sp(of: Evidence) -> Ranking:
 def flap(of: Evidence) -> Ranking:
     """`structural.flap`, averaged over a block; tokens count equally, even with --weighting."""
     return Ranking(of.by_unit(structural.flap(of.W, of.second, of.mean), np.mean))
+
+
+# The matrices of which a unit has rows or columns, the first the root; by whether units are blocks.
+MEMBERS = {True: ("q", "k", "v", "o"), False: ("gate", "up", "down")}
+MERGED: dict[str, Callable[..., np.ndarray]] = {
+    "sum": np.sum,
+    "mean": np.mean,
+    "max": np.max,
+    "prod": np.prod,
+    "first": lambda members, axis: members[0],
+}
+
+
+def taylor(of: Evidence, *, taylor: str, reduce: str) -> Ranking:
+    """LLM-Pruner's importance (arXiv 2305.11627): what the loss's Taylor series says of a unit.
+
+    First within each matrix, `stats.WEIGHT_SUMS`, for every index of a head or channel; then over
+    the matrices, index by index; then over a head's indices. The query heads of a KV group, which
+    are neighbours, are added up first; LLM-Pruner's own code adds those n_kv apart.
+
+    Args:
+      of: the evidence.
+      taylor: which of the sums.
+      reduce: how the matrices are merged.
+    """
+    assert of.slopes is not None
+    members = [of.slopes(f"{matrix}.{taylor}") for matrix in MEMBERS[of.blocks > 0]]
+    if of.blocks:
+        groups = min(map(len, members))
+        members = [
+            rows.reshape(of.blocks, -1, groups // of.blocks).sum(axis=1).ravel() for rows in members
+        ]
+    return Ranking(of.by_unit(MERGED[reduce](members, axis=0)))
 
 
 def random(of: Evidence, *, seed: int) -> Ranking:

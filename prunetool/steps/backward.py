@@ -1,9 +1,10 @@
 """A backward pass over some of the calibration sequences, layer by layer, and its sums.
 
-The loss is -log p(y) of every token, in nats, with y drawn from the model's own next-token
-distribution: the sums Σ g gᵀ of its gradients are then those of the Fisher information, the
-curvature of the loss where a model fits its data. Its gradients go from the last layer to the first
-in files, as the residual stream goes forward; memory holds one layer and one batch.
+The loss is -log p(y) of every token, in nats. With y drawn from the model's own next-token
+distribution the sums Σ g gᵀ of its gradients are those of the Fisher information, the curvature of
+the loss where a model fits its data; with y the text's next token, g is the loss's slope. Gradients
+go from the last layer to the first in files, as the residual stream goes forward; memory holds one
+layer and one batch, and for the text's labels two sums of the size of the layer's matrices.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,7 @@ class Backward:
       mine: those of this process, whose streams it has.
       batch: sequences processed at a time.
       kept: ``--stats``.
+      labels: ``--labels``.
     """
 
     model: Model
@@ -65,6 +67,7 @@ class Backward:
     team: Team
     profile: Profile
     kept: str
+    labels: str
 
     def stream(self, layer: int, kind: str = "residual") -> streaming.HiddenStates:
         """The residual stream of this process's sequences before a layer, or its ``gradient``."""
@@ -145,18 +148,19 @@ class Backward:
         return workdir.layer_file("stats", layer, ".gradients")
 
     def _top(self) -> None:
-        """Draw the tokens, and write the gradient after the last layer."""
+        """Write the gradient after the last layer."""
         length, last = self.tokens.shape[1], self.model.layers
         ends = Ends.of(self.model, self.precision.dtype)
         head = EMBEDDING if self.model.config.tied else LM_HEAD
         refuse_other_weights(self.team, self.model, head, [FINAL_NORM, head])
 
         @jax.jit
-        def gradient(
-            h: jax.Array, uniform: jax.Array, norm: jax.Array, head: jax.Array
-        ) -> jax.Array:
+        def gradient(h: jax.Array, given: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
             def loss(scores: jax.Array) -> jax.Array:
-                drawn = decode.draw(jax.lax.stop_gradient(scores), uniform)
+                if self.labels == stats.TEXT:
+                    losses = forward.token_losses(scores, jnp.maximum(given, 0))
+                    return jnp.sum(jnp.where(given < 0, 0, losses))
+                drawn = decode.draw(jax.lax.stop_gradient(scores), given)
                 return jnp.sum(forward.token_losses(scores, drawn))
 
             return backward.top(loss, h, norm, head, eps=ends.eps)[1]
@@ -165,11 +169,12 @@ class Backward:
         with self.stream(last, "gradient").writing() as write:
             for place in console.progress(range(len(self.mine)), len(self.mine), what="labels of"):
                 h, g = below.read(range(place, place + 1)), []
-                generator = np.random.default_rng([LABEL_SEED, int(self.mine[place])])
-                u = generator.random((length,))
+                given = self._given(int(self.mine[place]))
                 for start in range(0, length, LOGIT_TOKENS):
                     block = slice(start, start + LOGIT_TOKENS)
-                    g.append(np.asarray(gradient(h[:, :, block], u[block], ends.norm, ends.head)))
+                    g.append(
+                        np.asarray(gradient(h[:, :, block], given[block], ends.norm, ends.head))
+                    )
                 found = np.concatenate(g, axis=2)
                 streaming.check_finite(
                     found, last - 1, "the gradients after it are NaN or infinite"
@@ -177,6 +182,13 @@ class Backward:
                 write(range(place, place + 1), found)
             if self.team.index == 0:
                 self.model.remember(self.work / workdir.WEIGHTS_NAME)
+
+    def _given(self, sequence: int) -> np.ndarray:
+        """The tokens that follow, (N,), -1 behind the last; or the numbers that draw them."""
+        if self.labels == stats.TEXT:
+            return np.append(self.tokens[sequence, 1:], -1).astype(np.int32)
+        generator = np.random.default_rng([LABEL_SEED, sequence])
+        return generator.random((self.tokens.shape[1],))
 
     def _compute(self, left: int) -> Iterator[int]:
         """The layers below ``left``, of whose outputs the gradient is there."""
@@ -190,7 +202,9 @@ class Backward:
                 self.team, self.model, f"layer {number}", names(self.model, number)
             )
             sums = step.spread.zeros(
-                jax.eval_shape(partial(stats.gradient_zeros, self.kept, padded_sizes(layer)))
+                jax.eval_shape(
+                    partial(stats.gradient_zeros, self.kept, padded_sizes(layer), self.labels)
+                )
             )
             before, below = self.stream(number), self.stream(number, "gradient")
             with below.writing() as write:
@@ -211,10 +225,14 @@ class Backward:
 
     def _write(self, layer: int, sums: dict[str, Any]) -> None:
         if self.team.index == 0:
-            tokens = len(self.every) * self.tokens.shape[1]
-            config = self.model.config
-            shape = config.layer_shapes[layer]
-            arrays = stats.gradient_arrays(sums, tokens, config, shape, self.precision.stats_dtype)
+            count, length = len(self.every), self.tokens.shape[1]
+            config, dtype = self.model.config, self.precision.stats_dtype
+            if self.labels == stats.TEXT:
+                weights = {part: self.model.part(layer, part) for part in MATRICES}
+                arrays = stats.weight_arrays(sums, count, length, weights, dtype)
+            else:
+                shape = config.layer_shapes[layer]
+                arrays = stats.gradient_arrays(sums, count * length, config, shape, dtype)
             workdir.write(self.work, self._file(layer), arrays)
 
 
@@ -256,12 +274,12 @@ class LayerFunction:
         config = model.config
 
         def step(h: jax.Array, g: jax.Array, w: Layer, rope: forward.Rotation, sums: Any) -> Any:
-            found, _ = backward.layer_gradients(
+            found, inputs = backward.layer_gradients(
                 h, g, w, rope,
                 head_dim=config.head_dim, eps=config.rms_norm_eps, window=config.window,
             )  # fmt: skip
             sums = jax.tree.map(lambda terms: terms[0], sums)
-            added = stats.add_gradients(sums, found.outputs)
+            added = stats.add_gradients(sums, found.outputs, inputs)
             return found.before, jax.tree.map(lambda terms: terms[None], added)
 
         self.spread = Spread(

@@ -44,6 +44,7 @@ class Calibration:
       batch: sequences processed at a time.
       gradients: number of sequences of which a loss's gradients are summed; 0 for none.
       chosen: how ``tokens`` were chosen, for the history.
+      labels: of the loss: ``model`` or ``text``.
       overwrite: start again if the checkpoint has changed since a killed run.
     """
 
@@ -59,6 +60,7 @@ class Calibration:
     team: Team
     profile: Profile
     chosen: Mapping[str, Any]
+    labels: str
     overwrite: bool = False
 
     def write(self, model: str, open_sink: Opens) -> None:
@@ -79,6 +81,7 @@ class Calibration:
             **self.chosen,
             "held_out": self.held_out,
             "gradients": self.gradients,
+            "labels": self.labels,
             "stats": self.stats,
             "attention": list(self.attention),
             **self.precision._asdict(),
@@ -126,7 +129,7 @@ class Calibration:
         _, stats_dtype, stream_dtype = self.precision
         length = self.tokens.shape[1]
         need += plan.gradient_bytes(
-            self.model, self.gradients, length, self.stats, stream_dtype, stats_dtype
+            self.model, self.gradients, length, self.stats, stream_dtype, stats_dtype, self.labels
         )
         need_room(self.work, need - workdir.size_bytes(self.work, *workdir.CALIBRATED))
 
@@ -184,6 +187,7 @@ class Calibration:
             self.team,
             self.profile,
             self.stats,
+            self.labels,
         )
 
     def _stream(self, path: Path) -> streaming.HiddenStates:

@@ -12,9 +12,9 @@ from prunetool.kept import Extent, Mask, extents, kept_units, pack_mask
 from prunetool.llama.parts import MATRICES, UNIT_MATRICES
 from prunetool.methods import QK, methods_of
 from prunetool.pruning import budget, compensation, curve, gram, unstructured
-from prunetool.stats import GIVEN, SITES, Gradients, Stats
+from prunetool.stats import GIVEN, MODEL, SITES, Gradients, Stats, need_gradients
 from prunetool.steps.attention import AttentionLayer, turn_of
-from prunetool.steps.run import Run
+from prunetool.steps.run import Run, chosen_layers
 
 
 class Masking:
@@ -33,6 +33,7 @@ class Masking:
         self._scorer = self._method.load()
         self._turns = cache(partial(turn_of, run.model))
         self._by_loss = how["allocation"] == "loss"
+        self._chosen = chosen_layers(how["layers"], run.model.layers)
         self._shares: dict[tuple[int, str], float] = {}  # what each matrix loses, if by loss
         self.said: list[str] = []  # what was reached, after the last layer
 
@@ -64,7 +65,7 @@ class Masking:
             source = iter(self._allocated(source))
         for record, name, arrays in self.run.layers(source, make):
             values = self._values(arrays)
-            for part in self.parts:
+            for part in self.parts if self._chosen[record.index] else ():
                 counts[part] += arrays[f"{part}.count"]
             rows.append(self._row(record.index, values))
             worst.append(max(mask["loss"] or 0.0 for mask in values["masks"].values()))
@@ -90,10 +91,8 @@ class Masking:
 
     def _check_kept(self, calibration: dict[str, Any]) -> None:
         why = "--allocation loss" if self._by_loss else f"--method {self.how['method']}"
-        if (self._by_loss or self._method.needs_gradients) and not calibration.get("gradients"):
-            raise RecordError(
-                why, "calibrate kept no gradients", "run calibrate with --gradients 32, or more"
-            )
+        if self._by_loss or self._method.needs_gradients:
+            need_gradients(calibration, MODEL, why)
         missing = [f"{part}_proj" for part in self.parts if not SITES[GIVEN[part]].of_units]
         needed = self._by_loss or self._method.needs_gram
         if missing and needed and calibration.get("stats") != "all":
@@ -118,11 +117,13 @@ class Masking:
         histograms: dict[tuple[int, str], np.ndarray] = {}
         digest = workdir.digest([header.history[:-1], self.parts, curve.MIX, curve.DAMPING])
         for record in console.progress(source, header.layers, what="loss of layer"):
+            found.append(record)
+            if not self._chosen[record.index]:
+                continue
             name = workdir.layer_file(f"scores-{digest}", record.index)
             with naming(f"layer {record.index}"), workdir.lock(self.work / name, wait=True):
                 arrays = workdir.make_once(self.work, name, partial(self._histograms, record))
             histograms |= {(record.index, part): arrays[part] for part in self.parts}
-            found.append(record)
         sizes = [int(each.sum(dtype=np.int64)) for each in histograms.values()]
         target = round(self.how["sparsity"] * sum(sizes))
         lost = budget.allocate_weights(list(histograms.values()), target)
@@ -195,7 +196,8 @@ class Masking:
         """
         kept, stats = self._extents(record), Stats(self.work, record, self.model.config)
         attention = self._attention(record, kept)
-        learned, said = self._learn(attention)
+        chosen = self._chosen[record.index]
+        learned, said = self._learn(attention) if chosen else ({}, {})
         out: dict[str, np.ndarray] = {}
         masks = {}
         for part in self.parts:
@@ -214,7 +216,7 @@ class Masking:
             out[f"{part}.loss"] = np.array([loss])
         values: dict[str, np.ndarray] = {}
         if attention is not None:
-            if self.how["refine"] and self.how["sparsity"]:
+            if self.how["refine"] and self.how["sparsity"] and chosen:
                 pair, steps = attention.refine(list(masks.values()), self.how["refine"])
                 values = dict(zip(self.parts, map(np.asarray, pair), strict=True))
                 said["refine_steps"] = steps
@@ -288,6 +290,8 @@ class Masking:
         kept: Extent,
     ) -> np.ndarray:
         """The mask of one matrix."""
+        if not self._chosen[record.index]:
+            return np.ones(W.shape, bool)
         sparsity = self._shares.get((record.index, part), self.how["sparsity"])
         pattern = self.how["pattern"]
         if pattern == "2:4" and W.shape[1] % 4:

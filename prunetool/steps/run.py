@@ -12,7 +12,7 @@ from prunetool import console, records, workdir
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.writer import need_room
 from prunetool.corpus import Text
-from prunetool.errors import CheckpointError, RecordError, naming
+from prunetool.errors import CheckpointError, ConfigError, RecordError, naming
 from prunetool.model import Model, open_model, read_weights
 from prunetool.profiling import Profile
 
@@ -88,6 +88,24 @@ def read_text(
     tokens, bos = text.load(model.directory, model.config.vocab_size, samples, shuffle)
     console.doing("checking")
     return tokens, bos
+
+
+def chosen_layers(layers: str | None, count: int) -> np.ndarray:
+    """Which of a model's layers a slice ``A:B`` names, (count,) bool; None: all.
+
+    Raises:
+      ConfigError: if it names none.
+    """
+    start, stop = (int(end) if end else None for end in (layers or ":").split(":"))
+    chosen = np.zeros(count, bool)
+    chosen[start:stop] = True
+    if not chosen.any():
+        raise ConfigError(
+            f"--layers {layers}",
+            f"names none of {count} layers",
+            "count from 0, or from -1 at the end",
+        )
+    return chosen
 
 
 @dataclass

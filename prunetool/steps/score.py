@@ -1,7 +1,7 @@
 """Score the layers' units, and share the budget out between layers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from prunetool import console, records, workdir
-from prunetool.errors import ConfigError, RecordError, naming
+from prunetool.errors import ConfigError, naming
 from prunetool.kept import BINS, CHANNELS, GROUPS, extents, kept_units, used_weight
 from prunetool.llama.parts import UNIT_MATRICES
 from prunetool.methods import methods_of
 from prunetool.pruning import budget, compensation, curve, gram, structural, units
-from prunetool.stats import Gradients, Stats
-from prunetool.steps.run import Run
+from prunetool.stats import MODEL, TEXT, Gradients, Stats, need_gradients
+from prunetool.steps.run import Run, chosen_layers
 
 OUTPUT_MATRICES = tuple(f"{matrix}_proj" for matrix in UNIT_MATRICES)  # units make their inputs
 ENOUGH = 10  # calibration tokens for each channel
@@ -69,16 +69,16 @@ class Scoring:
         self._method = methods_of(targets)[how["method"]]
         self._rank_units = self._method.load()
         self._by_loss = how["allocation"] == "loss"
+        self._chosen = chosen_layers(how["layers"], run.model.layers)
         self.said: list[str] = []  # what was reached, after the last layer
 
     def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         """Score every layer, share the budget out, then yield each layer's record."""
-        if self._by_loss and not self.run.header.calibration.get("gradients"):
-            raise RecordError(
-                "--allocation loss",
-                "needs gradients, which this stream's calibration did not keep",
-                "calibrate with --gradients, or give --allocation global",
-            )
+        calibration = self.run.header.calibration
+        if self._by_loss:
+            need_gradients(calibration, MODEL, "--allocation loss")
+        if self._method.needs_slopes:
+            need_gradients(calibration, TEXT, f"--method {self.how['method']}")
         self._check_budget()
         return self._kept(source)
 
@@ -235,6 +235,7 @@ class Scoring:
     def _share_out(self, ranked: Sequence[dict[str, _Units]]) -> budget.Counts:
         group_costs, channel_cost, total = self._costs
         target = round(self.how["sparsity"] * total)
+        ranked = [units if own else {} for units, own in zip(ranked, self._chosen, strict=True)]
         limits = budget.Limits(self.how["multiple_of"], self.how["min_channels"])
         if self._by_loss:
             whole = np.zeros(1)
@@ -248,25 +249,32 @@ class Scoring:
             return budget.allocate_global(
                 groups, channels, group_costs, channel_cost, target, limits
             )
+        same = self.how["allocation"]
         shapes = set(self.model.config.layer_shapes)
         if len(shapes) > 1:
-            raise ConfigError("--allocation uniform", "the layers differ in size", "give global")
+            raise ConfigError(f"--allocation {same}", "the layers differ in size", "give global")
         shape = shapes.pop()
-        return budget.allocate_uniform(
+        share_out = budget.allocate_share if same == "share" else budget.allocate_uniform
+        counts = share_out(
             shape.kv_heads if GROUPS in self.targets else 0,
             shape.channels if CHANNELS in self.targets else 0,
-            self.model.layers,
+            int(self._chosen.sum()),
             group_costs[0],
             channel_cost,
             target,
             limits,
         )
+        places = np.cumsum(self._chosen) - 1
+        return budget.Counts(*(np.where(self._chosen, lost[places], 0) for lost in counts))
 
     def _scores(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
         """Scores of a layer's units of both targets, in the form of a file."""
         stats = Stats(self.work, record, self.model.config)
         shape = self.model.config.layer_shapes[record.index]
         group_costs, channel_cost, _ = self._costs
+        slopes = None
+        if self._method.needs_slopes:
+            slopes = Gradients(self.work, record, self.model.config, TEXT).__getitem__
         out: dict[str, np.ndarray] = {}
         for kind, matrix, blocks, cost in (
             (GROUPS, "o", shape.kv_heads, group_costs[record.index]),
@@ -279,7 +287,7 @@ class Scoring:
                     gradients = Gradients(self.work, record, self.model.config)
                     root = curve.metric_root(gradients[f"{matrix}.gram"], gradients.tokens)
                 place = (record.index, blocks > 0)
-                found, energy = self._rank(W, stats, matrix, blocks, cost, place, root)
+                found, energy = self._rank(W, stats, matrix, blocks, cost, place, root, slopes)
             if root is not None:
                 with naming(where), self.run.profile.phase(f"curve {matrix}_proj"):
                     out |= _curve(kind, W @ root, stats, matrix, blocks, found.score)
@@ -297,6 +305,7 @@ class Scoring:
         cost: int,
         place: tuple[int, bool],
         root: np.ndarray | None,
+        slopes: Callable[[str], np.ndarray] | None,
     ) -> tuple[_Units, float]:
         """Score the rows of W, or its ``blocks`` blocks of rows, by the requested method.
 
@@ -322,7 +331,7 @@ class Scoring:
         energy = None if by_method else compensation.output_energy(gram.mirror(A), W)
         if weighted_gram in stats:
             A = gram.unpack(stats[weighted_gram])
-        evidence = units.Evidence(W, A, second, mean, blocks, weighted, place, root)
+        evidence = units.Evidence(W, A, second, mean, blocks, weighted, place, root, slopes)
         ranking = self._rank_units(evidence, **self._method.given(self.how))
         if ranking.warning:
             console.log.warning("%s", ranking.warning)

@@ -173,8 +173,8 @@ def test_a_calibration_without_gradients_is_refused_before_any_layer(calibrated,
     _, records = calibrated(gradients=0)
     done = run("score", records, "--sparsity", ".3", "--allocation", "loss", ok=False)
     assert error_of(done) == (
-        "Error: --allocation loss: needs gradients, which this stream's calibration did not keep; "
-        "calibrate with --gradients, or give --allocation global"
+        "Error: --allocation loss: needs gradients, and calibrate kept none; run calibrate with "
+        "--gradients 32"
     )
     assert not list(tmp_path.glob("dense.work/scores-*"))
 

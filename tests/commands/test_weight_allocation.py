@@ -183,7 +183,8 @@ def test_what_is_missing_is_one_line_before_the_first_layer(calibrated, run, tmp
         "--work", tmp_path / "plain.work", "-o", model)  # fmt: skip
     for more, why in ((BY_LOSS, "--allocation loss"), (UNIFORM, "--method fisher")):
         assert error_of(run(*words, *more, model, ok=False)) == (
-            f"Error: {why}: calibrate kept no gradients; run calibrate with --gradients 32, or more"
+            f"Error: {why}: needs gradients, and calibrate kept none; run calibrate with "
+            "--gradients 32"
         )
     _, records = calibrated("all", stats="all")
     done = run("score", records, "--target", "weights", "--sparsity", ".85", *BY_LOSS, ok=False)
