@@ -117,8 +117,14 @@ def test_every_command_has_help_and_an_example(command):
                 ("--allocation", "uniform"): "--published sets --allocation itself",
                 ("--allocation", "loss"): "--published sets --allocation itself",
                 ("--weighting", "token"): "--published sets --weighting itself",
-                ("--method", "obs"): "goes with --method newton or taylor or attention-gd, not obs of heads,",
-                ("--target", "v"): "goes with --method newton or taylor or attention-gd, not fisher of v",
+                (
+                    "--method",
+                    "obs",
+                ): "goes with --method newton or taylor or attention-gd, not obs of heads,",
+                (
+                    "--target",
+                    "v",
+                ): "goes with --method newton or taylor or attention-gd, not fisher of v",
             }.items()
         ),
         (

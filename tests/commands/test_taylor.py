@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,31 @@ def test_every_variant_is_that_of_loops(checkpoint, call, ids, tmp_path, kv_head
                 kept = load_file(tmp_path / "w" / record["files"][f"kept.{target}"])[target]
                 gone = int((kept == 0).sum())
                 assert set(np.flatnonzero(kept == 0)) == set(np.argsort(right)[:gone])
+
+
+CASES = json.loads(Path(__file__).with_name("llm_pruner.json").read_text())
+
+
+@pytest.mark.parametrize("variant", CASES)
+def test_units_that_go_are_those_of_llm_pruner(checkpoint, call, tmp_path, variant):
+    """The head and the channels of each layer that its own code (128a07d) removed at 25%, run once
+    with a block-wise MetaPruner on transformers' LlamaForCausalLM of this checkpoint."""
+    taylor, reduce = variant.split()
+    np.save(tmp_path / "ids.npy", np.random.default_rng(5).integers(0, 250, (4, 24), np.int64))
+    path = checkpoint(num_key_value_heads=4, seed=11)
+    call(*words(path, "--samples", 4, "--held-out", 0))
+    stream = call(
+        "score", "w.jsonl", "--method", "taylor", "--taylor", taylor, "--reduce", reduce,
+        "--allocation", "share", "--sparsity", ".25", "--multiple-of", 1,
+    )  # fmt: skip
+    for line, (head, channels) in zip(stream.splitlines()[1:-1], CASES[variant], strict=True):
+        files = json.loads(line)["files"]
+        gone = {
+            target: np.flatnonzero(load_file(tmp_path / "w" / files[f"kept.{target}"])[target] == 0)
+            for target in ("heads", "channels")
+        }
+        assert list(gone["heads"]) == [head]
+        assert list(gone["channels"]) == channels
 
 
 def score_file(work, layer):
