@@ -29,6 +29,7 @@ def model_card(
     header: Header,
     dense: Model,
     form: str,
+    hidden_size: int,
     shapes: Sequence[LayerShape],
     parameters: int,
     densities: Sequence[dict[str, tuple[int, int]]],
@@ -43,6 +44,7 @@ def model_card(
       header: of the records that were exported.
       dense: the original checkpoint.
       form: what config.json calls it, or ``dense``.
+      hidden_size: of the result.
       shapes: what each layer keeps.
       parameters: stored in the result.
       densities: nonzero and all weights of each layer's matrices; none if no weights were
@@ -50,7 +52,8 @@ def model_card(
       recovered: recover changed the weights.
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
-    after = [dense.layer_parameters(shape) for shape in shapes]
+    D = dense.config.hidden_size
+    after = [dense.layer_parameters(shape) * hidden_size // D for shape in shapes]
     source = hub_id(Path(header.model)) or Path(header.source).name
     if source in ("", ".."):  # the path has no name, such as .
         source = Path(header.model).name
@@ -67,7 +70,8 @@ def model_card(
         f"| parameters in decoder layers | {sum(before):,} | {sum(after):,} "
         f"(−{1 - sum(after) / sum(before):.2%}) |",
         f"| parameters stored | {dense.parameters():,} | {parameters:,} "
-        f"(−{1 - parameters / dense.parameters():.2%}) |", "",
+        f"(−{1 - parameters / dense.parameters():.2%}) |",
+        *([f"| hidden size | {D} | {hidden_size} |"] if hidden_size < D else []), "",
         *_how_to_load(form), "",
         "## What each layer keeps", "",
         "| layer | query heads | KV heads | MLP channels |", "|---:|---:|---:|---:|",

@@ -148,6 +148,14 @@ def pruned_layer(model: Model, work: Path, record: records.LayerRecord) -> Layer
     return layer
 
 
+def basis_of(work: Path, record: records.LayerRecord, size: int) -> np.ndarray | None:
+    """The basis of the residual stream that is kept, (D, k), float32; None if all of it is."""
+    if "basis" not in record.files:
+        return None
+    shape = size, int(record.values["hidden"]["kept"])
+    return _array(work, record.files["basis"], "basis", np.float32, shape)
+
+
 def pruned_norm(model: Model, work: Path, made: Sequence[records.LayerRecord]) -> np.ndarray:
     """The final norm's weight, in its stored dtype: the last layer's file has a recovered one."""
     norm = model.final_norm()

@@ -130,18 +130,23 @@ QK = {
 # Of taylor: the sums over a unit's weights in a matrix, and how the matrices are merged.
 TAYLOR = ("first", "vector", "second", "mix")
 REDUCE = ("sum", "mean", "max", "prod", "first")
+# For the hidden dimensions: functions of the stream's Gram matrix H and k that return Q (`basis`).
+HIDDEN = {"pca": Method("pruning.basis:principal")}
+HIDDEN_TARGETS = ("hidden",)
 UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
 UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)
 PUBLISHED = tuple(n for n, row in (UNITS | QK | WEIGHTS).items() if row.published is not None)
 DAMPED = tuple(n for n, row in (UNITS | WEIGHTS).items() if "damping" in row.options)
-NAMES = tuple(dict.fromkeys((*UNITS, *WEIGHTS, *QK)))
+NAMES = tuple(dict.fromkeys((*UNITS, *WEIGHTS, *QK, *HIDDEN)))
 
 
 def methods_of(targets: Sequence[str]) -> dict[str, Method]:
     """The methods that score these targets of ``score``, by name."""
     if set(UNIT_TARGETS) & set(targets):
         return UNITS
+    if targets == HIDDEN_TARGETS:
+        return HIDDEN
     return QK | WEIGHTS if set(targets) == {"q", "k"} else WEIGHTS
 
 

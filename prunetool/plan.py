@@ -89,6 +89,11 @@ def masks_bytes(model: Model, parts: tuple[str, ...], *, by_loss: bool) -> int:
     return total
 
 
+def basis_bytes(model: Model) -> int:
+    """Bytes of the basis of the hidden dimensions."""
+    return 4 * model.config.hidden_size**2 + 16 * model.layers + FILE_BYTES
+
+
 def refit_bytes(model: Model, layers: int, kept: float = 1.0) -> int:
     """Upper bound on the bytes of the refitted weights of some layers."""
     sizes = (

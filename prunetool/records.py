@@ -34,6 +34,7 @@ HASH = 12 * "[0-9a-f]"
 FILES = {
     "stats|held_out|attention|gradients": r"stats/layer-{layer:05d}\.{kind}\.safetensors",
     rf"kept\.(heads|channels)|mask\.{MATRIX}": rf"score-{HASH}/layer-{{layer:05d}}\.safetensors",
+    "basis": rf"score-{HASH}/basis\.safetensors",
     "refit": rf"compensate-{HASH}/layer-{{layer:05d}}\.safetensors",
     "recover": rf"recover-{HASH}/layer-{{layer:05d}}\.safetensors",
 }
@@ -68,6 +69,11 @@ class Header:
     def had(self, *commands: str) -> bool:
         """Whether one of these steps is in its history."""
         return any(step["command"] in commands for step in self.history)
+
+    @property
+    def cuts_hidden(self) -> bool:
+        """Whether a score had ``--target hidden``."""
+        return any(step["options"].get("target") == "hidden" for step in self.history[1:])
 
     def after(self, command: str, **options: Any) -> "Header":
         """The header with one more step in its history."""
@@ -230,6 +236,7 @@ MASK = {"method": _text, "pattern": _text, "damping": _number, "removed": _numbe
 BEHIND = {
     "kept": "energy",
     "mask": "masks",
+    "basis": "hidden",
     "refit": "refit",
     "recover": "recover",
 }  # value that goes with a file
@@ -241,6 +248,7 @@ VALUES: dict[str, Shape] = {
     "nats": {...: ("(o|down)_proj", _number)},
     "scores": {...: ("heads|channels", {...: (r"-?\d{1,4}|least", _pair)})},
     "masks": {...: (MATRIX, MASK)},
+    "hidden": {"kept": _count, "of": _count, "share": {...: ("attention|mlp", _number)}},
     "attention": {...: (".*", _number)},
     "refit": {...: (rf"{MATRIX}_proj(\.masked)?", REFIT)},
     "recover": {"kl_before": _number, "kl_after": _number, "steps": _count},

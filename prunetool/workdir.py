@@ -72,7 +72,7 @@ COST_NAME = "cost.json"
 STEP_FILES = re.compile(
     rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}|{re.escape(WEIGHTS_NAME)}"
     rf"|{re.escape(COST_NAME)}"
-    r"|(hidden|residual|gradient)-\d{5}|state-\d{5}\.\w+\.\d+|progress\.json"
+    r"|basis\.safetensors|(hidden|residual|gradient)-\d{5}|state-\d{5}\.\w+\.\d+|progress\.json"
 )
 AGAIN = (
     "run the step that made it again; if discarded, delete the work directory and calibrate again"

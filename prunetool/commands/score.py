@@ -12,6 +12,8 @@ from prunetool.errors import RecordError
 from prunetool.llama.parts import MATRICES
 from prunetool.methods import (
     DAMPED,
+    HIDDEN,
+    HIDDEN_TARGETS,
     NAMES,
     PATTERNS,
     PUBLISHED,
@@ -31,6 +33,7 @@ OF_UNITS = (
 OF_TAYLOR = ("taylor", "reduce")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
 PLACE = "{sparsity}"  # in the name of an output, for each of several
+OTHER_SIZE = 8  # --multiple-of of hidden dimensions
 SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 
 
@@ -44,23 +47,25 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     metavar="LIST",
     help="Fraction to remove; several, separated by commas, for one output each (-o "
     f"kept-{PLACE}.jsonl). heads and channels: of the parameters of all decoder layers' seven "
-    "matrices. Weights: of each matrix (or row, see --pattern); with --allocation loss, of all "
-    "matrices of --target together.",
+    "matrices. hidden: of each matrix. Weights: of each matrix (or row, see --pattern); with "
+    "--allocation loss, of all matrices of --target together.",
 )
 @click.option(
     "--method",
     type=click.Choice(NAMES),
     show_default=f"{next(iter(UNITS))}; weights: {next(iter(WEIGHTS))}; q,k: {next(iter(QK))}",
     help=f"How to rank them. heads and channels: {', '.join(UNITS)}. Weights: "
-    f"{', '.join(WEIGHTS)}; q,k also {', '.join(QK)}.",
+    f"{', '.join(WEIGHTS)}; q,k also {', '.join(QK)}. hidden: {', '.join(HIDDEN)}, as SliceGPT.",
 )
 @click.option(
     "--target",
     default="heads,channels",
     show_default=True,
     metavar="LIST",
-    help="What to prune: heads (whole KV groups) and channels (of the MLP); or single weights of "
-    "q, k, v, o, gate, up, down (qk: the first two; weights: all).",
+    help="What to prune: heads (whole KV groups) and channels (of the MLP); single weights of "
+    "q, k, v, o, gate, up, down (qk: the first two; weights: all); or hidden: directions of the "
+    "residual stream, in one basis for the whole model, so that OUT is a stock model of that "
+    "hidden size.",
 )
 @click.option(
     "--allocation",
@@ -92,7 +97,7 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     default=32,
     show_default=True,
     type=click.IntRange(1),
-    help="A pruned layer keeps a multiple of this many channels.",
+    help="A pruned layer keeps a multiple of this many channels; hidden: of dimensions, default 8.",
 )
 @click.option(
     "--min-channels",
@@ -206,7 +211,6 @@ def score(
         prunetool score --target v,o,gate,up,down --method wanda --sparsity .5 > masked.jsonl
     """
     targets = _targets(target)
-    units = targets[0] in UNIT_TARGETS
     if how["published"]:
         _publish(targets, how)
     _check(targets, how, [number for _, number in sparsities])
@@ -217,6 +221,7 @@ def score(
     options.keep_inputs([*sinks, profile], [source])
 
     from prunetool import devices, plan
+    from prunetool.steps.hidden import Slicing
     from prunetool.steps.mask import Masking
     from prunetool.steps.run import Run
     from prunetool.steps.score import Scoring
@@ -231,19 +236,25 @@ def score(
                 "was already refitted for what is kept so far",
                 "run compensate and recover after the last score",
             )
+        if header.cuts_hidden:
+            raise RecordError(
+                source, "has its hidden dimensions cut", "give --target hidden in the last score"
+            )
         # One sparsity streams: a mask of weights goes on as soon as it is made.
         source_of = list(layers) if len(sinks) > 1 else layers
         for number, ((_, sparsity), place) in enumerate(zip(sparsities, sinks, strict=True), 1):
             own = how | {"sparsity": sparsity}
             after = header.after("score", target=",".join(targets), **own)
             run = Run.of(after, profile, discard and number == len(sinks))
-            job = (Scoring if units else Masking)(run, targets, own)
-            by_loss = own["allocation"] == "loss"
-            need = (
-                plan.units_bytes(run.model)
-                if units
-                else plan.masks_bytes(run.model, targets, by_loss=by_loss)
-            )
+            job: Scoring | Slicing | Masking
+            if targets[0] in UNIT_TARGETS:
+                job, need = Scoring(run, targets, own), plan.units_bytes(run.model)
+            elif targets == HIDDEN_TARGETS:
+                job, need = Slicing(run, targets, own), plan.basis_bytes(run.model)
+            else:
+                by_loss = own["allocation"] == "loss"
+                need = plan.masks_bytes(run.model, targets, by_loss=by_loss)
+                job = Masking(run, targets, own)
             run.write(partial(options.open_sink, place), job.layers(iter(source_of)), need)
             said += job.said
 
@@ -251,12 +262,12 @@ def score(
 def _targets(target: str) -> tuple[str, ...]:
     """The units, or the matrices in the order of a layer, that a --target names."""
     named = [part for name in target.split(",") for part in SHORTHANDS.get(name, (name,))]
-    for known in (UNIT_TARGETS, MATRICES):
+    for known in (UNIT_TARGETS, MATRICES, HIDDEN_TARGETS):
         if set(named) <= set(known) and len(set(named)) == len(named):
             return tuple(part for part in known if part in named)
     raise click.BadParameter(
         f"{target!r}: give some of {', '.join(UNIT_TARGETS)}, or some of "
-        f"{', '.join((*MATRICES, *SHORTHANDS))}, separated by commas"
+        f"{', '.join((*MATRICES, *SHORTHANDS))}, separated by commas, or hidden"
     )
 
 
@@ -314,6 +325,11 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
     Raises:
       click.UsageError: if an option was given that does not matter.
     """
+    if targets == HIDDEN_TARGETS:
+        if wrong := [key for key in how if _given(key) and key not in ("method", "multiple_of")]:
+            raise click.UsageError(f"--{wrong[0].replace('_', '-')} is not for --target hidden")
+        multiple = how["multiple_of"] if _given("multiple_of") else OTHER_SIZE
+        return {"method": how["method"], "multiple_of": multiple}
     units = targets[0] in UNIT_TARGETS
     for key in OF_WEIGHTS if units else OF_UNITS:
         if _given(key):

@@ -239,6 +239,11 @@ class LlamaConfig:
         """The same model with other layer shapes."""
         return replace(self, layer_shapes=shapes)
 
+    def with_hidden_size(self, size: int) -> "LlamaConfig":
+        """The model cut to ``size`` directions of its stream (`pruning.basis`), its head untied."""
+        eps = self.rms_norm_eps * self.hidden_size / size
+        return replace(self, hidden_size=size, rms_norm_eps=eps, tied=False)
+
     def identity(self) -> dict[str, Any]:
         """Everything that changes the result, as JSON values; equal for equal models.
 

@@ -41,6 +41,11 @@ PARTS = {
     "q_norm": Part("self_attn.q_norm.weight", ("head",), ("qk_norm",)),
     "k_norm": Part("self_attn.k_norm.weight", ("head",), ("qk_norm",)),
 }
+# The norm whose outputs each of the matrices reads that read one.
+NORM_OF = {
+    **dict.fromkeys(("q", "k", "v"), "input_norm"),
+    **dict.fromkeys(("gate", "up"), "post_norm"),
+}
 # The seven over which sparsity is counted, and the two whose inputs the units produce.
 MATRICES = tuple(part for part, (_, axes, _) in PARTS.items() if len(axes) == 2)
 UNIT_MATRICES = tuple(part for part in MATRICES if PARTS[part].axes[0] == "hidden")

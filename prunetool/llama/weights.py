@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prunetool.llama.config import LayerShape, LlamaConfig
-from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, PARTS, UNIT_MATRICES
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, NORM_OF, PARTS, UNIT_MATRICES
 
+ROWS = 4096  # that are in float64 at a time
 Array = Any  # np.ndarray on the host, jax.Array on the device
 
 
@@ -167,6 +168,47 @@ def scatter(
         return out
 
     return _map_parts(put, layer)
+
+
+def rotated(layer: Layer, Q: np.ndarray) -> Layer:
+    """A layer in another basis of the residual stream, its norms' weights 1 (`pruning.basis`).
+
+    Args:
+      layer: host arrays of the layer.
+      Q: the basis, (D, k).
+
+    Returns:
+      Its parts in the dtypes as given.
+    """
+    k = Q.shape[1]
+    parts = {part: array for part, array in layer._asdict().items() if array is not None}
+    for part, array in parts.items():
+        if part in NORM_OF:
+            parts[part] = in_basis(array, Q, getattr(layer, NORM_OF[part]))
+        elif PARTS[part].axes == ("hidden",) and part.endswith("_norm"):
+            parts[part] = np.ones(k, array.dtype)
+        elif PARTS[part].axes[0] == "hidden":
+            parts[part] = (Q.T @ array.astype(np.float64)).astype(array.dtype)
+    return layer._replace(**parts)
+
+
+def in_basis(W: np.ndarray, Q: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:
+    """W in the basis Q of its inputs, (out, k), in W's dtype.
+
+    Args:
+      W: (out, D).
+      Q: (D, k).
+      norm: weights of the norm of D entries whose outputs W reads; they are folded in, with √(D/k)
+        for a norm of k entries. None: W reads no norm.
+    """
+    D, k = Q.shape
+    Q = Q.astype(np.float64)
+    if norm is not None:
+        Q = norm.astype(np.float64)[:, None] * Q * np.sqrt(D / k)
+    out = np.empty((len(W), k), W.dtype)
+    for start in range(0, len(W), ROWS):  # an embedding in float64 at once would be large
+        out[start : start + ROWS] = W[start : start + ROWS].astype(np.float64) @ Q
+    return out
 
 
 def _at(units: dict[str, np.ndarray], axes: tuple[str, ...]) -> tuple[Any, ...]:

@@ -84,7 +84,7 @@ def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> di
       and the damping (`_REPORT`), NaN if there is none, for each refit and each mask's update
       (``….masked``).
     """
-    if not any(name.startswith(("kept.", "mask.")) for name in record.files):
+    if not any(name.startswith(("kept.", "mask.", "basis")) for name in record.files):
         raise RecordError(
             f"layer {record.index}", "nothing to keep", "run prunetool score before this step"
         )

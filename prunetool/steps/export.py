@@ -30,13 +30,28 @@ from prunetool.checkpoint.writer import (
 )
 from prunetool.errors import RecordError, WorkError, shown
 from prunetool.formats import FORMATS
-from prunetool.kept import CHANNELS, GROUPS, kept_shape, kept_units, pruned_layer, pruned_norm
+from prunetool.kept import (
+    CHANNELS,
+    GROUPS,
+    basis_of,
+    kept_shape,
+    kept_units,
+    pruned_layer,
+    pruned_norm,
+)
 from prunetool.llama import forms
 from prunetool.llama.config import PRUNED, LlamaConfig
-from prunetool.llama.parts import FINAL_NORM, MATRICES
-from prunetool.llama.weights import part_shapes, scatter, tensor_chunks, tensor_name
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, MATRICES
+from prunetool.llama.weights import (
+    in_basis,
+    part_shapes,
+    rotated,
+    scatter,
+    tensor_chunks,
+    tensor_name,
+)
 from prunetool.methods import load
-from prunetool.model import open_model
+from prunetool.model import Model, open_model
 from prunetool.steps.recover import trained_on
 from prunetool.steps.run import reopen
 
@@ -87,6 +102,11 @@ class Export:
         self.companions = companions(self.model.directory)
         along = {name: checksum.of_bytes(data) for name, data in self.companions.items()}
         config = dict(self.model.config.raw)
+        if self.format.dense and header.cuts_hidden:
+            raise RecordError(
+                f"--format {form}", "keeps the sizes of the model, and --target hidden cuts one",
+                "give another --format",
+            )  # fmt: skip
         run = workdir.digest([header.fingerprint, header.history, config, along, max_shard_bytes])
         made = replace(header, history=header.history[:-1])
         read = {tensor.shard for tensor in self.model.index.values()}
@@ -130,31 +150,33 @@ class Export:
             for shape, units in zip(model.config.layer_shapes, kept, strict=True)
         )
         target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
+        Q = basis_of(self.work, made[0], model.config.hidden_size)
+        if Q is not None:
+            target = target.with_hidden_size(Q.shape[1])
         if self.format.check:
             load(self.format.check)(target)
         kind = forms.choose_form(target)
         if kind == PRUNED:
             target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
         chunks = [
-            {name: TensorSpec(dtype_of(model.index[name]), shape) for name, shape in chunk.items()}
+            {
+                name: TensorSpec(dtype_of(model.index[stored_name(model, name)]), shape)
+                for name, shape in chunk.items()
+            }
             for chunk in tensor_chunks(target)
         ]
 
         def make(number: int) -> dict[str, np.ndarray]:
             n = number - 1  # the embedding comes first
             if n not in range(model.layers):
-                return {
-                    name: pruned_norm(model, self.work, made)
-                    if name == FINAL_NORM
-                    else model.read(name)
-                    for name in chunks[number]
-                }
+                return {name: self._end(name, made, Q) for name in chunks[number]}
             if dense:
                 places = [np.flatnonzero(kept[n][unit]) for unit in (GROUPS, CHANNELS)]
             else:
                 places = [np.arange(shapes[n].kv_heads), np.arange(shapes[n].channels)]
             layer = pruned_layer(model, self.work, made[n])
             layer = scatter(layer, shapes[n], target.layer_shapes[n], *places)
+            layer = layer if Q is None else rotated(layer, Q)
             return {
                 tensor_name(n, part): array
                 for part, array in layer._asdict().items()
@@ -174,11 +196,23 @@ class Export:
         label = "dense" if dense else kind
         recovered = any("recover" in record.files for record in made)
         card = model_card(
-            self.header, model, label, shapes, writer.parameters, densities, recovered=recovered
-        )
+            self.header, model, label, target.hidden_size, shapes, writer.parameters, densities,
+            recovered=recovered,
+        )  # fmt: skip
         writer.put("README.md", card.encode())
         writer.close(sketches)
         return self._said(kind, densities)
+
+    def _end(
+        self, name: str, made: Sequence[records.LayerRecord], Q: np.ndarray | None
+    ) -> np.ndarray:
+        """The embedding, the final norm's weight or the head, in the basis Q if there is one."""
+        norm = pruned_norm(self.model, self.work, made) if name != EMBEDDING else None
+        if name == FINAL_NORM:
+            assert norm is not None
+            return norm if Q is None else np.ones(Q.shape[1], norm.dtype)
+        stored = self.model.read(stored_name(self.model, name))
+        return stored if Q is None else in_basis(stored, Q, norm)
 
     def _said(self, kind: str, densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
         """What to say of the checkpoint, with its `_densities` if weights were masked."""
@@ -199,6 +233,11 @@ class Export:
                 self.writer.put(name, data)
         for name, data in along.items():
             self.writer.put(name, data)
+
+
+def stored_name(model: Model, name: str) -> str:
+    """The tensor of the checkpoint that one of the result comes from: of a tied head, another."""
+    return name if name in model.index else EMBEDDING
 
 
 def refuse_taken_file(out: Path, *, overwrite: bool) -> None:

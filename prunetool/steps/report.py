@@ -175,8 +175,10 @@ def _sizes(
     """What a layer keeps: units; weights; numbers of kept weights, of kept units, and before."""
     shape, weights = model.config.layer_shapes[record.index], {}
     units, masked = kept_units(work, record, shape), masks(model, work, record)
+    D = model.config.hidden_size
+    k = record.values.get("hidden", {}).get("kept", D)
     for part, extent in extents(units, shape, model.config).items():
-        stored = int(extent.rows.sum()) * int(extent.columns.sum())
+        stored = int(extent.rows.sum()) * int(extent.columns.sum()) * k // D
         kept = int(extent.of(masked[part].kept).sum()) if part in masked else stored
         weights[part] = [kept, stored, extent.rows.size * extent.columns.size]
     weights["all"] = [sum(counts) for counts in zip(*weights.values(), strict=True)]
