@@ -89,6 +89,7 @@ VALUES = {
     "nats": {"down_proj": 0.01},
     "scores": {"heads": {"least": [0, 1]}, "channels": {"-12": [30, 2], "4": [0, 0]}},
     "masks": {"q": MASK, "down": {**MASK, "loss": 0.1}},
+    "hidden": {"kept": 48, "of": 64, "share": {"attention": 0.9, "mlp": 1}},
     "attention": {"calibration": 0.1},
     "refit": {
         "o_proj": dict.fromkeys(records.REFIT, 0.5),

@@ -15,11 +15,24 @@ COLUMNS = ("layer", "matrix", "removed → refitted", "held out", "damping")
 @click.command(cls=options.Command)
 @options.source_arg
 @options.damping_opt
+@click.option(
+    "--refit-on",
+    "other",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Refit on the tokens of another calibration of the same checkpoint, from its records; "
+    "what is kept stays as it was scored.",
+)
 @options.discard_opt
 @options.profile_opt
 @options.output_opt
 def compensate(
-    source: str, dampings: tuple[float, ...] | None, discard: bool, profile: Path | None, sink: str
+    source: str,
+    dampings: tuple[float, ...] | None,
+    other: Path | None,
+    discard: bool,
+    profile: Path | None,
+    sink: str,
 ) -> None:
     """Refit o_proj and down_proj so that the layer's output moves least.
 
@@ -32,7 +45,7 @@ def compensate(
     Example:
       prunetool compensate kept.jsonl > refitted.jsonl
     """
-    options.keep_inputs([sink, profile], [source])
+    options.keep_inputs([sink, profile], [source, *([other] if other else [])])
     from prunetool import plan
     from prunetool.steps import compensate as step
     from prunetool.steps.run import Run
@@ -43,11 +56,12 @@ def compensate(
         options.keep_inputs([sink, profile], [header.source])
         if header.had("recover"):
             raise RecordError(source, "was already recovered", "run compensate before recover")
-        header = header.after("compensate", damping=list(grid))
+        tokens = step.Tokens.of(header, other)
+        header = header.after("compensate", damping=list(grid), **tokens.said)
         run = Run.of(header, profile, discard)
         rows: list[tuple[Any, ...]] = []
         need = plan.refit_bytes(run.model, layers=1 if discard else run.model.layers)
-        refitted = step.refit_layers(run, layers, grid, rows)
+        refitted = step.refit_layers(run, layers, tokens, grid, rows)
         run.write(partial(options.open_sink, sink), refitted, need)
         console.table(
             "Relative output error of the refits",

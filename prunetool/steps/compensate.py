@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prunetool import console, records, workdir
+from prunetool import console, overlap, records, workdir
+from prunetool.checkpoint import checksum
+from prunetool.checkpoint import writer as files
 from prunetool.errors import RecordError, naming
 from prunetool.kept import Extent, extents, kept_units, masks, used_weight
 from prunetool.llama.parts import UNIT_MATRICES
@@ -16,15 +18,62 @@ from prunetool.model import Model
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.pruning.gram import Partition
 from prunetool.stats import GIVEN, Stats
-from prunetool.steps.run import Run
+from prunetool.steps.run import Run, reopen
 
 # Decades: the held-out error is flat around its minimum.
 DAMPING_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
+class Tokens(NamedTuple):
+    """The calibration whose sums the refits take.
+
+    Attributes:
+      header: of its records.
+      layers: its records, if they are not the stream's own.
+    """
+
+    header: records.Header
+    layers: list[records.LayerRecord] | None
+
+    @classmethod
+    def of(cls, header: records.Header, other: Path | None) -> "Tokens":
+        """The stream's own, or those of the records ``other``.
+
+        Raises:
+          RecordError: if these are of another checkpoint.
+          WorkError: if their work directory is not their own.
+        """
+        if other is None:
+            return cls(header, None)
+        with other.open(encoding="utf-8") as stream:
+            its, layers = records.read(stream)
+            made = list(layers)
+        if its.fingerprint != header.fingerprint:
+            raise RecordError(other, "is of another checkpoint", "calibrate the same one")
+        reopen(its)
+        return cls(its, made)
+
+    @property
+    def said(self) -> dict[str, str]:
+        """What the history says of them, if they are others."""
+        tokens = self.header.calibration["tokens"]
+        return {} if self.layers is None else {"refit_on": "FILE", "tokens": tokens}
+
+    def stats(self, model: Model, record: records.LayerRecord, *splits: tuple[str, ...]) -> Stats:
+        """A layer's sums."""
+        own = record if self.layers is None else self.layers[record.index]
+        return Stats(Path(self.header.work), own, model.config, *splits)
+
+    def sketch(self) -> str:
+        """A sketch of the text."""
+        tokens = workdir.TensorFile(Path(self.header.work), workdir.TOKENS_NAME)["tokens"]
+        return overlap.sketch(tokens)
+
+
 def refit_layers(
     run: Run,
     source: Iterator[records.LayerRecord],
+    tokens: Tokens,
     grid: tuple[float, ...],
     rows: list[tuple[Any, ...]],
 ) -> Iterator[records.LayerRecord]:
@@ -33,28 +82,34 @@ def refit_layers(
     Args:
       run: the run.
       source: the records.
+      tokens: whose sums to take.
       grid: dampings to choose from.
       rows: receives layer, matrix, and the numbers of `_REPORT`.
 
     Raises:
       RecordError: before the first layer, if no tokens were held out to choose the damping on.
     """
-    if len(grid) > 1 and not run.header.calibration.get("held_out"):
+    if len(grid) > 1 and not tokens.header.calibration.get("held_out"):
         raise RecordError(
             "--damping",
             "no tokens were held out to choose it with",
             "give one number, such as 0.01, or calibrate with 2 samples or more",
         )
-    return _refitted(run, source, grid, rows)
+    return _refitted(run, source, tokens, grid, rows)
 
 
 def _refitted(
     run: Run,
     source: Iterator[records.LayerRecord],
+    tokens: Tokens,
     grid: tuple[float, ...],
     rows: list[tuple[Any, ...]],
 ) -> Iterator[records.LayerRecord]:
-    for record, name, arrays in run.layers(source, partial(_refit, run, grid)):
+    if tokens.layers is not None:  # so that evaluate knows their text
+        path = run.work / run.directory / workdir.SKETCH_NAME
+        path.parent.mkdir(exist_ok=True)
+        files.write_json(path, checksum.sealed({"sketch": tokens.sketch()}))
+    for record, name, arrays in run.layers(source, partial(_refit, run, tokens, grid)):
         # Sorted as safetensors returns names, so that a resumed run writes the same bytes.
         report = {
             name.removesuffix(".report"): {
@@ -74,7 +129,9 @@ def _refitted(
 _REPORT = ("removed", "refitted", "held_out_removed", "held_out_refitted", "damping")
 
 
-def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> dict[str, np.ndarray]:
+def _refit(
+    run: Run, tokens: Tokens, grid: tuple[float, ...], record: records.LayerRecord
+) -> dict[str, np.ndarray]:
     """The refitted weights of a layer, and their errors.
 
     Returns:
@@ -91,7 +148,7 @@ def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> di
     model, work = run.model, run.work
     shape = model.config.layer_shapes[record.index]
     kept = extents(kept_units(work, record, shape), shape, model.config)
-    stats = Stats(work, record, model.config)
+    stats = tokens.stats(model, record)
     out: dict[str, np.ndarray] = {}
     for matrix in UNIT_MATRICES:
         rows = kept[matrix].columns
@@ -102,14 +159,16 @@ def _refit(run: Run, grid: tuple[float, ...], record: records.LayerRecord) -> di
             with run.profile.phase("read"):
                 W = used_weight(model, record.index, matrix)
                 sums = [
-                    _Sums.of(Stats(work, record, model.config, (split,)), matrix, rows)
+                    _Sums.of(tokens.stats(model, record, (split,)), matrix, rows)
                     for split in stats.splits
                 ]
                 bias = model.part_if_any(record.index, f"{matrix}_bias")
                 bias = None if bias is None else bias.astype(np.float64)
-            energy = record.values["energy"][f"{matrix}_proj"] or 1.0
+            energy = record.values["energy"][f"{matrix}_proj"]
+            if tokens.layers is not None:
+                energy = compensation.output_energy(gram.unpack(stats[f"{matrix}.gram"]), W)
             with run.profile.phase("solve"):
-                parts = _refit_matrix(W, bias, rows, sums, energy, grid)
+                parts = _refit_matrix(W, bias, rows, sums, energy or 1.0, grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
             console.within(1 if matrix == "o" else 2, 3, "matrix")
         if np.isnan(parts["report"][-1]):

@@ -52,7 +52,6 @@ from prunetool.llama.weights import (
 )
 from prunetool.methods import load
 from prunetool.model import Model, open_model
-from prunetool.steps.recover import trained_on
 from prunetool.steps.run import reopen
 
 # Copied unchanged; resaving a tokenizer writes classes that older readers refuse.
@@ -283,8 +282,10 @@ def _sketches(model: Path, work: Path, made: Sequence[records.LayerRecord]) -> l
     found = sketches_of(model)
     if (work / workdir.TOKENS_NAME).exists():  # an older version kept none
         found.append(overlap.sketch(workdir.TensorFile(work, workdir.TOKENS_NAME)["tokens"]))
-    if file := made[0].files.get("recover"):
-        found.append(trained_on(work / file))
+    for kind in ("refit", "recover"):
+        beside = (work / made[0].files.get(kind, kind)).with_name(workdir.SKETCH_NAME)
+        if kind in made[0].files and (kind == "recover" or beside.exists()):
+            found.append(str(checksum.read_sealed(beside).get("sketch", "")))
     return found
 
 

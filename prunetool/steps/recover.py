@@ -44,7 +44,7 @@ WARM_UP, FIRST = 0.1, 1 / 25  # of the steps; the first learning rate as a fract
 MEASURED = 4  # times per epoch that the held-out loss is measured
 WORSE = 2.0  # a held-out loss this many times the first means divergence
 SIZES = 4  # different numbers of channels that layers are padded to, each compiled once
-PROGRESS_NAME = "progress.json"
+PROGRESS_NAME = workdir.SKETCH_NAME
 NORMS = (*backward.NORMS, FINAL)
 
 
@@ -156,15 +156,6 @@ def _removed(model: Model, work: Path, made: list[records.LayerRecord]) -> float
         for part in MATRICES:
             kept += math.prod(left[part]) * (1 - masks.get(part, {"removed": 0.0})["removed"])
     return 1 - kept / total
-
-
-def trained_on(file: Path) -> str:
-    """The sketch of the text that made a layer's file.
-
-    Raises:
-      CheckpointError: if what stands beside the file is damaged.
-    """
-    return str(checksum.read_sealed(file.with_name(PROGRESS_NAME)).get("sketch", ""))
 
 
 @dataclass

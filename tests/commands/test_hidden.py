@@ -109,7 +109,7 @@ def test_a_size_that_no_heads_divide_is_a_mistral(cut):
 
 
 def test_heads_and_channels_go_first_in_the_same_pipe(calibrated, call, tmp_path):
-    dense, records = calibrated(stats="all")
+    _, records = calibrated(stats="all")
     call("score", records, "--sparsity", ".2", "--allocation", "uniform", "-o", "units.jsonl")
     call("score", "units.jsonl", "--target", "hidden", "--sparsity", ".25", "-o", "both.jsonl")
     call("compensate", "both.jsonl", "-o", "refitted.jsonl")
