@@ -203,10 +203,10 @@ def main() -> None:
     if not given.table:
         return Rows(given).make_all()
     rows = read(given.csv, keys=3)
-    if given.table == "methods":
+    if given.table == "methods" and DENSE in rows:
         print("dense: {} and {}\n".format(*(f"{float(x):.2f}" for x in rows[DENSE][3:5])))
     print_table(rows, given.table)
-    if given.table == "methods":
+    if given.table == "methods" and any(row[0] == DEFAULT for row in rows.values()):
         print_prediction(rows)
 
 

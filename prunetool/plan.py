@@ -32,6 +32,8 @@ def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtyp
         array_shapes(model.config, shape, stats).values() for shape in model.config.layer_shapes
     )
     values = sum(math.prod(shape) for file in files for shape in file)
+    if stats == "all":
+        values += model.config.hidden_size * (model.config.hidden_size + 1)  # of the last stream
     kept_inputs = attention[0] * attention[1] * model.config.hidden_size * 4
     per_layer = FILE_BYTES + kept_inputs
     # For the tokens to fit and those held out.

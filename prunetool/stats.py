@@ -371,25 +371,29 @@ class Gradients(_Sums):
         super().__init__(work, [record.files["gradients"]], shapes)
 
 
-def need_gradients(calibration: Mapping[str, Any], labels: str, why: str) -> None:
+def need_gradients(
+    calibration: Mapping[str, Any], labels: str, why: str, instead: str = ""
+) -> None:
     """Refuse a calibration without the gradients that a score needs.
 
     Args:
       calibration: calibrate's options.
       labels: ``model`` or ``text``.
       why: the option that needs them.
+      instead: an option that does without.
 
     Raises:
       RecordError: if it kept none, or of other labels.
     """
     option = "" if labels == MODEL else f" --labels {labels}"
+    instead = f", or give {instead}" if instead else ""
     if not calibration.get("gradients"):
         raise RecordError(
             why, "needs gradients, and calibrate kept none",
-            f"run calibrate with --gradients 32{option}",
+            f"run calibrate with --gradients 32{option}{instead}",
         )  # fmt: skip
     if (labels_were := calibration.get("labels", MODEL)) != labels:
         raise RecordError(
             why, f"needs gradients of --labels {labels}, and calibrate took --labels {labels_were}",
-            f"run calibrate with --labels {labels}, into another --work",
+            f"run calibrate with --labels {labels} into another --work{instead}",
         )  # fmt: skip

@@ -53,6 +53,7 @@ RUN_NAME = "run.json"
 STATS = "stats"  # the directory of calibrate
 WEIGHTS_NAME = "weights.json"
 TOKENS_NAME = "tokens.safetensors"
+STREAM_NAME = "stream.safetensors"  # sums over the residual stream after the last layer
 DISCARDED_NAME = "discarded"
 SILENT_SECONDS = 60.0  # of waiting for a lock before it is reported
 BROKEN_SECONDS = 2.0  # writing a lock file takes less than this
@@ -65,7 +66,7 @@ DIRECTORIES = re.compile(r"stats|(scores|score|compensate|recover)-[0-9a-f]{12}"
 OWN_TEXT = re.compile(r"self-[0-9a-f]{12}\.safetensors")
 FILES = re.compile(
     r"((hidden|residual|gradient)-\d{5}|calibrated)(\.\d+of\d+)?|weights\.json|discarded"
-    rf"|tokens\.safetensors|{OWN_TEXT.pattern}"
+    rf"|(tokens|stream)\.safetensors|{OWN_TEXT.pattern}"
 )
 RECORDS_NAME = "records.jsonl"
 COST_NAME = "cost.json"

@@ -90,7 +90,7 @@ def test_the_check_of_a_gpu_compares_every_step(checkpoint, text, call, monkeypa
         "evaluate": "0.0e+00",
     }  # fmt: skip
     near, far = (
-        {"evaluate": (("inspect", checkpoint()), lambda _, x=x: np.array(x))} for x in (2.0, 3.0)
+        {"evaluate": (("inspect", checkpoint()), lambda _, x=x: [np.array(x)])} for x in (2.0, 3.0)
     )
     with pytest.raises(SystemExit, match=r"the results differ by up to 5.0e-01"):
         gpu_check.compare(near, far, "gpu")

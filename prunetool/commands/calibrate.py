@@ -43,7 +43,8 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     metavar="SEQUENCES",
     show_default="32, or all that are not held out",
     help="How many samples, evenly spread over those not held out, also run backward, for the "
-    "loss's curvature at the outputs of o_proj and down_proj, which score --allocation loss needs. "
+    "loss's curvature at the outputs of o_proj and down_proj, which score --allocation loss needs, "
+    "or what --labels text says. "
     "With any, the records come when all layers are done. 0: none.",
 )
 @click.option(
@@ -154,8 +155,9 @@ def calibrate(
 
     MODEL is a directory of safetensors or a Hub id. Layer by layer, keeps the Gram matrix, mean
     and token-weighted second moments of the inputs of o_proj and down_proj; then, from the last
-    layer to the first, the Gram matrices of the loss's gradients at their outputs. If killed, the
-    same command resumes after the last finished layer.
+    layer to the first, the Gram matrices of the loss's gradients at their outputs, or sums over the
+    loss's slopes of every unit's weights (--labels text). If killed, the same command resumes after
+    the last finished layer.
 
     \b
     Example:
@@ -163,6 +165,8 @@ def calibrate(
     """
     held_out, gradients = split(samples, held_out, gradients)
     _check(text, samples, held_out, gradients, attention_samples, attention_length, coordinator)
+    if labels == "text" and not gradients:
+        raise click.UsageError("--labels text is of the loss of --gradients, which is 0")
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
     options.keep_inputs([sink, profile], [model, *text.files])

@@ -64,8 +64,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     metavar="LIST",
     help="What to prune: heads (whole KV groups) and channels (of the MLP); single weights of "
     "q, k, v, o, gate, up, down (qk: the first two; weights: all); or hidden: directions of the "
-    "residual stream, in one basis for the whole model, so that OUT is a stock model of that "
-    "hidden size.",
+    "residual stream, in one basis for the whole model, so that OUT is of that "
+    "hidden size, and a stock model unless it has biases and no number of heads that divides it.",
 )
 @click.option(
     "--allocation",
@@ -76,7 +76,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     "every layer, met to one step of --multiple-of in each; of weights, the same share of each "
     "matrix. share: the same share of KV groups and of channels in every layer, in whole units: "
     "the total may miss --sparsity. loss: the least predicted loss of the model, from calibrate "
-    "--gradients; --method then only orders the channels of a layer, or the weights of a matrix.",
+    "--gradients --labels model; --method then only orders the channels of a layer, or the weights "
+    "of a matrix.",
 )
 @click.option(
     "--layers",
@@ -271,6 +272,10 @@ def _targets(target: str) -> tuple[str, ...]:
     )
 
 
+def _flag(option: str) -> str:
+    return "--lambda" if option == "lam" else f"--{option.replace('_', '-')}"
+
+
 def _given(option: str) -> bool:
     source = click.get_current_context().get_parameter_source(option)
     return source is ParameterSource.COMMANDLINE
@@ -292,8 +297,9 @@ def _publish(targets: tuple[str, ...], how: dict[str, Any]) -> None:
         )
     for option, value in rows[how["method"]].items():
         if _given(option) and how[option] != value:
-            flag = "--lambda" if option == "lam" else f"--{option.replace('_', '-')}"
-            raise click.UsageError(f"--published sets {flag} itself: leave out one of them")
+            raise click.UsageError(
+                f"--published sets {_flag(option)} itself: leave out one of them"
+            )
         how[option] = value
 
 
@@ -327,19 +333,26 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
     """
     if targets == HIDDEN_TARGETS:
         if wrong := [key for key in how if _given(key) and key not in ("method", "multiple_of")]:
-            raise click.UsageError(f"--{wrong[0].replace('_', '-')} is not for --target hidden")
+            raise click.UsageError(f"{_flag(wrong[0])} is not for --target hidden")
         multiple = how["multiple_of"] if _given("multiple_of") else OTHER_SIZE
         return {"method": how["method"], "multiple_of": multiple}
     units = targets[0] in UNIT_TARGETS
     for key in OF_WEIGHTS if units else OF_UNITS:
         if _given(key):
             raise click.UsageError(
-                f"--{key.replace('_', '-')} is only for "
+                f"{_flag(key)} is only for "
                 f"{'weights' if units else 'heads and channels'}, "
                 "but --target names others"
             )
         how.pop(key)
     method = methods_of(targets)[how["method"]]
+    if units and not set(OF_TAYLOR) <= set(method.options):
+        how = {key: value for key, value in how.items() if key not in OF_TAYLOR}
+    if method.needs_slopes and how["allocation"] == "loss":
+        raise click.UsageError(
+            f"--allocation loss needs other gradients than --method {how['method']}; give share, "
+            "uniform or global"
+        )
     if units and how["lam"] is None:
         how["lam"] = 1.0
     if how["damping"] is None:

@@ -240,7 +240,11 @@ class LlamaConfig:
         return replace(self, layer_shapes=shapes)
 
     def with_hidden_size(self, size: int) -> "LlamaConfig":
-        """The model cut to ``size`` directions of its stream (`pruning.basis`), its head untied."""
+        """The model cut to ``size`` directions of its stream (`pruning.basis`), its head untied.
+
+        Norms of queries and keys share ε and so get the new one: next to their mean square, 1e-6 or
+        less makes no difference.
+        """
         eps = self.rms_norm_eps * self.hidden_size / size
         return replace(self, hidden_size=size, rms_norm_eps=eps, tied=False)
 

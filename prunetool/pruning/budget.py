@@ -302,8 +302,8 @@ def allocate_share(
 ) -> Counts:  # fmt: skip
     """The same share of KV groups and of channels in every layer (LLM-Pruner, arXiv 2305.11627).
 
-    Whole KV groups in the share, ⌊ρ n_kv⌋, and channels so that at most their share is kept; the
-    total is off the target by what that rounding makes.
+    Whole KV groups in the share, ⌊ρ n_kv⌋, and channels to the nearest step of the grid, or, if it
+    has all numbers, so that ⌊(1 − ρ) I⌋ stay; the total is off the target by what that makes.
 
     Args:
       groups, channels, layers, group_cost, channel_cost, target, limits: as in `allocate_uniform`.
@@ -313,7 +313,9 @@ def allocate_share(
     """
     share = target / (layers * (groups * group_cost + channels * channel_cost))
     lost_groups = int(share * groups + 1e-9)
-    kept = int(channels * (1 - share) + 1e-9) // limits.multiple_of * limits.multiple_of
+    step, ideal = limits.multiple_of, channels * (1 - share)
+    kept = int(ideal + 1e-9) if step == 1 else min(round(ideal / step) * step, channels)
+    kept = channels if channels - ideal < abs(ideal - kept) else kept
     if share > 1 or (groups and lost_groups == groups) or kept < limits.fewest(channels):
         most_groups, most_channels = max(groups - 1, 0), channels - limits.fewest(channels)
         _check_reachable(layers * (most_groups * group_cost + most_channels * channel_cost), target)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prunetool import __version__, console, corpus, plan, records, stats, streaming, workdir
@@ -159,6 +160,8 @@ class Calibration:
             yield from made
         else:
             yield from forward
+        if self.stats == "all" and not (whole and done):
+            self._write_last()
         if self.team.index == 0:
             self._read_ends()
         self._whole.touch()
@@ -207,6 +210,25 @@ class Calibration:
         ):
             self.model.final_norm(), self.model.head()
             self._remember()
+
+    def _write_last(self) -> None:
+        """Write ``gram``, Σ u uᵀ of the stream after the last layer, u of norm 1 (`basis`)."""
+
+        @jax.jit
+        def product(h: jax.Array) -> jax.Array:
+            h = h.reshape(len(h), -1)
+            u = h / jnp.maximum(jnp.linalg.norm(h, axis=0, keepdims=True), 1e-30)
+            return forward.dot(u, u, (1, 1))
+
+        size, stream = self.model.config.hidden_size, self._stream(self._hidden(self.model.layers))
+        total = np.zeros((size, size))
+        for batch in streaming.batches(0, stream.samples, self.batch):
+            total += np.asarray(product(jnp.asarray(stream.read(batch))))
+        if self.team.count > 1:
+            total = self.team.total(own_terms(total))
+        if self.team.index == 0:
+            arrays = {"gram": gram.pack(total), "tokens": np.array([self.tokens.size])}
+            workdir.write(self.work, workdir.STREAM_NAME, arrays)
 
     def _remember(self) -> None:
         self.model.remember(self.work / workdir.WEIGHTS_NAME)

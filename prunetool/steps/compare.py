@@ -64,14 +64,15 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
     """Run both models over the sequences.
 
     Args:
-      model, dense: the checkpoints; must share vocabulary, hidden size and kind of attention.
+      model, dense: the checkpoints; must share vocabulary and kind of attention. Attention is
+        compared only where the hidden size is the same.
       tokens: (samples, N), int32.
       dtype: dtype of the products.
 
     Raises:
       ConfigError: if the two cannot be compared.
     """
-    for name in ("vocab_size", "hidden_size", "head_dim", "rope", "qk_norm", "window", "layers"):
+    for name in ("vocab_size", "head_dim", "rope", "qk_norm", "window", "layers"):
         mine, theirs = getattr(model.config, name), getattr(dense.config, name)
         if mine != theirs:
             raise ConfigError(
@@ -79,12 +80,12 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
                 f"its {name} is {theirs} but the model's is {mine}",
                 "name the checkpoint that was pruned",
             )
-    size = dense.config.hidden_size
+    sizes = [each.config.hidden_size for each in (model, dense)]
     with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
-        need_room(Path(directory), 4 * tokens.size * size * 4)
+        need_room(Path(directory), 4 * tokens.size * max(sizes) * 4)
         streams = [
             streaming.HiddenStates(Path(directory) / name, size, *tokens.shape)
-            for name in ("pruned", "dense")
+            for name, size in zip(("pruned", "dense"), sizes, strict=True)
         ]
         own, same_input = _errors((model, dense), streams, tokens, dtype)
         loss, dense_loss, divergence = _losses((model, dense), streams, tokens, dtype)

@@ -41,7 +41,7 @@ from prunetool.kept import (
 )
 from prunetool.llama import forms
 from prunetool.llama.config import PRUNED, LlamaConfig
-from prunetool.llama.parts import EMBEDDING, FINAL_NORM, MATRICES
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES
 from prunetool.llama.weights import (
     in_basis,
     part_shapes,
@@ -236,7 +236,7 @@ class Export:
 
 def stored_name(model: Model, name: str) -> str:
     """The tensor of the checkpoint that one of the result comes from: of a tied head, another."""
-    return name if name in model.index else EMBEDDING
+    return EMBEDDING if name == LM_HEAD and model.config.tied else name
 
 
 def refuse_taken_file(out: Path, *, overwrite: bool) -> None:

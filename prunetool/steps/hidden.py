@@ -9,7 +9,7 @@ from prunetool import console, records, workdir
 from prunetool.errors import RecordError, naming
 from prunetool.llama.parts import NORM_OF
 from prunetool.methods import methods_of
-from prunetool.pruning import basis
+from prunetool.pruning import basis, gram
 from prunetool.stats import SITES, Stats
 from prunetool.steps.run import Run
 
@@ -19,7 +19,7 @@ SIGNALS = {  # sites, and the norm whose outputs each sums
 
 
 class Slicing:
-    """One choice of a basis, from the inputs of all norms but the last.
+    """One choice of a basis, from the inputs of all norms.
 
     Args:
       run: the run.
@@ -65,9 +65,13 @@ class Slicing:
         arrays = workdir.make_once(self.work, name, lambda: self._basis(made, k))
         rows = []
         for record in made:
+            if self.run.discard:
+                workdir.discard_stats(self.work, record)
             kept = {site: float(arrays["kept"][record.index, i]) for i, site in enumerate(SIGNALS)}
             rows.append([record.index, *(f"{1 - share:.4f}" for share in kept.values())])
-            yield record.adding({"basis": name}, {"hidden": {"kept": k, "of": D, "share": kept}})
+            values: dict[str, Any] = {"hidden": {"kept": k, "of": D, "share": kept}}
+            values |= self.run.profile.take("score", record.values)
+            yield record.adding({"basis": name}, values)
         columns = ["layer", *(f"before {site}" for site in SIGNALS)]
         worst = [1 - float(arrays["kept"][record.index].min()) for record in made]
         console.table("Part of the stream's energy that is cut", columns, rows, by=worst)
@@ -78,12 +82,27 @@ class Slicing:
 
     def _basis(self, made: list[records.LayerRecord], k: int) -> dict[str, np.ndarray]:
         """Q, and the part of each signal's energy that it keeps, (L, 2), in the form of a file."""
-        H = sum(self._signal(record, site) for record in console.progress(made, len(made))
-                for site in SIGNALS)  # fmt: skip
+        H = self._last(self.model.config.hidden_size)
+        for record in console.progress(made, len(made)):
+            for site in SIGNALS:
+                H += self._signal(record, site)
         with self.run.profile.phase("eigenvectors"):
             Q = self._choose(H, k)
         kept = [[np.vdot(Q, self._signal(record, site) @ Q) for site in SIGNALS] for record in made]
         return {"basis": Q.astype(np.float32), "kept": np.array(kept)}
+
+    def _last(self, size: int) -> np.ndarray:
+        """E[u uᵀ] of the stream before the final norm, of trace 1.
+
+        Raises:
+          RecordError: if it is not there, or of another size.
+        """
+        file = workdir.TensorFile(self.work, workdir.STREAM_NAME)
+        packed, tokens = file["gram"], int(file["tokens"][0])
+        if packed.shape != (size * (size + 1) // 2,) or packed.dtype != np.float64:
+            where = self.work / workdir.STREAM_NAME
+            raise RecordError(where, f"gram is {packed.dtype} {packed.shape}", workdir.AGAIN)
+        return gram.unpack(packed) / tokens
 
     def _signal(self, record: records.LayerRecord, site: str) -> np.ndarray:
         """E[u uᵀ] of the stream before a norm (`basis`), of trace 1."""

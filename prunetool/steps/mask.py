@@ -33,7 +33,7 @@ class Masking:
         self._scorer = self._method.load()
         self._turns = cache(partial(turn_of, run.model))
         self._by_loss = how["allocation"] == "loss"
-        self._chosen = chosen_layers(how["layers"], run.model.layers)
+        self._chosen = chosen_layers(how, run.model.layers)
         self._shares: dict[tuple[int, str], float] = {}  # what each matrix loses, if by loss
         self.said: list[str] = []  # what was reached, after the last layer
 
@@ -69,11 +69,15 @@ class Masking:
                 counts[part] += arrays[f"{part}.count"]
             rows.append(self._row(record.index, values))
             worst.append(max(mask["loss"] or 0.0 for mask in values["masks"].values()))
+            before, now = record.values.get("masks", {}), values["masks"]
+            if not self._chosen[record.index]:  # what an earlier step masked there stays
+                now = {part: mask for part, mask in now.items() if part not in before}
+                values["attention"] = record.values.get("attention", values["attention"])
+            values["masks"] = {**before, **now}
             if not {"q", "k"} & set(self.parts):
                 del values["attention"]  # what an earlier step learned remains valid
-            values["masks"] = {**record.values.get("masks", {}), **values["masks"]}
             values |= self.run.profile.take("score", record.values)
-            yield record.adding({f"mask.{part}": name for part in self.parts}, values)
+            yield record.adding({f"mask.{part}": name for part in now}, values)
         title, columns = "Relative output error by plain removal", ["layer", *self.parts]
         if self._of_attention:
             title += ", and error of the attention matrices"
@@ -92,7 +96,7 @@ class Masking:
     def _check_kept(self, calibration: dict[str, Any]) -> None:
         why = "--allocation loss" if self._by_loss else f"--method {self.how['method']}"
         if self._by_loss or self._method.needs_gradients:
-            need_gradients(calibration, MODEL, why)
+            need_gradients(calibration, MODEL, why, "--allocation uniform" * self._by_loss)
         missing = [f"{part}_proj" for part in self.parts if not SITES[GIVEN[part]].of_units]
         needed = self._by_loss or self._method.needs_gram
         if missing and needed and calibration.get("stats") != "all":

@@ -94,10 +94,6 @@ def prepare(
         tokens = sampler.load(Path(header.work), samples + held_out)
     else:
         tokens, _ = text.load(model.directory, model.config.vocab_size, samples + held_out)
-    if "basis" in made[0].files:
-        raise RecordError(
-            "recover", "knows no other hidden size", "leave it out; fine-tune what export writes"
-        )
     if not any(name.startswith(("kept.", "mask.")) for record in made for name in record.files):
         raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
     removed = _removed(model, Path(header.work), made)

@@ -124,7 +124,7 @@ def make_page(
     sizes = [_sizes(model, work, r) for r in console.progress(made, header.layers)]
     kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
     counts: list[Row] = [["before", f"{dense:,}", _share(dense, dense)]]
-    counts.append(["in the units kept", f"{stored:,}", _share(stored, dense)])
+    counts.append(["stored", f"{stored:,}", _share(stored, dense)])
     if kept < stored:
         counts.append(["of these, not masked", f"{kept:,}", _share(kept, dense)])
     asked = [
@@ -156,6 +156,7 @@ def make_page(
         _by_layer("Predicted loss after the refit, nats a token", nats),
         *_sweep(header, model, evaluations),
         *_recovered(made[0]),
+        *_cut(made),
         _by_layer("Relative output error by plain removal", [of[0] for of in errors]),
         _by_layer("Relative output error, plain removal → refitted", [of[1] for of in errors]),
         _by_layer("Relative error of the attention matrices", [of[2] for of in errors]),
@@ -205,6 +206,15 @@ def _errors(values: dict[str, Any]) -> tuple[Columns, Columns, Columns]:
     found = values.get("attention", {})
     seen, unseen = (_error(found.get(kind)) for kind in ("calibration", "held_out"))
     return plain, refits, {"calibration": seen, "held out": unseen}
+
+
+def _cut(made: Sequence[records.LayerRecord]) -> Iterator[Table]:
+    """The hidden size, and what each norm's input keeps of its energy, if hidden was a target."""
+    if said := made[0].values.get("hidden"):
+        yield Table("Hidden size", [["before", said["of"]], ["now", said["kept"]]])
+        shares = [record.values["hidden"]["share"] for record in made]
+        columns = [{f"before {k}": Cell(f"{v:.2%}", v) for k, v in of.items()} for of in shares]
+        yield _by_layer("Energy of the residual stream that is kept", columns)
 
 
 def _recovered(record: records.LayerRecord) -> Iterator[Table]:

@@ -1,10 +1,10 @@
 """Common parts of steps: a model with text; a stream of records read, and another written."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -90,21 +90,19 @@ def read_text(
     return tokens, bos
 
 
-def chosen_layers(layers: str | None, count: int) -> np.ndarray:
-    """Which of a model's layers a slice ``A:B`` names, (count,) bool; None: all.
+def chosen_layers(how: Mapping[str, Any], count: int) -> np.ndarray:
+    """Which of a model's layers the option ``layers``, ``A:B``, names, (count,) bool; None: all.
 
     Raises:
       ConfigError: if it names none.
     """
-    start, stop = (int(end) if end else None for end in (layers or ":").split(":"))
+    layers = how["layers"] or ":"
+    start, stop = (int(end) if end else None for end in layers.split(":"))
     chosen = np.zeros(count, bool)
     chosen[start:stop] = True
     if not chosen.any():
-        raise ConfigError(
-            f"--layers {layers}",
-            f"names none of {count} layers",
-            "count from 0, or from -1 at the end",
-        )
+        where = "--published" if how["published"] else f"--layers {layers}"
+        raise ConfigError(where, f"leaves none of {count} layers to prune", "give other --layers")
     return chosen
 
 

@@ -69,14 +69,14 @@ class Scoring:
         self._method = methods_of(targets)[how["method"]]
         self._rank_units = self._method.load()
         self._by_loss = how["allocation"] == "loss"
-        self._chosen = chosen_layers(how["layers"], run.model.layers)
+        self._chosen = chosen_layers(how, run.model.layers)
         self.said: list[str] = []  # what was reached, after the last layer
 
     def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         """Score every layer, share the budget out, then yield each layer's record."""
         calibration = self.run.header.calibration
         if self._by_loss:
-            need_gradients(calibration, MODEL, "--allocation loss")
+            need_gradients(calibration, MODEL, "--allocation loss", "--allocation global")
         if self._method.needs_slopes:
             need_gradients(calibration, TEXT, f"--method {self.how['method']}")
         self._check_budget()
@@ -88,9 +88,11 @@ class Scoring:
         lost = {GROUPS: counts.groups, CHANNELS: counts.channels}
 
         def make(record: records.LayerRecord) -> dict[str, np.ndarray]:
-            units = scored[record.index].units
-            kept = {t: units[t].keep(int(lost[t][record.index])) for t in self.targets}
-            return kept | self._lost(record, self._masks(record) | kept)
+            units, before = scored[record.index].units, self._masks(record)
+            kept = {t: before[t] for t in self.targets}
+            if self._chosen[record.index]:
+                kept = {t: units[t].keep(int(lost[t][record.index])) for t in self.targets}
+            return kept | self._lost(record, before | kept)
 
         rows, worst, predicted = [], [], 0.0
         records_in = [layer.record for layer in scored]
@@ -108,7 +110,7 @@ class Scoring:
             nats = {
                 MATRIX_OF[t]: float(layer.units[t].curve[lost[t][record.index]])
                 for t in self.targets
-                if self._by_loss
+                if self._by_loss and self._chosen[record.index]
             }
             predicted += sum(nats.values())
             errors = [f"{losses[m]:.4f}" for m in OUTPUT_MATRICES]
@@ -166,7 +168,7 @@ class Scoring:
         self, record: records.LayerRecord, nats: dict[str, float]
     ) -> dict[str, dict[str, float]]:
         """The record's ``nats``: those of earlier steps too, if this one did not decide again."""
-        decided = {MATRIX_OF[t] for t in self.targets}
+        decided = {MATRIX_OF[t] for t in self.targets if self._chosen[record.index]}
         earlier = record.values.get("nats", {})
         nats = {m: x for m, x in earlier.items() if m not in decided} | nats
         return {"nats": nats} if nats or earlier else {}
@@ -250,7 +252,9 @@ class Scoring:
                 groups, channels, group_costs, channel_cost, target, limits
             )
         same = self.how["allocation"]
-        shapes = set(self.model.config.layer_shapes)
+        first = int(np.argmax(self._chosen))
+        every = zip(self.model.config.layer_shapes, self._chosen, strict=True)
+        shapes = {shape for shape, own in every if own}
         if len(shapes) > 1:
             raise ConfigError(f"--allocation {same}", "the layers differ in size", "give global")
         shape = shapes.pop()
@@ -259,7 +263,7 @@ class Scoring:
             shape.kv_heads if GROUPS in self.targets else 0,
             shape.channels if CHANNELS in self.targets else 0,
             int(self._chosen.sum()),
-            group_costs[0],
+            group_costs[first],
             channel_cost,
             target,
             limits,

@@ -18,8 +18,8 @@ def predicted(header: records.Header, work: Path) -> list[Point]:
       In order of the fraction removed; empty if the stream's last score predicted no loss.
     """
     steps = [number for number, step in enumerate(header.history) if step["command"] == "score"]
-    if not steps:
-        return []
+    if not steps or "min_channels" not in header.history[steps[-1]]["options"]:
+        return []  # of other targets than heads and channels
     wanted = _but_sparsity(header.history[: steps[-1] + 1])
     points = set()
     for path in work.glob(f"score-*/{workdir.RECORDS_NAME}"):

@@ -125,6 +125,26 @@ def test_heads_and_channels_go_first_in_the_same_pipe(calibrated, call, tmp_path
     assert "| hidden size | 64 | 48 |" in said
 
 
+def test_it_can_be_compared_and_reported(cut, call, text, tmp_path):
+    out, dense, _ = cut(0.25)
+    words = ["--text", text, "--samples", 2, "--sequence-length", 32, "--allow-calibrated"]
+    said = call("evaluate", out, "--against", dense, *words, "--dtype", "float32")
+    (tmp_path / "said.json").write_text(said)
+    alone = json.loads(call("evaluate", out, *words, "--dtype", "float32"))
+    found = json.loads(said)
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert found["against"]["kl"] > 0
+    page = call("report", out, "--evaluation", "said.json", "--format", "markdown", "-o", "-")
+    assert "| before | 64 |" in page
+    assert "Energy of the residual stream that is kept" in page
+
+
+def test_stats_are_discarded_if_asked(calibrated, call, tmp_path):
+    _, records = calibrated(stats="all", gradients=0)
+    call("score", records, "--target", "hidden", "--sparsity", ".2", "--discard")
+    assert not list(tmp_path.glob("dense.work/stats/*.stats.*"))
+
+
 def test_a_killed_run_writes_the_same_bytes(cut, call, tmp_path):
     out, *_ = cut(0.25)
     first = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -144,6 +164,21 @@ def test_the_basis_is_orthogonal_and_of_the_largest_eigenvalues():
     np.testing.assert_allclose(Q.T @ Q, np.eye(KEPT), atol=1e-12)
     due = np.linalg.eigvalsh(X.T @ X)[::-1][:KEPT]
     np.testing.assert_allclose(np.diagonal(Q.T @ X.T @ X @ Q), due, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gradients", [0, 2])
+def test_the_stream_after_the_last_layer_is_summed_too(calibrated, tmp_path, gradients):
+    dense, _ = calibrated(stats="all", gradients=gradients)
+    tokens = load_file(tmp_path / "dense.work" / "tokens.safetensors")["tokens"]
+    judge, streams = judge_of(dense), []
+    judge.model.norm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
+    with torch.no_grad():
+        judge(torch.tensor(tokens.astype(np.int64)))
+    h = streams[0].double().numpy().reshape(-1, D)
+    u = h / np.linalg.norm(h, axis=1, keepdims=True)
+    found = load_file(tmp_path / "dense.work" / "stream.safetensors")
+    assert found["tokens"] == [len(u)]
+    np.testing.assert_allclose(gram.unpack(found["gram"]), u.T @ u, atol=1e-4)
 
 
 def test_tokens_of_norm_1_from_the_sums_of_a_norms_outputs():
@@ -173,7 +208,7 @@ def test_bad_input_has_one_clear_line(cut, call, run, calibrated, tmp_path):
         "none; run calibrate with --stats all"
     )
     none = "--sparsity: 0.99 leaves none of 64 hidden dimensions; lower it, or --multiple-of"
-    leave = "recover: knows no other hidden size; leave it out; fine-tune what export writes"
+    leave = "has its hidden dimensions cut; leave recover out; fine-tune OUT instead"
     dense = (
         "--format dense: keeps the sizes of the model, and --target hidden cuts one; give another "
         "--format"

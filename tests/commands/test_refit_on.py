@@ -22,7 +22,8 @@ def two(checkpoint, call, tmp_path):
             np.save(tmp_path / f"{name}.npy", ids)
             call(
                 "calibrate", path, "--tokens", f"{name}.npy", "--samples", 6 + seed,
-                "--stats", "all", "--sequence-length", 32, "--work", f"{name}.work", "-o", f"{name}.jsonl",
+                "--stats", "all", "--sequence-length", 32, "--work", f"{name}.work",
+                "-o", f"{name}.jsonl",
             )  # fmt: skip
             call("score", f"{name}.jsonl", *HOW, "--allocation", "global", "-o", f"{name}.kept")
         return path

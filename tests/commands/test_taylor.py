@@ -267,6 +267,29 @@ def test_masks_outside_the_slice_keep_all(calibrated, call, more):
     assert removed[1] == pytest.approx(0.5, abs=0.15 if more == ["fisher"] else 1e-3)
 
 
+def test_a_second_slice_leaves_what_the_first_kept(calibrated, call, tmp_path):
+    _, records = calibrated(stats="all", gradients=4)
+    (tmp_path / "a").write_text(call("score", records, "--layers", ":1", "--sparsity", ".1"))
+    first, both = (
+        kept((tmp_path / "a").read_text()),
+        call("score", "a", "--layers", "1:", "--sparsity", ".2"),
+    )
+    assert kept(both)[0] == first[0] != {"heads": 4, "kv_heads": 2, "channels": 96}
+    assert kept(both)[1:] != first[1:]
+    values = [json.loads(line)["values"] for line in both.splitlines()[1:-1]]
+    assert all(sum(each["nats"].values()) > 0 for each in values[:2])
+    mask = ("--target", "up", "--method", "wanda", "--sparsity")
+    (tmp_path / "b").write_text(call("score", records, *mask, ".5", "--layers", ":1"))
+    again = call("score", "b", *mask, ".25", "--layers", "1:")
+    masks = [json.loads(line)["values"]["masks"]["up"] for line in again.splitlines()[1:-1]]
+    assert [each["removed"] for each in masks] == [0.5, 0.25, 0.25]
+    (tmp_path / "c").write_text(again)
+    call("export", "out", "c", "--format", "dense")
+    tensors = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    zeros = [np.mean(tensors[f"model.layers.{n}.mlp.up_proj.weight"] == 0) for n in range(3)]
+    assert zeros == [0.5, 0.25, 0.25]
+
+
 def test_bad_input_has_one_clear_line(checkpoint, call, run, ids, calibrated):
     call(*words(checkpoint()))
     _, without = calibrated(gradients=0)
@@ -274,17 +297,23 @@ def test_bad_input_has_one_clear_line(checkpoint, call, run, ids, calibrated):
     for arguments, said in {
         ("w.jsonl", "--sparsity", ".2"): (
             "--allocation loss: needs gradients of --labels model, and calibrate took --labels "
-            "text; run calibrate with --labels model, into another --work"
+            "text; run calibrate with --labels model into another --work, or give --allocation "
+            "global"
         ),
         ("w.jsonl", *taylor, "--layers", "7:"): (
-            "--layers 7:: names none of 3 layers; count from 0, or from -1 at the end"
+            "--layers 7:: leaves none of 3 layers to prune; give other --layers"
+        ),
+        ("w.jsonl", *taylor, "--published"): "--published: leaves none of 3 layers to prune",
+        ("w.jsonl", *taylor, "--allocation", "loss"): (
+            "--allocation loss needs other gradients than --method taylor; give share, uniform or "
+            "global"
         ),
         ("w.jsonl", *taylor, "--layers", "2"): "'2' is not a slice, as 4:-2 is",
         ("w.jsonl", "--method", "obs", "--sparsity", ".2", "--reduce", "max"): (
             "--reduce goes with --method taylor"
         ),
-        ("w.jsonl", "--method", "taylor", "--sparsity", ".38", "--min-channels", 64): (
-            "--allocation share: asks for 38% of the KV groups and of the channels of each layer"
+        ("w.jsonl", *taylor[:2], "--sparsity", ".28", "--min-channels", 80, "--multiple-of", 1): (
+            "--allocation share: asks for 28% of the KV groups and of the channels of each layer"
         ),
         (without, *taylor): (
             "--method taylor: needs gradients, and calibrate kept none; run calibrate with "

@@ -184,7 +184,7 @@ def test_what_is_missing_is_one_line_before_the_first_layer(calibrated, run, tmp
     for more, why in ((BY_LOSS, "--allocation loss"), (UNIFORM, "--method fisher")):
         assert error_of(run(*words, *more, model, ok=False)) == (
             f"Error: {why}: needs gradients, and calibrate kept none; run calibrate with "
-            "--gradients 32"
+            f"--gradients 32{', or give --allocation uniform' * (more == BY_LOSS)}"
         )
     _, records = calibrated("all", stats="all")
     done = run("score", records, "--target", "weights", "--sparsity", ".85", *BY_LOSS, ok=False)
