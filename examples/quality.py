@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 from methods import SPARSITIES, append, prunetool, read
 
+from prunetool.methods import TAYLOR, UNITS
+
 SEEDS = ("0", "1", "2")
 SAMPLES, HELD_OUT, MEASURED = 72, 8, 8
 OWN = "self"  # --text of calibrate: the model's own
@@ -35,10 +37,18 @@ class Setting(NamedTuple):
     """What is done in a row: options of each step; ``recover`` None leaves it out."""
 
     score: Sequence[object] = ()
+    compensate: bool = True
     recover: Sequence[object] | None = None
     calibrate: tuple[object, ...] = ()
     text: str | Path | None = None  # to calibrate on, if not CALIBRATION_TEXT
     sparsities: Sequence[str] = SPARSITIES
+
+
+def plain(rows: dict[str, Setting]) -> dict[str, Setting]:
+    """The settings, and each without compensate."""
+    return rows | {
+        f"{name}, no refit": how._replace(compensate=False) for name, how in rows.items()
+    }
 
 
 def both(name: str, setting: Setting) -> dict[str, Setting]:
@@ -62,6 +72,23 @@ TABLES = {
         "default, recover": Setting(recover=()),
         "default, recover --epochs 2": Setting(recover=["--epochs", 2], sparsities=FEW),
     },
+    # Every method at its own setting of the split between layers, or as published.
+    "every method": plain(
+        {name: Setting(["--method", name]) for name in UNITS if not UNITS[name].needs_slopes}
+        | {
+            "newton, published": Setting(["--published"]),
+            "flap, global": Setting(["--method", "flap", "--allocation", "global"]),
+            "wanda-sp, uniform": Setting(["--method", "wanda-sp", "--allocation", "uniform"]),
+        }
+        | {
+            f"taylor {which}, published": Setting(
+                ["--method", "taylor", "--published", "--taylor", which],
+                calibrate=("--labels", "text"),
+            )
+            for which in TAYLOR
+        }
+    )
+    | {"pca": Setting(["--target", "hidden"], compensate=False)},
     "masks": both("weights", Setting(MASKED, sparsities=["0.5"]))
     | both("weights, 2:4", Setting([*MASKED, "--pattern", "2:4"], sparsities=["0.5"])),
     "texts": both("the model's own text", Setting(text=OWN, sparsities=FEW))
@@ -118,7 +145,10 @@ class Rows:
             kept, made = out / "kept.jsonl", out / "made.jsonl"
             with self.lock_of[stats, sparsity, *how.score]:  # rows that share it find it made
                 prunetool("score", stats, "-o", kept, "--sparsity", sparsity, *how.score)
-                prunetool("compensate", kept, "-o", made)
+                if how.compensate:
+                    prunetool("compensate", kept, "-o", made)
+                else:
+                    made = kept
             if how.recover is not None:
                 source, made = made, out / "recovered.jsonl"
                 prunetool("recover", source, "-o", made, *how.recover, *DTYPE)
