@@ -27,7 +27,8 @@ from methods import SPARSITIES, append, prunetool, read
 from prunetool.methods import TAYLOR, UNITS
 
 SEEDS = ("0", "1", "2")
-SAMPLES, HELD_OUT, MEASURED = 72, 8, 8
+SAMPLES, HELD_OUT, LENGTH = 72, 8, 1024
+MEASURED = ("--samples", 8)
 OWN = "self"  # --text of calibrate: the model's own
 OTHER = Path("demo/topics.calibrate.txt")  # of OTHER_TEXT's kind, from `make demo`
 MASKED = ["--target", "weights"]
@@ -40,6 +41,7 @@ class Setting(NamedTuple):
     compensate: bool = True
     recover: Sequence[object] | None = None
     calibrate: tuple[object, ...] = ()
+    refit_on: tuple[object, ...] | None = None  # options of another calibration, for compensate
     text: str | Path | None = None  # to calibrate on, if not CALIBRATION_TEXT
     sparsities: Sequence[str] = SPARSITIES
 
@@ -93,6 +95,14 @@ TABLES = {
     | both("weights, 2:4", Setting([*MASKED, "--pattern", "2:4"], sparsities=["0.5"])),
     "texts": both("the model's own text", Setting(text=OWN, sparsities=FEW))
     | both("language reference", Setting(text=OTHER, calibrate=("--samples", 48), sparsities=FEW)),
+    # What arXiv 2412.12441 shows in figure 4: only the refit has more or fewer tokens.
+    "samples": {
+        f"refitted on {count} x 1024 tokens": Setting(
+            ["--published"],
+            refit_on=("--samples", count * 9 // 8, "--held-out", count // 8, "--gradients", 0),
+        )
+        for count in (8, 16, 32, 64, 128)
+    },
     "gradients": {
         f"{count} run backward": Setting(calibrate=("--gradients", count), sparsities=FEW)
         for count in (4, 8, 16, 64)
@@ -105,7 +115,7 @@ DTYPE = ("--dtype", "float32")
 
 
 def perplexity(model: Path, text: Path) -> str:
-    said = prunetool("evaluate", model, "--text", text, "--samples", MEASURED, *DTYPE)
+    said = prunetool("evaluate", model, "--text", text, *MEASURED, *DTYPE)
     return f"{json.loads(said)['perplexity']:.4f}"
 
 
@@ -131,22 +141,23 @@ class Rows:
         stats = given.csv.with_name(".".join([given.csv.stem, *words, "jsonl"]))
         prunetool(
             "calibrate", given.model, "--text", text, "--shuffle", seed, "--samples", SAMPLES,
-            "--held-out", HELD_OUT, "--sequence-length", 1024, "--stats", "all",
+            "--held-out", HELD_OUT, "--sequence-length", LENGTH, "--stats", "all",
             *setting.calibrate, *DTYPE, "--work", stats.with_suffix(".prunetool"), "-o", stats,
         )  # fmt: skip
         return stats
 
-    def make(self, row: tuple[str, str, str], calibration: Future[Path]) -> None:
-        """Make a row of the CSV."""
+    def make(self, row: tuple[str, str, str], needed: Sequence[Future[Path]]) -> None:
+        """Make a row of the CSV from its calibration, and that of the refit if it is another."""
         name, _, sparsity = row
-        how, stats = SETTINGS[name], calibration.result()
+        how, (stats, *other) = SETTINGS[name], [each.result() for each in needed]
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory)
             kept, made = out / "kept.jsonl", out / "made.jsonl"
+            refit_on = [word for path in other for word in ("--refit-on", path)]
             with self.lock_of[stats, sparsity, *how.score]:  # rows that share it find it made
                 prunetool("score", stats, "-o", kept, "--sparsity", sparsity, *how.score)
                 if how.compensate:
-                    prunetool("compensate", kept, "-o", made)
+                    prunetool("compensate", kept, "-o", made, *refit_on)
                 else:
                     made = kept
             if how.recover is not None:
@@ -179,10 +190,14 @@ class Rows:
             made = []
             for row in todo:
                 how = SETTINGS[row[0]]
-                key = (how.text, how.calibrate, row[1])
-                if key not in stats:
-                    stats[key] = pool.submit(self.calibrated, how, row[1])
-                made.append(pool.submit(self.make, row, stats[key]))
+                needed = []
+                for options in (how.calibrate, how.refit_on):
+                    key = (how.text, options, row[1])
+                    if options is not None and key not in stats:
+                        own = how._replace(calibrate=options)
+                        stats[key] = pool.submit(self.calibrated, own, row[1])
+                    needed += [stats[key]] if options is not None else []
+                made.append(pool.submit(self.make, row, needed))
         for each in made:
             each.result()
 

@@ -96,6 +96,38 @@ def test_the_check_of_a_gpu_compares_every_step(checkpoint, text, call, monkeypa
         gpu_check.compare(near, far, "gpu")
 
 
+def test_the_table_of_quality_is_made_once(checkpoint, text, call, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    quality = importlib.import_module("quality")
+    said = []
+
+    def prunetool(*words):
+        said.append(words)
+        return call(*words)
+
+    monkeypatch.setattr(quality, "prunetool", prunetool)
+    for name, value in {"SAMPLES": 10, "HELD_OUT": 2, "LENGTH": 32}.items():
+        monkeypatch.setattr(quality, name, value)
+    monkeypatch.setattr(quality, "MEASURED", ("--samples", 2, "--sequence-length", 32))
+    (tmp_path / "other.txt").write_text("".join(chr(97 + n * n % 26) for n in range(999)))
+    rows = ["pca", "taylor mix, published", "flap, no refit", "refitted on 8 x 1024 tokens"]
+    other = tmp_path / "other.txt"
+    words = ["quality.py", checkpoint(num_hidden_layers=9), text, other, other, tmp_path / "q.csv"]
+    words += ["--seed", 1, "--sparsity", "0.2"]
+    words += [word for row in rows for word in ("--setting", row)]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    quality.main()
+    made = [line.split(",") for line in (tmp_path / "q.csv").read_text().splitlines()]
+    assert len(made) == 2 + len(rows)
+    assert sum(command[0] == "calibrate" for command in said) == 3
+    assert sum(command[0] == "compensate" for command in said) == 2
+    said.clear()
+    quality.main()
+    assert not said
+    for table in quality.TABLES:
+        quality.print_table(quality.read(tmp_path / "q.csv", keys=3), table)
+
+
 def test_no_paragraph_of_the_language_reference_is_in_both_halves(shell, tmp_path):
     shell(sys.executable, EXAMPLES / "topics.py", tmp_path)
     halves = [
