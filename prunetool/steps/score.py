@@ -1,5 +1,6 @@
 """Score the layers' units, and share the budget out between layers."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -365,6 +366,11 @@ class Scoring:
         removed = int(
             counts.groups @ np.asarray(group_costs) + counts.channels.sum() * channel_cost
         )
+        if not self._chosen.all():
+            sizes = map(self.model.layer_parameters, self.model.config.layer_shapes)
+            own = sum(itertools.compress(sizes, self._chosen))
+            layers = f"{self._chosen.sum()} of {self.model.layers} layers"
+            self.said.append(f"prunes {layers}, {removed / own:.2%} of them")
         self.said += [
             f"removes {removed:,} of {total:,} layer parameters",
             f"{removed / total:.4%} (target {self.how['sparsity']:.2%})",
