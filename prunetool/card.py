@@ -29,11 +29,11 @@ def model_card(
     header: Header,
     dense: Model,
     form: str,
-    hidden_size: int,
     shapes: Sequence[LayerShape],
     parameters: int,
     densities: Sequence[dict[str, tuple[int, int]]],
     *,
+    hidden_size: int | None = None,
     recovered: bool = False,
 ) -> str:
     """README.md for the Hub: front matter, sizes, how to load, and how it was made.
@@ -44,16 +44,17 @@ def model_card(
       header: of the records that were exported.
       dense: the original checkpoint.
       form: what config.json calls it, or ``dense``.
-      hidden_size: of the result.
       shapes: what each layer keeps.
       parameters: stored in the result.
       densities: nonzero and all weights of each layer's matrices; none if no weights were
         masked.
+      hidden_size: of the result; None: as before.
       recovered: recover changed the weights.
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
     D = dense.config.hidden_size
-    after = [dense.layer_parameters(shape) * hidden_size // D for shape in shapes]
+    k = hidden_size or D
+    after = [dense.layer_parameters(shape) * k // D for shape in shapes]
     source = hub_id(Path(header.model)) or Path(header.source).name
     if source in ("", ".."):  # the path has no name, such as .
         source = Path(header.model).name
@@ -71,7 +72,7 @@ def model_card(
         f"(−{1 - sum(after) / sum(before):.2%}) |",
         f"| parameters stored | {dense.parameters():,} | {parameters:,} "
         f"(−{1 - parameters / dense.parameters():.2%}) |",
-        *([f"| hidden size | {D} | {hidden_size} |"] if hidden_size < D else []), "",
+        *([f"| hidden size | {D} | {k} |"] if k < D else []), "",
         *_how_to_load(form), "",
         "## What each layer keeps", "",
         "| layer | query heads | KV heads | MLP channels |", "|---:|---:|---:|---:|",

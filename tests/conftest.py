@@ -320,8 +320,11 @@ def call(tmp_path, monkeypatch, capsys):
 def calibrated(checkpoint, text, run, tmp_path):
     """A tiny checkpoint and the records of its calibration: ``calibrated(kv_heads=1)``."""
 
-    def make(name="dense", stats="structural", held_out=2, attention=0, gradients=None, **changes):
-        words = [] if gradients is None else ["--gradients", gradients]
+    def make(
+        name="dense", stats="structural", held_out=2, attention=0, gradients=None, labels="model",
+        **changes,
+    ):  # fmt: skip
+        words = ["--labels", labels] + ([] if gradients is None else ["--gradients", gradients])
         model = checkpoint(name, **changes)
         path = tmp_path / f"{name}.jsonl"
         run(

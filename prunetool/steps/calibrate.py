@@ -143,6 +143,8 @@ class Calibration:
         done = self.team.least(done if there else 0)
         if not (whole and done):
             self._whole.unlink(missing_ok=True)
+            if self.team.index == 0:
+                (self.work / workdir.STREAM_NAME).unlink(missing_ok=True)
         streaming.keep_only(self._hidden(done), self.team.suffix)
         if done == 0:
             (self.work / workdir.DISCARDED_NAME).unlink(missing_ok=True)

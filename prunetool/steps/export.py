@@ -195,8 +195,8 @@ class Export:
         label = "dense" if dense else kind
         recovered = any("recover" in record.files for record in made)
         card = model_card(
-            self.header, model, label, target.hidden_size, shapes, writer.parameters, densities,
-            recovered=recovered,
+            self.header, model, label, shapes, writer.parameters, densities,
+            hidden_size=target.hidden_size, recovered=recovered,
         )  # fmt: skip
         writer.put("README.md", card.encode())
         writer.close(sketches)

@@ -285,7 +285,10 @@ def test_a_loss_is_compared_between_heads_and_channels_by_the_parameter(
 @pytest.mark.parametrize("weighting", ["none", "token"])
 @pytest.mark.parametrize("method", methods.UNITS)
 def test_every_method_removes_what_is_asked(calibrated, run, method, weighting):
-    _, records = calibrated(stats="token" if weighting == "token" else "structural")
+    _, records = calibrated(
+        stats="token" if weighting == "token" else "structural",
+        labels="text" if methods.UNITS[method].needs_slopes else "model",
+    )
     for allocation in ("global", "uniform"):
         done = run("score", "--sparsity", ".35", "--method", method, "--multiple-of", 4,
                    "--allocation", allocation, "--weighting", weighting, records)  # fmt: skip
