@@ -372,7 +372,10 @@ def test_what_each_step_took_is_shown(calibrated, run, tmp_path):
     names, rows = page_of(run, tmp_path, stream).table("Time and memory of each step")
     assert names == ["seconds", "peak memory, MB"]
     assert len(rows) == 4
-    assert all(float(row["seconds"][0]) > 0 for row in rows)
+    costs = [json.loads(path.read_text()) for path in tmp_path.glob("dense.work/*/cost.json")]
+    assert all(each["seconds"] > 0 for each in costs)
+    shown = sorted(row["seconds"][0] for row in rows)
+    assert shown == sorted(f"{each['seconds']:,.1f}" for each in costs)
     cost = tmp_path / "dense.work/stats/cost.json"
     before = json.loads(cost.read_text())
     cost.write_text(json.dumps(before | {"seconds": 3600.0}))
