@@ -69,9 +69,9 @@ def model_card(
         f"{f': {plain(licence)}' if licence else ''}.", "",
         "| | before | after |", "|---|---:|---:|",
         f"| parameters in decoder layers | {sum(before):,} | {sum(after):,} "
-        f"(−{1 - sum(after) / sum(before):.2%}) |",
+        f"({_change(sum(before), sum(after))}) |",
         f"| parameters stored | {dense.parameters():,} | {parameters:,} "
-        f"(−{1 - parameters / dense.parameters():.2%}) |",
+        f"({_change(dense.parameters(), parameters)}) |",
         *([f"| hidden size | {D} | {k} |"] if k < D else []), "",
         *_how_to_load(form), "",
         "## What each layer keeps", "",
@@ -88,6 +88,11 @@ def model_card(
     lines += ["", "As recorded:", "", "```json"]
     lines += [shown(json.dumps(step), HISTORY_SHOWN) for step in history]
     return "\n".join([*lines, "```", ""])
+
+
+def _change(before: int, after: int) -> str:
+    """−15.80%, or + if it is more: a head that was tied is stored apart once the size is cut."""
+    return f"{'−' if after <= before else '+'}{abs(1 - after / before):.2%}"
 
 
 def _how_dense(densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:

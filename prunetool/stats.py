@@ -231,16 +231,11 @@ def weight_arrays(
         F = sums[f"{matrix}.squares"][place] / (np.square(labels) * np.float32(sequences))
         w = w.astype(np.float32)
         wg, wwF = w * g, np.square(w) * F
-        if _of_columns(matrix):
+        if matrix in UNIT_MATRICES:  # whose columns are the units'
             wg, wwF = wg.T, wwF.T
         for name, sum_ in WEIGHT_SUMS.items():
             found[f"{matrix}.{name}"] = sum_(wg, wwF).astype(dtype)
     return found
-
-
-def _of_columns(matrix: str) -> bool:
-    """Whether the units are a matrix's columns."""
-    return matrix in UNIT_MATRICES
 
 
 def gradient_arrays(
@@ -267,7 +262,7 @@ def gradient_shapes(
     found: dict[str, tuple[int, ...]] = {"tokens": (1,)}
     if labels == TEXT:
         for matrix in MATRICES:
-            size = sizes[PARTS[matrix].axes[_of_columns(matrix)]]
+            size = sizes[PARTS[matrix].axes[matrix in UNIT_MATRICES]]
             found |= {f"{matrix}.{name}": (size,) for name in WEIGHT_SUMS}
         return found
     found |= {f"{matrix}.gram": (D * (D + 1) // 2,) for matrix in UNIT_MATRICES}

@@ -70,7 +70,7 @@ FILES = re.compile(
 )
 RECORDS_NAME = "records.jsonl"
 COST_NAME = "cost.json"
-SKETCH_NAME = "progress.json"  # has a sketch of the text that recover or compensate took
+PROGRESS_NAME = "progress.json"  # has a sketch of the text that recover or compensate took
 STEP_FILES = re.compile(
     rf"layer-\d{{5}}(\.\w+)?\.safetensors|{re.escape(RECORDS_NAME)}|{re.escape(WEIGHTS_NAME)}"
     rf"|{re.escape(COST_NAME)}"

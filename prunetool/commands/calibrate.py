@@ -44,7 +44,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     show_default="32, or all that are not held out",
     help="How many samples, evenly spread over those not held out, also run backward, for the "
     "loss's curvature at the outputs of o_proj and down_proj, which score --allocation loss needs, "
-    "or what --labels text says. "
+    "or for what --labels text keeps instead. "
     "With any, the records come when all layers are done. 0: none.",
 )
 @click.option(
@@ -166,7 +166,7 @@ def calibrate(
     held_out, gradients = split(samples, held_out, gradients)
     _check(text, samples, held_out, gradients, attention_samples, attention_length, coordinator)
     if labels == "text" and not gradients:
-        raise click.UsageError("--labels text is of the loss of --gradients, which is 0")
+        raise click.UsageError("--labels text goes with --gradients, which is 0")
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
         raise click.UsageError("--coordinator HOST:PORT, --processes and --process-id go together")
     options.keep_inputs([sink, profile], [model, *text.files])

@@ -27,10 +27,8 @@ from prunetool.methods import (
     methods_of,
 )
 
-OF_UNITS = (
-    "weighting", "multiple_of", "min_channels", "newton_iterations", "taylor", "reduce"
-)  # fmt: skip
 OF_TAYLOR = ("taylor", "reduce")
+OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations", *OF_TAYLOR)
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
 PLACE = "{sparsity}"  # in the name of an output, for each of several
 OTHER_SIZE = 8  # --multiple-of of hidden dimensions
@@ -64,8 +62,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     metavar="LIST",
     help="What to prune: heads (whole KV groups) and channels (of the MLP); single weights of "
     "q, k, v, o, gate, up, down (qk: the first two; weights: all); or hidden: directions of the "
-    "residual stream, in one basis for the whole model, so that OUT is of that "
-    "hidden size, and a stock model unless it has biases and no number of heads that divides it.",
+    "residual stream, in one basis for the whole model, so that OUT has fewer of them; it is a "
+    "stock model, unless it has biases and its number of heads does not divide them.",
 )
 @click.option(
     "--allocation",
@@ -346,8 +344,8 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
             )
         how.pop(key)
     method = methods_of(targets)[how["method"]]
-    if units and not set(OF_TAYLOR) <= set(method.options):
-        how = {key: value for key, value in how.items() if key not in OF_TAYLOR}
+    for key in set(OF_TAYLOR) - set(method.options):
+        how.pop(key, None)
     if method.needs_slopes and how["allocation"] == "loss":
         raise click.UsageError(
             f"--allocation loss needs other gradients than --method {how['method']}; give share, "

@@ -33,6 +33,11 @@ class Limits(NamedTuple):
         least = -(-max(self.min_channels, 1) // self.multiple_of) * self.multiple_of
         return min(least, channels)
 
+    def nearest(self, ideal: float, channels: int) -> int:
+        """The multiple nearest to ``ideal``, or all ``channels`` if they are nearer."""
+        kept = min(round(ideal / self.multiple_of) * self.multiple_of, channels)
+        return channels if channels - ideal < abs(ideal - kept) else kept
+
     def removable(self, channels: int) -> np.ndarray:
         """All numbers of channels that a layer with ``channels`` may lose, ascending, int."""
         kept = np.arange(self.fewest(channels), channels, self.multiple_of)
@@ -289,9 +294,7 @@ def allocate_uniform(
     lost_channels = 0
     if channels:
         ideal_kept = channels - (share - lost_groups * group_cost) / channel_cost
-        step = limits.multiple_of
-        kept = min(round(ideal_kept / step) * step, channels)
-        kept = channels if channels - ideal_kept < abs(ideal_kept - kept) else kept
+        kept = limits.nearest(ideal_kept, channels)
         lost_channels = channels - max(kept, limits.fewest(channels))
     return Counts(np.full(layers, lost_groups), np.full(layers, lost_channels))
 
@@ -313,19 +316,17 @@ def allocate_share(
     """
     share = target / (layers * (groups * group_cost + channels * channel_cost))
     lost_groups = int(share * groups + 1e-9)
-    step, ideal = limits.multiple_of, channels * (1 - share)
-    kept = int(ideal + 1e-9) if step == 1 else min(round(ideal / step) * step, channels)
-    kept = channels if channels - ideal < abs(ideal - kept) else kept
-    if share > 1 or (groups and lost_groups == groups) or kept < limits.fewest(channels):
-        most_groups, most_channels = max(groups - 1, 0), channels - limits.fewest(channels)
+    ideal, fewest = channels * (1 - share), limits.fewest(channels)
+    kept = int(ideal + 1e-9) if limits.multiple_of == 1 else limits.nearest(ideal, channels)
+    most_groups, most_channels = max(groups - 1, 0), channels - fewest
+    if lost_groups > most_groups or kept < fewest:
         _check_reachable(layers * (most_groups * group_cost + most_channels * channel_cost), target)
         raise ConfigError(
             "--allocation share",
             f"asks for {share:.0%} of the KV groups and of the channels of each layer",
             "lower --sparsity, or give --allocation global",
         )
-    lost = channels - kept if share else 0
-    return Counts(np.full(layers, lost_groups), np.full(layers, lost))
+    return Counts(np.full(layers, lost_groups), np.full(layers, channels - kept))
 
 
 def check_weights(sparsity: float) -> None:

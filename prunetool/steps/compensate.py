@@ -106,7 +106,7 @@ def _refitted(
     rows: list[tuple[Any, ...]],
 ) -> Iterator[records.LayerRecord]:
     if tokens.layers is not None:  # so that evaluate knows their text
-        path = run.work / run.directory / workdir.SKETCH_NAME
+        path = run.work / run.directory / workdir.PROGRESS_NAME
         path.parent.mkdir(exist_ok=True)
         files.write_json(path, checksum.sealed({"sketch": tokens.sketch()}))
     for record, name, arrays in run.layers(source, partial(_refit, run, tokens, grid)):

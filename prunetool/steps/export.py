@@ -206,17 +206,20 @@ class Export:
         self, name: str, made: Sequence[records.LayerRecord], Q: np.ndarray | None
     ) -> np.ndarray:
         """The embedding, the final norm's weight or the head, in the basis Q if there is one."""
-        norm = pruned_norm(self.model, self.work, made) if name != EMBEDDING else None
         if name == FINAL_NORM:
-            assert norm is not None
+            norm = pruned_norm(self.model, self.work, made)
             return norm if Q is None else np.ones(Q.shape[1], norm.dtype)
         stored = self.model.read(stored_name(self.model, name))
-        return stored if Q is None else in_basis(stored, Q, norm)
+        if Q is None:
+            return stored
+        reads = None if name == EMBEDDING else pruned_norm(self.model, self.work, made)
+        return in_basis(stored, Q, reads)
 
     def _said(self, kind: str, densities: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
         """What to say of the checkpoint, with its `_densities` if weights were masked."""
         now, before = self.writer.parameters, self.model.parameters()
-        said = [f"{kind}, {now:,} of {before:,} parameters ({1 - now / before:.2%} fewer)"]
+        change = f"{abs(1 - now / before):.2%} {'fewer' if now <= before else 'more'}"
+        said = [f"{kind}, {now:,} of {before:,} parameters ({change})"]
         if densities:
             filled, size = np.sum([list(layer.values()) for layer in densities], axis=(0, 1))
             said.append(f"{filled:,} of {size:,} layer weights nonzero ({filled / size:.2%})")
@@ -283,7 +286,7 @@ def _sketches(model: Path, work: Path, made: Sequence[records.LayerRecord]) -> l
     if (work / workdir.TOKENS_NAME).exists():  # an older version kept none
         found.append(overlap.sketch(workdir.TensorFile(work, workdir.TOKENS_NAME)["tokens"]))
     for kind in ("refit", "recover"):
-        beside = (work / made[0].files.get(kind, kind)).with_name(workdir.SKETCH_NAME)
+        beside = (work / made[0].files.get(kind, kind)).with_name(workdir.PROGRESS_NAME)
         if kind in made[0].files and (kind == "recover" or beside.exists()):
             found.append(str(checksum.read_sealed(beside).get("sketch", "")))
     return found

@@ -46,12 +46,12 @@ class Slicing:
                 "run calibrate with --stats all",
             )
         D = self.model.config.hidden_size
-        basis.kept_size(D, self.how["sparsity"], self.how["multiple_of"])
-        return self._sliced(source)
-
-    def _sliced(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
-        D = self.model.config.hidden_size
         k = basis.kept_size(D, self.how["sparsity"], self.how["multiple_of"])
+        return self._sliced(source, D, k)
+
+    def _sliced(
+        self, source: Iterator[records.LayerRecord], D: int, k: int
+    ) -> Iterator[records.LayerRecord]:
         made = []
         for record in source:
             if any(name.startswith("mask.") for name in record.files):
@@ -88,6 +88,7 @@ class Slicing:
                 H += self._signal(record, site)
         with self.run.profile.phase("eigenvectors"):
             Q = self._choose(H, k)
+        # Read again: all signals at once would be more than one layer.
         kept = [[np.vdot(Q, self._signal(record, site) @ Q) for site in SIGNALS] for record in made]
         return {"basis": Q.astype(np.float32), "kept": np.array(kept)}
 

@@ -44,7 +44,6 @@ WARM_UP, FIRST = 0.1, 1 / 25  # of the steps; the first learning rate as a fract
 MEASURED = 4  # times per epoch that the held-out loss is measured
 WORSE = 2.0  # a held-out loss this many times the first means divergence
 SIZES = 4  # different numbers of channels that layers are padded to, each compiled once
-PROGRESS_NAME = workdir.SKETCH_NAME
 NORMS = (*backward.NORMS, FINAL)
 
 
@@ -265,7 +264,7 @@ class Recovery:
     def _is_finished(self) -> bool:
         """Whether an earlier run did all, and its files are as written; reads what it measured."""
         try:
-            said = checksum.read_sealed(self._directory / PROGRESS_NAME)
+            said = checksum.read_sealed(self._directory / workdir.PROGRESS_NAME)
         except CheckpointError:
             return False
         self.kl = [(int(step), float(loss)) for step, loss in said["kl"]]
@@ -277,7 +276,7 @@ class Recovery:
 
     def _write_progress(self, *, finished: bool) -> None:
         value = {"kl": self.kl, "finished": finished, "sketch": overlap.sketch(self.tokens)}
-        files.write_json(self._directory / PROGRESS_NAME, checksum.sealed(value))
+        files.write_json(self._directory / workdir.PROGRESS_NAME, checksum.sealed(value))
 
     def _resume(self) -> tuple[int, int | None]:
         """Number of whole steps, and the lowest layer that had one more update; None if none had.

@@ -252,10 +252,8 @@ class Scoring:
             return budget.allocate_global(
                 groups, channels, group_costs, channel_cost, target, limits
             )
-        same = self.how["allocation"]
-        first = int(np.argmax(self._chosen))
-        every = zip(self.model.config.layer_shapes, self._chosen, strict=True)
-        shapes = {shape for shape, own in every if own}
+        same, chosen = self.how["allocation"], np.flatnonzero(self._chosen)
+        shapes = {self.model.config.layer_shapes[layer] for layer in chosen}
         if len(shapes) > 1:
             raise ConfigError(f"--allocation {same}", "the layers differ in size", "give global")
         shape = shapes.pop()
@@ -263,14 +261,15 @@ class Scoring:
         counts = share_out(
             shape.kv_heads if GROUPS in self.targets else 0,
             shape.channels if CHANNELS in self.targets else 0,
-            int(self._chosen.sum()),
-            group_costs[first],
+            len(chosen),
+            group_costs[chosen[0]],
             channel_cost,
             target,
             limits,
         )
-        places = np.cumsum(self._chosen) - 1
-        return budget.Counts(*(np.where(self._chosen, lost[places], 0) for lost in counts))
+        every = np.zeros((2, self.model.layers), int)
+        every[:, chosen] = counts
+        return budget.Counts(*every)
 
     def _scores(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
         """Scores of a layer's units of both targets, in the form of a file."""

@@ -1,6 +1,7 @@
 """``score --target hidden``: a stock model of a smaller hidden size, in one basis of the stream."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -98,6 +99,17 @@ def test_what_is_exported_loads_strictly_and_is_the_cut_model(cut, kind):
     assert model.config.hidden_size == KEPT
     assert not list(out.glob("*.py"))
     assert (logits(model) - logits(sliced(dense, Q))).abs().max() < 3e-5
+
+
+def test_more_parameters_are_said_to_be_more(cut, run, tmp_path):
+    out, _, _ = cut(0.1, "--multiple-of", 1, tie_word_embeddings=True)
+    said = run("export", "again", "kept.jsonl").stderr
+    now, before = (
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+)(?= of| parameters)", said)[:2]
+    )
+    assert now > before
+    assert f"({now / before - 1:.2%} more)" in " ".join(said.split())
+    assert f"(+{now / before - 1:.2%}) |" in (out / "README.md").read_text()
 
 
 def test_a_size_that_no_heads_divide_is_a_mistral(cut):
