@@ -193,6 +193,28 @@ def test_the_stream_after_the_last_layer_is_summed_too(calibrated, tmp_path, gra
     np.testing.assert_allclose(gram.unpack(found["gram"]), u.T @ u, atol=1e-4)
 
 
+def test_every_norm_has_its_say_in_the_basis(cut, tmp_path):
+    _, dense, Q = cut(0.25)
+    tokens = load_file(tmp_path / "dense.work" / "tokens.safetensors")["tokens"]
+    judge, H = judge_of(dense), np.zeros((D, D))
+
+    def add(_, given):
+        h = given[0].detach().double().numpy().reshape(-1, D)
+        u = h / np.linalg.norm(h, axis=1, keepdims=True)
+        H[:] += u.T @ u / len(u)
+
+    norms = [judge.model.norm]
+    for layer in judge.model.layers:
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+    for norm in norms:
+        norm.register_forward_pre_hook(add)
+    with torch.no_grad():
+        judge(torch.tensor(tokens.astype(np.int64)))
+    assert np.trace(H) == pytest.approx(7)
+    due = np.linalg.eigvalsh(H)[::-1][:KEPT].sum()
+    assert np.trace(Q.T @ H @ Q) == pytest.approx(due, rel=1e-6)
+
+
 def test_tokens_of_norm_1_from_the_sums_of_a_norms_outputs():
     random = np.random.default_rng(1)
     h, w = random.standard_normal((300, D)) * 7, 1 + 0.2 * random.standard_normal(D)
