@@ -11,8 +11,8 @@ from prunetool import __version__
 from prunetool.checkpoint.hub import HUB_ID, hub_id
 from prunetool.checkpoint.source import front_matter
 from prunetool.errors import plain, shown
-from prunetool.llama.config import PRUNED, LayerShape
-from prunetool.llama.forms import LOADER_FILES
+from prunetool.llama.config import PICTURES, PRUNED, LayerShape
+from prunetool.llama.forms import LOADERS
 from prunetool.model import Model
 from prunetool.records import Header
 
@@ -73,7 +73,7 @@ def model_card(
         f"| parameters stored | {dense.parameters():,} | {parameters:,} "
         f"({_change(dense.parameters(), parameters)}) |",
         *([f"| hidden size | {D} | {k} |"] if k < D else []), "",
-        *_how_to_load(form), "",
+        *(_how_to_load_pictures() if dense.config.classes else _how_to_load(form)), "",
         "## What each layer keeps", "",
         "| layer | query heads | KV heads | MLP channels |", "|---:|---:|---:|---:|",
     ]  # fmt: skip
@@ -200,12 +200,11 @@ def _front_matter(header: Header, dense: Model) -> "ModelCardData":
     known: dict[str, Any] = {
         key: found[0] if len(found) == 1 else found or None for key, found in fields.items()
     }
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["pruned", "prunetool", *tags],
-        **known,
-    )
+    if dense.config.classes:
+        tags.append(PICTURES)
+    else:
+        known |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    return ModelCardData(tags=["pruned", "prunetool", *tags], **known)
 
 
 def _words(value: object) -> list[str]:
@@ -231,6 +230,20 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
+def _how_to_load_pictures() -> list[str]:
+    (file,) = LOADERS[PICTURES]
+    return [
+        "For use in a checkout of [LlamaGen](https://github.com/FoundationVision/LlamaGen), a "
+        f"loader is included. Read `{file}`, then:",
+        "",
+        "```python",
+        f"from {Path(file).stem} import load",
+        "",
+        f"model = load({ID_PLACE})",
+        "```",
+    ]
+
+
 def _how_to_load(form: str) -> list[str]:
     known = form != PRUNED
     more = "" if known else ", trust_remote_code=True"
@@ -245,6 +258,6 @@ def _how_to_load(form: str) -> list[str]:
     if known:
         note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
         return [f"{note}Loads like the base model:", "", *code]
-    files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADER_FILES.items())
+    files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADERS[PRUNED].items())
     said = f"Layers differ in size, so a loader is included: {files}. Read it, then:"
     return [said, "", *code]

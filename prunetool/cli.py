@@ -20,13 +20,15 @@ SECTIONS = {
     "In one command": ("run",),
     "Step by step": ("calibrate", "score", "compensate", "recover", "export"),
     "Look and measure": ("inspect", "evaluate", "bench", "report"),
-    "Bring in, pass on, tidy up": ("convert", "upload", "clean"),
+    "Bring in, pass on, tidy up": ("convert", "sample", "upload", "clean"),
 }
 COMMANDS = tuple(name for names in SECTIONS.values() for name in names)
 # and evaluate with --work
-RESUMED = ("run", "convert", "calibrate", "score", "compensate", "recover", "export", "upload")
+RESUMED = (
+    "run", "convert", "sample", "calibrate", "score", "compensate", "recover", "export", "upload",
+)  # fmt: skip
 STREAMING = ("calibrate", "score", "compensate", "recover")  # the next step reads their output
-WRITES_FILES = ("convert", "export")  # and nothing to stdout
+WRITES_FILES = ("convert", "sample", "export")  # and nothing to stdout
 WAIT_SECONDS = 5  # at most, for the previous step to clean up
 
 
@@ -77,7 +79,7 @@ class Group(click.Group):
 def group(verbose: int, quiet: bool) -> None:
     """Make Llama checkpoints smaller without training, one layer at a time.
 
-    Also for checkpoints of Mistral, Qwen2 and Qwen3.
+    Also for checkpoints of Mistral, Qwen2 and Qwen3, and for LlamaGen's models of pictures.
 
     \b
     Example:

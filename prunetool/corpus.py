@@ -205,6 +205,44 @@ def sequences(
     return np.ascontiguousarray(windows, np.int32)
 
 
+def pictures(
+    ids: np.ndarray,
+    samples: int | None,
+    codes: int,
+    vocab_size: int,
+    classes: int,
+    where: object,
+    shuffle: int | None = None,
+) -> np.ndarray:
+    """Sequences of a model of pictures: the class, then the codes in raster order.
+
+    Args:
+      ids: (n, 1 + codes): ``vocab_size`` + class, then codes below ``vocab_size``.
+      samples, where, shuffle: as in `sequences`.
+      codes: codes of a picture.
+      vocab_size, classes: numbers of codes and of classes there are.
+
+    Returns:
+      (samples, 1 + codes), int32.
+
+    Raises:
+      CorpusError: if they are something else, or too few.
+    """
+    todo = "give what prunetool sample writes for this model"
+    if ids.ndim != 2 or ids.shape[1] != codes + 1:
+        raise CorpusError(
+            where, f"is of shape {ids.shape}; a picture is its class and {codes} codes", todo
+        )
+    _check(ids, vocab_size + classes, where)
+    if ids[:, 0].min() < vocab_size or ids[:, 1:].max() >= vocab_size:
+        raise CorpusError(
+            where,
+            f"is of other ids than pictures: a class ({vocab_size} and up) first, and only there",
+            todo,
+        )
+    return sequences(ids, samples, codes + 1, vocab_size + classes, where, shuffle)
+
+
 def _check(ids: np.ndarray, vocab_size: int, where: object) -> None:
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         worst = f"the token id {ids.min()}" if ids.min() < 0 else f"token ids up to {ids.max()}"

@@ -16,7 +16,7 @@ from prunetool.checkpoint.source import fetch_weights, locate
 from prunetool.checkpoint.writer import write_json
 from prunetool.errors import CheckpointError, shown
 from prunetool.llama.config import LayerShape, LlamaConfig, parse_config
-from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES
+from prunetool.llama.parts import CLASS_EMBEDDING, EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES
 from prunetool.llama.weights import Layer, part_shapes, scatter, tensor_name, tensor_shapes
 
 
@@ -135,8 +135,9 @@ class Model:
                 yield number, layer
 
     def embedding(self) -> np.ndarray:
-        """The token embedding, (V, D)."""
-        return self.read(EMBEDDING)
+        """The token embedding, (V, D); of a model of pictures, the classes' below it."""
+        table = self.read(EMBEDDING)
+        return np.concatenate([table, self.read(CLASS_EMBEDDING)]) if self.config.classes else table
 
     def final_norm(self) -> np.ndarray:
         """The weight of the norm after the last layer, (D,)."""

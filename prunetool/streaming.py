@@ -57,11 +57,18 @@ class HiddenStates:
         self.length = length
         self.dtype = np.dtype(dtype)
         self._durable = durable
+        self._first = 0
 
     def at(self, path: Path) -> "HiddenStates":
         """Another file with the same sizes."""
         sizes = self.hidden_size, self.samples, self.length
         return HiddenStates(path, *sizes, self.dtype.name, durable=self._durable)
+
+    def behind(self, first: int) -> "HiddenStates":
+        """The same file to read, counted from another sequence on."""
+        other = self.at(self.path)
+        other._first = first
+        return other
 
     @property
     def size_bytes(self) -> int:
@@ -91,7 +98,7 @@ class HiddenStates:
         """One batch, (D, B, N), float32."""
         out = np.empty((len(batch), self.hidden_size, self.length), self.dtype)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(batch.start * self._sample_bytes)
+            file.seek((self._first + batch.start) * self._sample_bytes)
             read_into(out, file, self.path)
         return out.swapaxes(0, 1).astype(np.float32, copy=False)
 

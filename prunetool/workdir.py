@@ -49,6 +49,7 @@ from prunetool.checkpoint.index import read_json
 from prunetool.errors import CheckpointError, RecordError, WorkError, shown
 from prunetool.records import Header, LayerRecord
 
+OTHER = "another --work"
 RUN_NAME = "run.json"
 STATS = "stats"  # the directory of calibrate
 WEIGHTS_NAME = "weights.json"
@@ -180,13 +181,16 @@ def identity(
     return {"command": command, **checkpoint, "tokens": tokens, **how, "version": version}
 
 
-def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def claim(
+    work: Path, run: Mapping[str, Any], *, overwrite: bool = False, other: str = OTHER
+) -> None:
     """Claim ``work`` for this run, or resume the same run in it.
 
     Args:
       work: the directory.
       run: its `identity`.
       overwrite: delete the files of another run of the same command.
+      other: what to give for another directory.
 
     Raises:
       WorkError: if it has another run; says what differs.
@@ -197,21 +201,21 @@ def claim(work: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Non
             old = checksum.read_sealed(run_path)
         except CheckpointError as error:
             if not overwrite:
-                todo = "give --overwrite to start again, or another --work"
+                todo = f"give --overwrite to start again, or {other}"
                 raise WorkError(run_path, error.what, todo) from error
             old = {"command": run["command"]}
         if changes := differing(old, run):
-            _refuse(work, changes, overwrite=overwrite)
+            _refuse(work, changes, overwrite=overwrite, other=other)
             drop(work)  # run.json is replaced last: it says whose this is
     else:
         old = {}
-        _refuse_foreign(work)
+        _refuse_foreign(work, other)
         if (work / STATS).is_dir():
             if not overwrite:
                 raise WorkError(
                     work,
                     "holds a run without its run.json",
-                    "give --overwrite to start again, or another --work",
+                    f"give --overwrite to start again, or {other}",
                 )
             drop(work)
         work.mkdir(parents=True, exist_ok=True)
@@ -238,24 +242,26 @@ def check(work: Path, known: Mapping[str, Any], *, overwrite: bool = False) -> N
             _refuse(work, changes, overwrite=overwrite)
 
 
-def _refuse(work: Path, changes: Sequence["Change"], *, overwrite: bool) -> None:
+def _refuse(
+    work: Path, changes: Sequence["Change"], *, overwrite: bool, other: str = OTHER
+) -> None:
     """Refuse a directory whose run differs; with ``overwrite`` only if it is another command's."""
     if changes[0].key == "command":
-        raise WorkError(work, f"holds a run of {shown(changes[0].was)}", "give another --work")
+        raise WorkError(work, f"holds a run of {shown(changes[0].was)}", f"give {other}")
     if not overwrite:
         raise WorkError(
             work,
             f"holds another run: {_in_words(changes)}",
-            "give --overwrite to delete it, or another --work",
+            f"give --overwrite to delete it, or {other}",
         )
 
 
-def _refuse_foreign(work: Path) -> None:
+def _refuse_foreign(work: Path, other: str = OTHER) -> None:
     """Refuse a directory without run.json that has files that are not the steps'."""
     if not work.exists() or (work.is_dir() and files.is_empty(work, but=OWN_TEXT)):
         return
     if not (work / STATS).is_dir() or not all(map(_is_ours, work.iterdir())):
-        raise WorkError(work, "is not a work directory of prunetool", "give another --work")
+        raise WorkError(work, "is not a work directory of prunetool", f"give {other}")
 
 
 class Change(NamedTuple):

@@ -392,12 +392,13 @@ class TestClosedStreams:
         words = {
             "convert": ["m.gguf", "out"],
             "export": ["out", "c.jsonl"],
+            "sample": ["m", "-o", "p.npy"],
             "score": ["--sparsity", 0],
             "calibrate": ["m", "--text", "t"],
             "evaluate": ["m", "--text", "t"],
         }
         line = error_of(closed(">&-", name, *words.get(name, ["m"])))
-        if name in ("convert", "export"):
+        if name in cli.WRITES_FILES:
             assert line.startswith(f"Error: {words[name][-1 if name == 'export' else 0]}: ")
         else:
             assert line == "Error: stdout: is closed; redirect it to a file, or to /dev/null"

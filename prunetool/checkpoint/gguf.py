@@ -486,8 +486,7 @@ class GGUFModel:
         array = self._read(name, dtype)
         if self.architecture not in INTERLEAVED or name.split(".")[-2] not in ("attn_q", "attn_k"):
             return array
-        pairs = array.reshape(-1, self.head_dim // 2, 2, *array.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(array.shape)
+        return half_split(array, self.head_dim)
 
     def _read(self, name: str, dtype: np.dtype[Any], rows: slice = slice(None)) -> np.ndarray:
         tensor = self._tensors[name]
@@ -637,6 +636,12 @@ def _value(path: Path, reader: _Reader, key: str, kind: type, default: Any) -> A
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     """Shape in NumPy's order; the header lists the fastest dimension first."""
     return tuple(int(extent) for extent in reversed(tensor.shape))
+
+
+def half_split(array: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of q or k, or their bias, with rotary pairs side by side, as Hugging Face has them."""
+    pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def gguf_name(theirs: str) -> str:

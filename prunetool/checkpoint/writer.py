@@ -46,6 +46,7 @@ TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 SHARDS = "model-?????-of-?????.safetensors"
 WRITTEN = re.compile(
     r"model-\d{5}-of-\d{5}\.safetensors|(configuration|modeling|mlx)_pruned_llama\.py"
+    r"|llamagen_pruned\.py"
 )
 
 

@@ -95,6 +95,14 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     show_default=True,
     help="Precision of the stored stats; sums are float64.",
 )
+@click.option(
+    "--guidance",
+    type=click.Choice(["both", "class"]),
+    default="both",
+    show_default=True,
+    help="For models of pictures. both: use each picture twice in a row, with its class and with "
+    "the null class, as classifier-free guidance does; each counts as a sample. class: once.",
+)
 @options.device_options
 @click.option(
     "--batch-size",
@@ -139,6 +147,7 @@ def calibrate(
     attention_samples: int,
     attention_length: int | None,
     stats_dtype: str,
+    guidance: str,
     dtype: str,
     batch: int | None,
     device: str,
@@ -163,7 +172,8 @@ def calibrate(
     Example:
       prunetool calibrate SmolLM2-135M --text wiki.txt --samples 32 > stats.jsonl
     """
-    held_out, gradients = split(samples, held_out, gradients)
+    asked = held_out, gradients
+    held_out, gradients = split(samples, *asked)
     _check(text, samples, held_out, gradients, attention_samples, attention_length, coordinator)
     if labels == "text" and not gradients:
         raise click.UsageError("--labels text goes with --gradients, which is 0")
@@ -177,17 +187,22 @@ def calibrate(
     from prunetool.steps.backward import Precision
     from prunetool.steps.calibrate import AttentionSamples, Calibration
 
-    kept = min(text.length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
     with console.summary("calibrate") as said:
         team = devices.start(device, coordinator, processes, process_id)
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         opened = open_model(model, revision)
         dtype = opened.product_dtype(dtype)
-        tokens, chosen = _read(opened, text, samples, shuffle, dtype, work, said, overwrite)
+        if opened.config.classes and guidance == "both":
+            held_out, gradients = _in_pairs(samples, held_out, *asked)
+        tokens, chosen = _read(
+            opened, text, samples, shuffle, guidance, dtype, work, said, overwrite
+        )
+        length = tokens.shape[1]
+        kept = min(length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
         job = Calibration(
             opened, tokens, held_out, stats, Precision(dtype, stats_dtype, stream_dtype), work,
             AttentionSamples(attention_samples, kept),
-            batch or streaming.batch_size(text.length) * devices.local_mesh().size, gradients, team,
+            batch or streaming.batch_size(length) * devices.local_mesh().size, gradients, team,
             Profile(profile), chosen, labels, overwrite,
         )  # fmt: skip
         job.write(model, partial(options.open_sink, sink))
@@ -204,17 +219,32 @@ def split(
 
 
 def _read(
-    model: "Model", text: "Text", samples: int, shuffle: int | None, dtype: str, work: Path,
-    said: list[str], overwrite: bool,
+    model: "Model", text: "Text", samples: int, shuffle: int | None, guidance: str, dtype: str,
+    work: Path, said: list[str], overwrite: bool,
 ) -> tuple["np.ndarray", dict[str, Any]]:  # fmt: skip
     """The sequences, (samples, N), and how they were chosen, for the history."""
-    from prunetool.steps.run import read_text
+    from prunetool.steps.run import as_fed, read_text
     from prunetool.steps.selftext import own_text
 
     if text.by_model:
         return own_text(model, text, samples, dtype, shuffle or 0, work, said, overwrite=overwrite)
-    tokens, bos = read_text(model, text, samples, shuffle)
-    return tokens, {"shuffle": shuffle, "bos": bos, **text.said}
+    of_pictures = {"guidance": guidance} if model.config.classes else {}
+    each = 2 if of_pictures and guidance == "both" else 1
+    tokens, bos = read_text(model, text, samples // each, shuffle)
+    tokens = as_fed(model, tokens, guidance)
+    return tokens, {"shuffle": shuffle, "bos": bos, **of_pictures, **text.said}
+
+
+def _in_pairs(
+    samples: int, held_out: int, asked: int | None, gradients: int | None
+) -> tuple[int, int]:
+    """`split`, for pictures that are each two samples, of which none is held out alone."""
+    for option, count in (("--samples", samples), ("--held-out", asked or 0)):
+        if count % 2:
+            raise click.BadParameter(
+                f"{option} {count}: --guidance both uses each picture twice; give an even number"
+            )
+    return split(samples, held_out + held_out % 2, gradients)
 
 
 def _check(

@@ -8,6 +8,7 @@ from click.core import ParameterSource
 from prunetool import console, options
 
 SUFFIX = ".gguf"
+TORCH = (".pt", ".pth")
 
 
 @click.command(cls=options.Command)
@@ -16,8 +17,7 @@ SUFFIX = ".gguf"
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
+    show_default="bfloat16, or for LlamaGen as stored",
     help="Precision of the tensors of a checkpoint.",
 )
 @click.option(
@@ -29,33 +29,54 @@ SUFFIX = ".gguf"
     help="Type of the matrices of a GGUF; vectors are f32, and embedding and head of q4 and q5 "
     "are q8_0.",
 )
+@click.option(
+    "--image-size",
+    type=click.IntRange(16, 16384),
+    metavar="PIXELS",
+    show_default="as the file's name says",
+    help="For LlamaGen: pixels across a picture, which the file does not hold.",
+)
+@click.option(
+    "--heads",
+    type=click.IntRange(1),
+    metavar="HEADS",
+    show_default="those of LlamaGen's sizes",
+    help="For LlamaGen: attention heads, which the file does not hold.",
+)
 @options.max_shard_size_opt
 @options.overwrite_opt
 def convert(
-    source: Path, out: Path, dtype: str, kind: str, max_shard_bytes: int, overwrite: bool
-) -> None:
-    """Turn a GGUF file into a checkpoint, or a checkpoint into a GGUF file for llama.cpp.
+    source: Path, out: Path, dtype: str | None, kind: str, image_size: int | None,
+    heads: int | None, max_shard_bytes: int, overwrite: bool,
+) -> None:  # fmt: skip
+    """Turn a file of another program into a checkpoint, or a checkpoint into a GGUF file.
 
     The direction follows from OUT: a file NAME.gguf, or a directory. From a GGUF (Llama, Mistral,
     Qwen2, Qwen3; for a split one, name any part): dequantises, puts the rows of q and k back in
     order, and rebuilds config.json and tokenizer.json; if killed, the same command resumes after
     the last finished shard. To a GGUF: from any checkpoint that prunetool reads or wrote, dense or
     pruned; layers of unequal sizes become llama.cpp's architecture deci. Above --max-shard-size it
-    is split, between any two tensors. Files appear once all are complete. Either way one layer is
-    in memory at a time.
+    is split, between any two tensors. From LlamaGen's weights (a file NAME.pt of a
+    class-conditional model, which is read as data: no code in it runs): splits q, k and v. Files
+    appear once all are complete. Either way one layer is in memory at a time.
 
     \b
     Example:
       prunetool convert SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-135M
       prunetool convert SmolLM2-pruned SmolLM2-pruned.gguf --type q8_0
+      prunetool convert c2i_XXL_384.pt XXL
     """
-    to_gguf = out.suffix == SUFFIX
-    unused, option, what = (
-        ("dtype", "--dtype", "a GGUF") if to_gguf else ("kind", "--type", "a checkpoint")
-    )
-    given = click.get_current_context().get_parameter_source(unused)
-    if given is ParameterSource.COMMANDLINE:
-        raise click.UsageError(f"{option} is not for writing {what}")
+    to_gguf, torch = out.suffix == SUFFIX, source.suffix.lower() in TORCH
+    what, unused = ("writing a checkpoint", ["--type"])
+    if to_gguf:
+        what, unused = "writing a GGUF", ["--dtype", "--image-size", "--heads"]
+    elif not torch:
+        what, unused = "a GGUF", ["--type", "--image-size", "--heads"]
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and (option := parameter.opts[-1]) in unused:
+            raise click.UsageError(f"{option} is not for {what}")
     with console.summary("convert") as said:
         if to_gguf:
             from prunetool.model import open_model
@@ -65,9 +86,17 @@ def convert(
                 open_model(str(source)), out, kind,
                 max_shard_bytes=max_shard_bytes, overwrite=overwrite,
             )  # fmt: skip
+        elif torch:
+            from prunetool.steps.convert import convert_llamagen
+
+            said += convert_llamagen(
+                source, out, dtype, image_size=image_size, heads=heads,
+                max_shard_bytes=max_shard_bytes, overwrite=overwrite,
+            )  # fmt: skip
         else:
             from prunetool.steps.convert import convert_gguf
 
             said += convert_gguf(
-                source, out, dtype, max_shard_bytes=max_shard_bytes, overwrite=overwrite
-            )
+                source, out, dtype or "bfloat16",
+                max_shard_bytes=max_shard_bytes, overwrite=overwrite,
+            )  # fmt: skip

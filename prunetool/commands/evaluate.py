@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     "perplexity, KL divergence of the next token, error of each head's attention matrices.",
 )
 @click.option(
+    "--cfg-scale",
+    type=options.Finite(0),
+    help="For models of pictures, with --against: also the KL divergence with the null class, and "
+    "of classifier-free guidance's mixture with this scale.",
+)
+@click.option(
     "--choices",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -60,6 +66,7 @@ def evaluate(
     device: str,
     revision: str | None,
     against: str | None,
+    cfg_scale: float | None,
     choices: Path | None,
     allow_calibrated: bool,
     work: Path | None,
@@ -80,6 +87,8 @@ def evaluate(
     """
     if work and against:
         raise click.UsageError("--work is for one model, without --against")
+    if cfg_scale is not None and not against:
+        raise click.UsageError("--cfg-scale is for --against")
     if overwrite and not work:
         raise click.UsageError("--overwrite is for --work")
     from prunetool import corpus, devices
@@ -110,7 +119,9 @@ def evaluate(
         if dense is None:
             loss, compared = mean_loss(opened, tokens, dtype, work, overwrite=overwrite), {}
         else:
-            comparison = compare(opened, dense, tokens, dtype)
+            if cfg_scale is not None and not opened.config.classes:
+                raise click.UsageError("--cfg-scale is for models of pictures")
+            comparison = compare(opened, dense, tokens, dtype, cfg_scale)
             loss, compared = comparison.loss, {"against": comparison.as_json(str(against))}
         if asked:
             if dense:
@@ -118,7 +129,7 @@ def evaluate(
             compared |= asked.accuracy(opened, dtype).as_json()
         result = {
             "model": model, "perplexity": perplexity(loss), "loss": loss,
-            "tokens": len(tokens) * (text.length - 1), **how, "token_ids": token_ids,
+            "tokens": len(tokens) * (tokens.shape[1] - 1), **how, "token_ids": token_ids,
             "parameters": opened.parameters(), "version": __version__, **text.said, **used,
             **compared,
         }  # fmt: skip
@@ -165,6 +176,8 @@ def _say(result: dict[str, Any], said: list[str]) -> None:
     if "accuracy" in compared:
         said.append(f"{_accuracy_of(compared)} before")
     said.append(f"KL {compared['kl']:.4f} nats")
+    if "kl_guided" in compared:
+        said.append(f"guided {compared['kl_guided']:.4f}, null {compared['kl_null']:.4f}")
     for name, label in (("own", "own input"), ("same_input", "dense input")):
         if errors[name]["worst"] == 0:  # on the same input: q and k were not pruned
             said.append(f"no attention error on {label}")

@@ -60,7 +60,7 @@ def _say_next(out: Path, work: Path, form: str) -> None:
     """Suggest what to do next."""
     from prunetool import workdir
     from prunetool.checkpoint.index import read_json
-    from prunetool.llama.config import PRUNED
+    from prunetool.llama.config import PICTURES, PRUNED
 
     size = workdir.size_bytes(work, *workdir.EVERYTHING)
     name, clean = shlex.quote(str(out)), f"Delete {size / 1e6:,.1f} MB of work files"
@@ -70,12 +70,19 @@ def _say_next(out: Path, work: Path, form: str) -> None:
         return
     model_type = read_json(out / "config.json")["model_type"]
     trust = ", trust_remote_code=True" if model_type == PRUNED else ""
-    for what, how in {
-        "Load it": f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})",
-        "Measure it": f"prunetool evaluate {name} --text OTHER.txt",
+    load = f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})"
+    measure, pictures = f"prunetool evaluate {name} --text OTHER.txt", model_type == PICTURES
+    if pictures:
+        load = f"see README.md in {name}"
+        measure = f"prunetool evaluate {name} --tokens OTHER.npy --against MODEL"
+    suggested = {
+        "Load it": load,
+        "Measure it": measure,
         "See what was kept": f"prunetool report {name}",
-        "Take it to llama.cpp": f"prunetool convert {name} {name}.gguf",
+        "Take it to llama.cpp": "" if pictures else f"prunetool convert {name} {name}.gguf",
         "Put it on the Hub": f"prunetool upload {name} OWNER/NAME",
         clean: f"prunetool clean {name}",
-    }.items():
-        console.log.info("%s: %s", what, how)
+    }
+    for what, how in suggested.items():
+        if how:
+            console.log.info("%s: %s", what, how)

@@ -72,13 +72,16 @@ class Family(NamedTuple):
         only if ``use_sliding_window`` is true.
       always: the `SETTINGS` that all its models have.
       stated: the ones that config.json may turn on; its class knows no others.
+      pictures: it writes the codes of a picture, given its class (`LlamaConfig.classes`).
     """
 
     defaults: Mapping[str, Any] = {}
     always: tuple[str, ...] = ()
     stated: tuple[str, ...] = ()
+    pictures: bool = False
 
 
+PICTURES = "llamagen"  # class-conditional (arXiv 2406.06525); this config.json is prunetool's own
 SETTINGS = ("attention_bias", "mlp_bias", "qkv_bias", "qk_norm")  # fields of `LlamaConfig`
 _QWEN = {
     "num_key_value_heads": 32,
@@ -95,10 +98,12 @@ FAMILIES = {
     ),
     "qwen2": Family(_QWEN, always=("qkv_bias",)),
     "qwen3": Family({**_QWEN, "head_dim": 128}, always=("qk_norm",), stated=("attention_bias",)),
+    PICTURES: Family({"rms_norm_eps": 1e-5}, pictures=True),
 }
 PRUNED = "pruned_llama"  # layers of unequal sizes, of the family that the key ``family`` names
 
 DEFAULT_ROPE_THETA = 10000.0
+GRID_ROPE = "llamagen_2d"  # rows and columns of a picture's codes
 ROPE_KEYS: dict[str, dict[str, Value]] = {
     "default": {},
     "linear": {"factor": FACTOR},
@@ -119,6 +124,7 @@ ROPE_KEYS: dict[str, dict[str, Value]] = {
         "mscale": OPTIONAL_SCALE,
         "mscale_all_dim": OPTIONAL_SCALE,
     },
+    GRID_ROPE: {"grid": Value(int, 1, 1024)},
 }
 
 # Keys by which some program changes the computation, with the values that leave a plain Llama.
@@ -205,6 +211,9 @@ class LlamaConfig:
       qk_norm: norms of the heads' queries and keys.
       window: how many positions, itself included, a position attends to; None for all.
       raw: config.json as read, for writing a new one.
+      classes: of a model of pictures, the rows of its class embedding: the classes, and last the
+        null class of classifier-free guidance. Class c has the id ``vocab_size`` + c and begins a
+        sequence; the codes follow. 0 for a model of text.
     """
 
     vocab_size: int
@@ -221,6 +230,17 @@ class LlamaConfig:
     max_position_embeddings: int
     window: int | None
     raw: Mapping[str, Any]
+    classes: int = 0
+
+    @property
+    def ids(self) -> int:
+        """Number of ids: tokens, or codes and classes."""
+        return self.vocab_size + self.classes
+
+    @property
+    def codes(self) -> int:
+        """Codes of a picture, G² for a grid of G x G; 0 for a model of text."""
+        return int(self.rope.parameters["grid"]) ** 2 if self.classes else 0
 
     @property
     def layers(self) -> int:
@@ -255,7 +275,7 @@ class LlamaConfig:
         """
         values = asdict(replace(self, raw={}))
         del values["raw"]
-        for key in ("qkv_bias", "qk_norm"):  # stated only for models that have them
+        for key in ("qkv_bias", "qk_norm", "classes"):  # stated only for models that have them
             if not values[key]:
                 del values[key]
         values["layer_shapes"] = [list(shape.values()) for shape in values["layer_shapes"]]
@@ -282,6 +302,10 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
     plain["mlp_layer_types"] += (["dense"] * layers,)
     plain["no_rope_layers"] += ([], [1] * layers)  # a 1 is a layer with rotary embedding
     window = _parse_window(stated, raw, family, plain, where)
+    classes = 0
+    if family.pictures:
+        plain |= {"conditioning": ("class", None), "conditioning_tokens": (1, None)}
+        classes = _read(raw, "num_classes", COUNT, where) + 1
     _refuse_others(stated, plain, where)
 
     if given["head_dim"] is None and hidden_size % heads:
@@ -296,6 +320,13 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
     rope = _parse_rope(raw, given, where)
     if rope.type == "dynamic" and head_dim == 2:
         raise ConfigError(where, "rope type dynamic with head_dim = 2", "head_dim must be larger")
+    if (rope.type == GRID_ROPE) != family.pictures or (family.pictures and head_dim % 4):
+        raise ConfigError(
+            where,
+            f"rope type {rope.type} with model_type {_said(raw['model_type'])} and head_dim = "
+            f"{head_dim}",
+            f"{GRID_ROPE} is for {PICTURES}, which has no other and head_dim a multiple of 4",
+        )
     return LlamaConfig(
         vocab_size=given["vocab_size"],
         hidden_size=hidden_size,
@@ -311,6 +342,7 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
         max_position_embeddings=given["max_position_embeddings"],
         window=window,
         raw=raw,
+        classes=classes,
     )
 
 

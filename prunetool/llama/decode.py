@@ -220,6 +220,44 @@ def draw(scores: jax.Array, u: jax.Array) -> jax.Array:
     return block * BLOCK + within
 
 
+@jax.jit
+def guided(scores: jax.Array, scale: jax.Array) -> jax.Array:
+    """Classifier-free guidance (arXiv 2207.12598): null + s (class − null).
+
+    Args:
+      scores: logits of B sequences with their class, then with the null class, (V, 2 B).
+      scale: s.
+
+    Returns:
+      (V, B).
+    """
+    own, null = jnp.split(scores, 2, axis=1)
+    return null + scale.astype(scores.dtype) * (own - null)
+
+
+@partial(jax.jit, static_argnames=("top_k", "top_p"))
+def filtered(scores: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
+    """Scores (V, B) with all but the likeliest tokens of each sequence at `MASKED`.
+
+    Args:
+      scores: logits, (V, B).
+      top_k: keep all that are at least the k-th largest; 0: all.
+      top_p: of these, keep the fewest whose probabilities sum to more than p, at least one; 1: all.
+    """
+    V = scores.shape[0]
+    if 0 < top_k < V:
+        least = lax.top_k(scores.T, top_k)[0][:, -1]
+        scores = jnp.where(scores >= least[None], scores, jnp.float32(MASKED))
+    if top_p < 1:
+        order = jnp.argsort(-scores, axis=0)
+        p = jax.nn.softmax(jnp.take_along_axis(scores, order, axis=0), axis=0)
+        before = jnp.cumsum(p, axis=0) - p
+        keep = jnp.zeros_like(before, dtype=bool)
+        keep = keep.at[order, jnp.arange(scores.shape[1])[None]].set(before <= jnp.float32(top_p))
+        scores = jnp.where(keep, scores, jnp.float32(MASKED))
+    return scores
+
+
 def _first_above(sums: jax.Array, target: jax.Array) -> jax.Array:
     """Along the first axis, where the sums first exceed the target, or reach their end."""
     found = (sums > target[None]) | (sums >= sums[-1:])  # rounding may leave the target at the end

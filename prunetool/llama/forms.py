@@ -6,20 +6,33 @@
 | equal, otherwise, no biases | ``mistral`` with the window, or none | the same; it does not check |
 | equal, of Qwen2 or Qwen3 | ``qwen2``, ``qwen3`` | the same; MLX-LM's qwen2 knows no head_dim |
 | unequal | ``pruned_llama`` with its own loader files | transformers, vLLM, MLX-LM |
+| a model of pictures | ``llamagen`` with its own loader file | LlamaGen |
 """
 
 from importlib import resources
 from typing import Any
 
-from prunetool.llama.config import FAMILIES, PRUNED, SETTINGS, Family, LayerShape, LlamaConfig
+from prunetool.llama.config import (
+    FAMILIES,
+    PICTURES,
+    PRUNED,
+    SETTINGS,
+    Family,
+    LayerShape,
+    LlamaConfig,
+)
 
 WIDTH_MULTIPLE = 32  # loaders of unequal layers need MLP widths in these steps, and at least one
 OLDEST_TRANSFORMERS = "5.0.0"  # stated in config.json; older values cause needless warnings
-LOADER_FILES = {
-    "configuration_pruned_llama.py": "transformers, vLLM",
-    "modeling_pruned_llama.py": "transformers, vLLM",
-    "mlx_pruned_llama.py": "MLX-LM",
+LOADERS = {  # by form, what is put beside the weights, and for which programs
+    PRUNED: {
+        "configuration_pruned_llama.py": "transformers, vLLM",
+        "modeling_pruned_llama.py": "transformers, vLLM",
+        "mlx_pruned_llama.py": "MLX-LM",
+    },
+    PICTURES: {"llamagen_pruned.py": "LlamaGen"},
 }
+LOADER_FILES = [name for names in LOADERS.values() for name in names]
 
 AUTO_MAP = {  # where transformers finds the classes
     "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
@@ -43,14 +56,16 @@ DROPPED = (
 )  # fmt: skip
 
 
-def loader_files() -> dict[str, bytes]:
-    """The files with which other programs load unequal layers, by name."""
+def loader_files(form: str) -> dict[str, bytes]:
+    """The files with which other programs load a form, by name; none for a stock architecture."""
     where = resources.files("prunetool.loaders")
-    return {name: where.joinpath(name).read_bytes() for name in LOADER_FILES}
+    return {name: where.joinpath(name).read_bytes() for name in LOADERS.get(form, {})}
 
 
 def choose_form(config: LlamaConfig) -> str:
     """The form for these layer shapes: one of `FAMILIES`, or ``pruned_llama``."""
+    if config.classes:
+        return PICTURES
     if len(set(config.layer_shapes)) > 1:
         return PRUNED
     divides = config.hidden_size % config.layer_shapes[0].heads == 0  # or Llama's class refuses it
@@ -65,6 +80,7 @@ def _families(config: LlamaConfig) -> list[str]:
         for name, family in FAMILIES.items()
         if set(family.always) <= has <= {*family.always, *family.stated}
         and (config.window is None or "sliding_window" in family.defaults)
+        and not family.pictures
     ]
 
 
@@ -111,6 +127,9 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
         raw |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
     if "qkv_bias" in family.always:
         del raw["attention_bias"]  # it would give o a bias, too
+    if form == PICTURES:  # transformers does not know it
+        del raw["architectures"], raw["transformers_version"]
+        return raw | (_per_layer(config) if len(set(config.layer_shapes)) > 1 else {})
     return raw | _pruned_keys(config) if form == PRUNED else raw
 
 
@@ -127,7 +146,12 @@ def _pruned_keys(config: LlamaConfig) -> dict[str, Any]:
         raw["sliding_window"] = config.window
     raw["auto_map"] = AUTO_MAP
     raw["model_file"] = "mlx_pruned_llama.py"
-    raw["per_layer_config"] = {
+    return raw | _per_layer(config)
+
+
+def _per_layer(config: LlamaConfig) -> dict[str, Any]:
+    """The sizes of every layer."""
+    sizes = {
         str(layer): {
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.kv_heads,
@@ -135,4 +159,4 @@ def _pruned_keys(config: LlamaConfig) -> dict[str, Any]:
         }
         for layer, shape in enumerate(config.layer_shapes)
     }
-    return raw
+    return {"per_layer_config": sizes}

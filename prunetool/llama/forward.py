@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from prunetool.llama.config import Rope
+from prunetool.llama.config import GRID_ROPE, Rope
 from prunetool.llama.weights import Layer
 
 QUERY_BLOCK = 128  # queries per step; 64, 256, 512 were no faster on a CPU with 2 MiB L2 per core
@@ -56,9 +56,11 @@ def rotation(rope: Rope, head_dim: int, length: int, max_position_embeddings: in
     """Angles of the rotary embedding for positions 0 … length - 1.
 
     Computed in float32 as in transformers, for the types default, linear, dynamic (NTK for
-    sequences beyond max_position_embeddings), llama3 and yarn.
+    sequences beyond max_position_embeddings), llama3 and yarn; for llamagen_2d see `_grid`.
     """
     p = rope.parameters
+    if rope.type == GRID_ROPE:
+        return _grid(rope, head_dim, length)
     theta, scale = rope.theta, 1.0
     if rope.type == "dynamic":
         stretch = p["factor"] * max(length, max_position_embeddings) / max_position_embeddings
@@ -73,6 +75,21 @@ def rotation(rope: Rope, head_dim: int, length: int, max_position_embeddings: in
         inverse, scale = _yarn(inverse, rope, head_dim)
     angle = inverse[:, None].astype(np.float32) * np.arange(length, dtype=np.float32)  # (d/2, N)
     c, s = np.cos(angle) * np.float32(scale), np.sin(angle) * np.float32(scale)
+    return Rotation(jnp.asarray(c, jnp.float32), jnp.asarray(s, jnp.float32))
+
+
+def _grid(rope: Rope, head_dim: int, length: int) -> Rotation:
+    """LlamaGen's table (arXiv 2406.06525): code p is at row ⌊p / G⌋ and column p mod G of a grid.
+
+    The first d/4 pairs turn with the row, the others with the column. The class before the codes
+    has cosine 0, not 1: its query and key are zero vectors.
+    """
+    grid = rope.parameters["grid"]
+    exponent = np.arange(0, head_dim, 4, dtype=np.float32) / np.float32(head_dim)
+    inverse = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)[:, None]  # (d/4, 1)
+    places = np.divmod(np.arange(grid**2), grid)  # rows, columns
+    angle = np.concatenate([inverse * place.astype(np.float32) for place in places])
+    c, s = (np.pad(f(angle), ((0, 0), (1, 0)))[:, :length] for f in (np.cos, np.sin))
     return Rotation(jnp.asarray(c, jnp.float32), jnp.asarray(s, jnp.float32))
 
 

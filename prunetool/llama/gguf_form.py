@@ -43,6 +43,9 @@ def choose(config: LlamaConfig) -> Form:
     Raises:
       ConfigError: if llama.cpp has none that computes it.
     """
+    if config.classes:
+        what = "llama.cpp computes no models of pictures"
+        raise ConfigError("--type", what, "keep the checkpoint")
     shapes = config.layer_shapes
     rope, factors, warnings = _rope(config)
     architecture = _architecture(config, has_factors=factors is not None)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 EMBEDDING = "model.embed_tokens.weight"
+CLASS_EMBEDDING = "model.class_embedding.weight"  # of a model of pictures
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 

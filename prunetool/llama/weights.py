@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prunetool.llama.config import LayerShape, LlamaConfig
-from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, NORM_OF, PARTS, UNIT_MATRICES
+from prunetool.llama.parts import (
+    CLASS_EMBEDDING,
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    NORM_OF,
+    PARTS,
+    UNIT_MATRICES,
+)
 
 ROWS = 4096  # that are in float64 at a time
 Array = Any  # np.ndarray on the host, jax.Array on the device
@@ -84,13 +92,15 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         for part, extent in part_shapes(config, shape).items():
             shapes[tensor_name(layer, part)] = extent
     shapes[FINAL_NORM] = (D,)
+    if config.classes:
+        shapes[CLASS_EMBEDDING] = (config.classes, D)
     if not config.tied:
         shapes[LM_HEAD] = (V, D)
     return shapes
 
 
 def tensor_chunks(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:
-    """The same, grouped as it is made: the embedding, each layer, the norm, the head."""
+    """The same, grouped as it is made: the embedding, each layer, the norm, what follows."""
     shapes = tensor_shapes(config)
     chunks = groupby(shapes, lambda name: name.split(".")[:3])  # model.layers.0
     return [{name: shapes[name] for name in names} for _, names in chunks]

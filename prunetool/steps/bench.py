@@ -99,7 +99,7 @@ def _is_ours(model: Path) -> bool:
     """Whether all code of a checkpoint that could run is this tool's loader."""
     if model.is_file() or (model / ADAPTER_NAME).exists():  # an adapter names another model
         return False
-    config, ours = read_json(model / "config.json"), forms.loader_files()
+    config, ours = read_json(model / "config.json"), forms.loader_files(PRUNED)
     if (config.get("model_type"), config.get("auto_map")) != (PRUNED, forms.AUTO_MAP):
         return False
     return all(

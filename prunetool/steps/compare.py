@@ -12,7 +12,7 @@ import numpy as np
 from prunetool import console, streaming
 from prunetool.checkpoint.writer import need_room
 from prunetool.errors import ConfigError
-from prunetool.llama import forward
+from prunetool.llama import decode, forward
 from prunetool.llama.config import LlamaConfig
 from prunetool.llama.weights import Layer
 from prunetool.model import Model
@@ -29,6 +29,8 @@ class Comparison(NamedTuple):
       own, same_input: ‖P̃ − P‖_F/‖P‖_F of every query head, (layers, H); NaN for heads that are
         gone, and for a whole layer if its heads differ. own: each model on its own residual
         stream, so errors of earlier layers count. same_input: both on the dense model's.
+      null_divergence, guided_divergence: of a model of pictures, the same KL with the null class,
+        and of classifier-free guidance's mixture of both (`decode.guided`); None if not asked for.
     """
 
     loss: float
@@ -36,6 +38,8 @@ class Comparison(NamedTuple):
     divergence: float
     own: np.ndarray
     same_input: np.ndarray
+    null_divergence: float | None = None
+    guided_divergence: float | None = None
 
     def as_json(self, against: str) -> dict[str, Any]:
         """The result as JSON, with the other model's name; NaN is null."""
@@ -57,10 +61,19 @@ class Comparison(NamedTuple):
             "loss": self.dense_loss,
             "kl": self.divergence,
             "attention_error": errors,
-        }
+            **{
+                name: kl
+                for name, kl in (
+                    ("kl_null", self.null_divergence), ("kl_guided", self.guided_divergence)
+                )
+                if kl is not None
+            },
+        }  # fmt: skip
 
 
-def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Comparison:
+def compare(
+    model: Model, dense: Model, tokens: np.ndarray, dtype: str, cfg_scale: float | None = None
+) -> Comparison:
     """Run both models over the sequences.
 
     Args:
@@ -68,11 +81,12 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
         compared only where the hidden size is the same.
       tokens: (samples, N), int32.
       dtype: dtype of the products.
+      cfg_scale: of pictures, also compare with the null class, and guided with this scale.
 
     Raises:
       ConfigError: if the two cannot be compared.
     """
-    for name in ("vocab_size", "head_dim", "rope", "qk_norm", "window", "layers"):
+    for name in ("vocab_size", "classes", "head_dim", "rope", "qk_norm", "window", "layers"):
         mine, theirs = getattr(model.config, name), getattr(dense.config, name)
         if mine != theirs:
             raise ConfigError(
@@ -80,6 +94,11 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
                 f"its {name} is {theirs} but the model's is {mine}",
                 "name the checkpoint that was pruned",
             )
+    count = len(tokens)
+    if cfg_scale is not None:
+        null = tokens.copy()
+        null[:, 0] = dense.config.ids - 1
+        tokens = np.concatenate([tokens, null])
     sizes = [each.config.hidden_size for each in (model, dense)]
     with tempfile.TemporaryDirectory(prefix="prunetool-") as directory:
         need_room(Path(directory), 4 * tokens.size * max(sizes) * 4)
@@ -88,8 +107,12 @@ def compare(model: Model, dense: Model, tokens: np.ndarray, dtype: str) -> Compa
             for name, size in zip(("pruned", "dense"), sizes, strict=True)
         ]
         own, same_input = _errors((model, dense), streams, tokens, dtype)
-        loss, dense_loss, divergence = _losses((model, dense), streams, tokens, dtype)
-        return Comparison(loss, dense_loss, divergence, own, same_input)
+        if cfg_scale is not None:
+            streams += [stream.behind(count) for stream in streams]
+        loss, dense_loss, kl, *more = _losses(
+            (model, dense), streams, tokens[:count], dtype, cfg_scale
+        )
+        return Comparison(loss, dense_loss, kl, own, same_input, *more)
 
 
 def _errors(
@@ -165,28 +188,41 @@ def _losses(
     streams: list[streaming.HiddenStates],
     tokens: np.ndarray,
     dtype: str,
+    cfg_scale: float | None,
 ) -> list[float]:
-    """Mean -log p under both models, and mean KL(dense‖pruned)."""
+    """Mean -log p under both models, and mean KL(dense‖pruned).
+
+    With streams of the null class too, two more: their KL, and that of the guided mixtures.
+    """
     ends = [Ends.of(model, dtype) for model in models]
     norms, heads, epsilons = zip(*ends, strict=True)
 
     @jax.jit
     def sums(pieces: list[Any], targets: Any, norms: Any, heads: Any) -> jax.Array:
-        scores, dense_scores = map(
-            lambda h, norm, head, eps: forward.logits(h, norm, head, eps=eps),
-            pieces,
-            norms,
-            heads,
-            epsilons,
-        )
-        parts = [
-            forward.token_losses(scores, targets),
-            forward.token_losses(dense_scores, targets),
-            forward.divergences(dense_scores, scores),
+        by_class = [
+            [
+                forward.logits(h, norm, head, eps=eps)
+                for h, norm, head, eps in zip(pair, norms, heads, epsilons, strict=True)
+            ]
+            for pair in (pieces[:2], pieces[2:])
+            if pair
         ]
+        pruned, original = by_class[0]
+        parts = [
+            forward.token_losses(pruned, targets),
+            forward.token_losses(original, targets),
+            forward.divergences(original, pruned),
+        ]
+        if cfg_scale is not None:
+            scale = jnp.float32(cfg_scale)
+            mixed = [
+                decode.guided(jnp.concatenate(each, axis=1), scale)
+                for each in zip(*by_class, strict=True)
+            ]
+            parts += [forward.divergences(q, p) for p, q in (by_class[1], mixed)]
         return jnp.stack([jnp.sum(part, dtype=jnp.float64) for part in parts])
 
-    total = np.zeros(3)
+    total = np.zeros(3 if cfg_scale is None else 5)
     of_logits = console.progress(pieces(streams, tokens), count_pieces(tokens), what="logits")
     for targets, found in of_logits:
         total += np.asarray(sums(found, targets, norms, heads))

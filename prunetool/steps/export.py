@@ -155,7 +155,7 @@ class Export:
         if self.format.check:
             load(self.format.check)(target)
         kind = forms.choose_form(target)
-        if kind == PRUNED:
+        if kind in forms.LOADERS:
             target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
         chunks = [
             {
@@ -231,8 +231,8 @@ class Export:
         along: Mapping[str, bytes] = self.companions
         if kind == PRUNED:
             along = with_tokenizer_class(along, self.model.config.raw)
-            for name, data in forms.loader_files().items():
-                self.writer.put(name, data)
+        for name, data in forms.loader_files(kind).items():
+            self.writer.put(name, data)
         for name, data in along.items():
             self.writer.put(name, data)
 

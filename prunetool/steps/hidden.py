@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from prunetool import console, records, workdir
-from prunetool.errors import RecordError, naming
+from prunetool.errors import ConfigError, RecordError, naming
 from prunetool.llama.parts import NORM_OF
 from prunetool.methods import methods_of
 from prunetool.pruning import basis, gram
@@ -39,6 +39,11 @@ class Slicing:
         Raises:
           RecordError: if calibrate did not keep the sums, or weights were masked.
         """
+        if self.model.config.classes:
+            raise ConfigError(
+                "--target hidden", "is for models of text: LlamaGen loads no other hidden size",
+                "give --target heads,channels",
+            )  # fmt: skip
         if self.run.header.calibration.get("stats") != "all":
             raise RecordError(
                 "--target hidden",

@@ -34,7 +34,7 @@ from prunetool.model import Model
 from prunetool.plan import LOGIT_TOKENS
 from prunetool.stats import GIVEN
 from prunetool.steps.evaluate import Ends, final_stream, layer_step
-from prunetool.steps.run import Run, reopen
+from prunetool.steps.run import Run, as_fed, read_text, reopen
 from prunetool.steps.selftext import Sampler
 from prunetool.steps.trained import Gradient, Trained
 from prunetool.tokenizer import bos_id
@@ -87,12 +87,13 @@ def prepare(
     dtype = model.product_dtype(how["dtype"])
     if text is None:
         tokens, held_out = _calibrated(header, samples, held_out)
-    elif text.by_model:
+    elif text.by_model and not model.config.classes:  # read_text refuses those
         bos = bos_id(model.directory, model.config.vocab_size, text.bos)
         sampler = Sampler(model, text.length, bos, dtype, how["seed"])
         tokens = sampler.load(Path(header.work), samples + held_out)
     else:
-        tokens, _ = text.load(model.directory, model.config.vocab_size, samples + held_out)
+        tokens, _ = read_text(model, text, samples + held_out)
+        tokens = as_fed(model, tokens, "class")
     if not any(name.startswith(("kept.", "mask.")) for record in made for name in record.files):
         raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
     removed = _removed(model, Path(header.work), made)

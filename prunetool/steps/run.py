@@ -11,8 +11,8 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.writer import need_room
-from prunetool.corpus import Text
-from prunetool.errors import CheckpointError, ConfigError, RecordError, naming
+from prunetool.corpus import Text, pictures, read_tokens
+from prunetool.errors import CheckpointError, ConfigError, CorpusError, RecordError, naming
 from prunetool.model import Model, open_model, read_weights
 from prunetool.profiling import Profile
 
@@ -83,11 +83,51 @@ def read_text(
 
     Returns:
       The sequences, (samples, N), int32; the BOS that begins each, or None.
+
+    Raises:
+      CorpusError: if the model is one of pictures, and the text is none of its own.
     """
+    config = model.config
     console.doing("reading text")
-    tokens, bos = text.load(model.directory, model.config.vocab_size, samples, shuffle)
+    if config.classes:
+        if text.tokens_path is None:
+            raise CorpusError(
+                model.directory,
+                "is a model of pictures, which reads no text",
+                "give --tokens FILE, from prunetool sample",
+            )
+        tokens, bos = (
+            pictures(
+                read_tokens(text.tokens_path), samples, config.codes, config.vocab_size,
+                config.classes, text.where, shuffle,
+            ),
+            None,
+        )  # fmt: skip
+    else:
+        tokens, bos = text.load(model.directory, config.vocab_size, samples, shuffle)
     console.doing("checking")
     return tokens, bos
+
+
+def as_fed(model: Model, tokens: np.ndarray, guidance: str) -> np.ndarray:
+    """The sequences as a model reads them when it generates.
+
+    Args:
+      model: the checkpoint; for one of text they stay as they are.
+      tokens: (samples, N), int32.
+      guidance: of pictures: ``both``: after each, the same codes with the null class, as
+        classifier-free guidance has them; ``class``: only with their own.
+
+    Returns:
+      Of pictures without the last code, which is never fed: (samples or 2 · samples, N − 1).
+    """
+    if not model.config.classes:
+        return tokens
+    fed = tokens[:, :-1]
+    if guidance == "both":
+        fed = np.repeat(fed, 2, axis=0)
+        fed[1::2, 0] = model.config.ids - 1
+    return np.ascontiguousarray(fed)
 
 
 def chosen_layers(how: Mapping[str, Any], count: int) -> np.ndarray:

@@ -21,13 +21,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from prunetool import console, corpus, plan, streaming, workdir
-from prunetool.errors import ConfigError, RecordError
+from prunetool.errors import ConfigError, CorpusError, RecordError
 from prunetool.llama import decode
 from prunetool.model import Model
 from prunetool.steps.evaluate import Ends
@@ -53,17 +54,25 @@ class Sampler:
     dtype: str
     seed: int = 0
 
+    ASKED: ClassVar = "--text self"
+    SMALLER: ClassVar = "give a text, a shorter --sequence-length, or sample on a larger machine"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the decoder that one sequence takes."""
+        return 1
+
     @property
     def width(self) -> int:
         """Sequences decoded together: a power of two."""
-        each = plan.cache_bytes(self.model, self.length)
+        each = self.rows * plan.cache_bytes(self.model, self.length)
         most = max(CACHE_BYTES, plan.weights_bytes(self.model, self.dtype)) // each
         return 1 << (max(1, min(most, WIDEST)).bit_length() - 1)
 
     @property
-    def name(self) -> str:
-        """Name of the file of ids."""
-        of = {
+    def described(self) -> dict[str, Any]:
+        """All that determines the sequences."""
+        return {
             **self.model.identity(),
             "length": self.length,
             "bos": self.bos,
@@ -71,7 +80,11 @@ class Sampler:
             "seed": self.seed,
             "width": self.width,
         }
-        return f"self-{workdir.digest(of)}.safetensors"
+
+    @property
+    def name(self) -> str:
+        """Name of the file of ids."""
+        return f"self-{workdir.digest(self.described)}.safetensors"
 
     def load(self, work: Path, samples: int) -> np.ndarray:
         """The first ``samples`` sequences, from the work directory or sampled and kept there.
@@ -86,19 +99,23 @@ class Sampler:
           CorpusError: if the ids in the directory are not this model's.
         """
         with workdir.lock(work):
-            ids = self._kept(work)
-            if len(ids) < samples:
-                self._need_memory()
-                starts = range(len(ids), samples, self.width)
-                console.doing("reading the whole model")
-                decoder = self.decoder()
-                for start in console.progress(starts, len(starts), what="sampled batch"):
-                    ids = np.concatenate([ids, self._sample(decoder, start)])
-                    workdir.write(work, self.name, {"tokens": ids})
-                del decoder
-                streaming.return_free_memory()
-        vocab_size = self.model.config.vocab_size
-        return corpus.sequences(ids, samples, self.length, vocab_size, work / self.name)
+            return self.load_locked(work, samples)
+
+    def load_locked(self, work: Path, samples: int) -> np.ndarray:
+        """The same for who holds the directory's lock."""
+        ids = self._kept(work)
+        if len(ids) < samples:
+            self._need_memory()
+            starts = range(len(ids), samples, self.width)
+            console.doing("reading the whole model")
+            decoder = self.decoder()
+            for start in console.progress(starts, len(starts), what="sampled batch"):
+                ids = np.concatenate([ids, self._sample(decoder, start)])
+                workdir.write(work, self.name, {"tokens": ids})
+            del decoder
+            streaming.return_free_memory()
+        count = self.model.config.ids
+        return corpus.sequences(ids, samples, self.length, count, work / self.name)
 
     def _kept(self, work: Path) -> np.ndarray:
         """The sequences that an earlier run kept, in whole batches."""
@@ -112,14 +129,15 @@ class Sampler:
             return none
 
     def _need_memory(self) -> None:
-        need = plan.self_text_memory(self.model, self.length, self.width, self.dtype)
+        rows = self.rows * self.width
+        need = plan.self_text_memory(self.model, self.length, rows, self.dtype)
         free = free_memory_bytes()
         if free < need:
             raise ConfigError(
-                "--text self",
+                self.ASKED,
                 f"holds the whole model: it needs {need / 1e9:.1f} GB of memory and "
                 f"{free / 1e9:.1f} GB are free",
-                "give a text, a shorter --sequence-length, or sample on a larger machine",
+                self.SMALLER,
             )
 
     def decoder(self) -> decode.Decoder:
@@ -140,23 +158,37 @@ class Sampler:
 
     def _sample(self, decoder: decode.Decoder, start: int) -> np.ndarray:
         """Sequences ``start`` and following, (width, N), int32."""
-        randoms = [np.random.default_rng([self.seed, i]) for i in range(start, start + self.width)]
+        begun = [self.begin(i) for i in range(start, start + self.width)]
         ids = np.zeros((self.width, self.length), np.int32)
-        for row, random in zip(ids, randoms, strict=True):
-            first = random.integers(self.model.config.vocab_size)
-            row[0] = first if self.bos is None else self.bos
-        u = np.stack([random.random(self.length) for random in randoms])
+        ids[:, 0] = [first for first, _ in begun]
+        u = np.stack([random.random(self.length) for _, random in begun])
         for n, drawn in enumerate(self._drawn(decoder, ids, u), 1):
             ids[:, n] = drawn
             console.within(n, self.length - 1, "token")
         return ids
 
+    def begin(self, i: int) -> tuple[int, np.random.Generator]:
+        """The first token of sequence i, and its random numbers."""
+        random = np.random.default_rng([self.seed, i])
+        first = int(random.integers(self.model.config.vocab_size))
+        return first if self.bos is None else self.bos, random
+
+    def scores(self, decoder: decode.Decoder, ids: np.ndarray, n: int) -> jax.Array:
+        """Scores of what follows the tokens at position n, (V, width), from which it is drawn."""
+        scores: jax.Array = decoder(ids, n)
+        return scores
+
+    def draw(self, scores: jax.Array, u: np.ndarray) -> jax.Array:
+        """Draw the next tokens, (width,), by uniform numbers."""
+        drawn: jax.Array = decode.draw(scores, jnp.asarray(u))
+        return drawn
+
     def _drawn(
         self, decoder: decode.Decoder, ids: np.ndarray, u: np.ndarray
     ) -> Iterator[np.ndarray]:
         for n in range(self.length - 1):
-            scores = decoder(ids[:, n], n)
-            drawn = np.asarray(decode.draw(scores, jnp.asarray(u[:, n])))
+            scores = self.scores(decoder, ids[:, n], n)
+            drawn = np.asarray(self.draw(scores, u[:, n]))
             streaming.check_finite(np.asarray(scores[:1]), self.model.layers - 1)
             yield drawn
 
@@ -186,6 +218,11 @@ def own_text(
     Raises:
       WorkError: at once if calibrate could not use the work directory afterwards.
     """
+    if model.config.classes:
+        raise CorpusError(
+            "--text self", "is for models of text",
+            "make pictures: prunetool sample MODEL -o FILE.npy, then --tokens FILE.npy",
+        )  # fmt: skip
     started = time.monotonic()
     bos = bos_id(model.directory, model.config.vocab_size, text.bos)
     chosen = {"text": "self", "shuffle": seed, "bos": bos}
