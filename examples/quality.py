@@ -6,8 +6,9 @@ Calibrates on 64 x 1024 tokens at random places of the text (and 8 x 1024 held o
 and measures on the first 8 x 2048 tokens of TEST_TEXT, of the same kind, and of OTHER_TEXT, of
 another kind; all in float32, which is faster on CPUs without instructions for bfloat16. A row is
 added to the CSV as it is done, and a row that is there is not made again; --jobs makes several
-rows at a time. With --table NAME it prints one of the tables as Markdown: means over the seeds
-± half their range.
+rows at a time. Seconds and peak memory are those of the steps between calibrate and export, of
+the run that made them. With --table NAME it prints one of the tables as Markdown: means over the
+seeds ± half their range; --plot FILE.svg draws it.
 """
 
 import argparse
@@ -25,20 +26,23 @@ from typing import NamedTuple
 from methods import SPARSITIES, append, prunetool, read
 
 from prunetool.methods import TAYLOR, UNITS
+from prunetool.steps import picture
+from prunetool.steps.report import COSTS
 
 SEEDS = ("0", "1", "2")
 SAMPLES, HELD_OUT, LENGTH = 72, 8, 1024
 MEASURED = ("--samples", 8)
 OWN = "self"  # --text of calibrate: the model's own
 OTHER = Path("demo/topics.calibrate.txt")  # of OTHER_TEXT's kind, from `make demo`
+
 MASKED = ["--target", "weights"]
 
 
 class Setting(NamedTuple):
-    """What is done in a row: options of each step; ``recover`` None leaves it out."""
+    """What is done in a row: options of each step; None leaves compensate or recover out."""
 
     score: Sequence[object] = ()
-    compensate: bool = True
+    compensate: Sequence[object] | None = ()
     recover: Sequence[object] | None = None
     calibrate: tuple[object, ...] = ()
     refit_on: tuple[object, ...] | None = None  # options of another calibration, for compensate
@@ -48,9 +52,7 @@ class Setting(NamedTuple):
 
 def plain(rows: dict[str, Setting]) -> dict[str, Setting]:
     """The settings, and each without compensate."""
-    return rows | {
-        f"{name}, no refit": how._replace(compensate=False) for name, how in rows.items()
-    }
+    return rows | {f"{name}, no refit": how._replace(compensate=None) for name, how in rows.items()}
 
 
 def both(name: str, setting: Setting) -> dict[str, Setting]:
@@ -59,6 +61,11 @@ def both(name: str, setting: Setting) -> dict[str, Setting]:
 
 
 DEFAULT = "default (greedy, by loss)"
+TENTHS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
+# 128 windows to score and refit on, and 8 more that only choose the damping.
+PUBLISHED = ("--samples", 136, "--sequence-length", 2048)
+FLAP = ["--method", "flap", "--allocation", "global"]
+LLM_PRUNER = ("--labels", "text", "--held-out", 0)
 FEW = ("0.2", "0.5")
 TABLES = {
     "methods": {
@@ -79,7 +86,7 @@ TABLES = {
         {name: Setting(["--method", name]) for name in UNITS if not UNITS[name].needs_slopes}
         | {
             "newton, published": Setting(["--published"]),
-            "flap, global": Setting(["--method", "flap", "--allocation", "global"]),
+            "flap, global": Setting(FLAP),
             "wanda-sp, uniform": Setting(["--method", "wanda-sp", "--allocation", "uniform"]),
         }
         | {
@@ -90,7 +97,31 @@ TABLES = {
             for which in TAYLOR
         }
     )
-    | {"pca": Setting(["--target", "hidden"], compensate=False)},
+    | {
+        "flap, its own bias": Setting(FLAP, ["--bias", "mean"]),
+        "greedy, refit with a bias": Setting(compensate=["--bias", "refit"]),
+        "pca": Setting(["--target", "hidden"], compensate=None),
+    },
+    # arXiv 2412.12441: tables 1, 4 to 7 and 10, and figure 2.
+    "published": {
+        "newton, 128 x 2048": Setting(["--published"], calibrate=PUBLISHED, sparsities=TENTHS),
+        "flap, 128 x 2048": Setting(
+            FLAP, ["--bias", "mean"], calibrate=PUBLISHED, sparsities=TENTHS
+        ),
+        "pca, 128 x 2048": Setting(
+            ["--target", "hidden"], None, calibrate=PUBLISHED, sparsities=TENTHS
+        ),
+    }
+    | {
+        f"LLM-Pruner {which}, {samples} x {length}": Setting(
+            ["--method", "taylor", "--published", "--taylor", which],
+            None,
+            calibrate=(*LLM_PRUNER, "--samples", samples, "--sequence-length", length),
+            sparsities=TENTHS,
+        )
+        for which in ("vector", "first", "second")
+        for samples, length in ((10, 64), (128, 2048))
+    },
     "masks": both("weights", Setting(MASKED, sparsities=["0.5"]))
     | both("weights, 2:4", Setting([*MASKED, "--pattern", "2:4"], sparsities=["0.5"])),
     "texts": both("the model's own text", Setting(text=OWN, sparsities=FEW))
@@ -109,14 +140,28 @@ TABLES = {
     },
 }
 SETTINGS = {name: setting for rows in TABLES.values() for name, setting in rows.items()}
-COLUMNS = ["setting", "seed", "sparsity", "test", "other", "predicted"]
+COLUMNS = [
+    "setting", "seed", "sparsity", "test", "other", "predicted", "seconds", "peak MB",
+    "test by 128",
+]  # fmt: skip
+SHORT = ("--samples", 128, "--sequence-length", 128)
+# Of the lines of a plot, in turn.
+COLOURS = ("#3070b0", "#c05020", "#308050", "#8040a0", "#a08020", "#c03070", "#208090", "#707070")
 DENSE = ("dense", "-", "0")
 DTYPE = ("--dtype", "float32")
 
 
-def perplexity(model: Path, text: Path) -> str:
-    said = prunetool("evaluate", model, "--text", text, *MEASURED, *DTYPE)
+def perplexity(model: Path, text: Path, windows: Sequence[object]) -> str:
+    said = prunetool("evaluate", model, "--text", text, *windows, *DTYPE)
     return f"{json.loads(said)['perplexity']:.4f}"
+
+
+def cost(made: Path) -> list[str]:
+    """Seconds of the steps behind calibrate, and their peak memory in MB."""
+    page = json.loads(prunetool("report", made, "--format", "json", "-o", "-"))
+    (steps,) = (table for table in page["tables"] if table["caption"] == COSTS)
+    _, seconds, peaks = zip(*steps["rows"][1:], strict=True)
+    return [f"{sum(seconds):.0f}", f"{max(peaks):.0f}"]
 
 
 def predicted(path: Path) -> str:
@@ -156,19 +201,21 @@ class Rows:
             refit_on = [word for path in other for word in ("--refit-on", path)]
             with self.lock_of[stats, sparsity, *how.score]:  # rows that share it find it made
                 prunetool("score", stats, "-o", kept, "--sparsity", sparsity, *how.score)
-                if how.compensate:
-                    prunetool("compensate", kept, "-o", made, *refit_on)
+                if how.compensate is not None:
+                    prunetool("compensate", kept, "-o", made, *how.compensate, *refit_on)
                 else:
                     made = kept
             if how.recover is not None:
                 source, made = made, out / "recovered.jsonl"
                 prunetool("recover", source, "-o", made, *how.recover, *DTYPE)
             prunetool("export", out / "model", made)
-            cells = [*self.measured(out / "model"), predicted(kept)]
+            cells = [*self.measured(out / "model"), predicted(kept), *cost(made)]
+            if name in TABLES["published"]:
+                cells.append(perplexity(out / "model", self.given.test, SHORT))
         self.write([*row, *cells])
 
     def measured(self, model: Path) -> list[str]:
-        return [perplexity(model, text) for text in (self.given.test, self.given.other)]
+        return [perplexity(model, text, MEASURED) for text in (self.given.test, self.given.other)]
 
     def write(self, row: list[str]) -> None:
         with self.lock:
@@ -179,10 +226,10 @@ class Rows:
         given = self.given
         if DENSE not in self.done:
             self.write([*DENSE, *self.measured(given.model), ""])
-        names = given.setting or SETTINGS
+        names = given.setting or (TABLES[given.rows] if given.rows else SETTINGS)
         todo = [
             row
-            for row in itertools.product(names, given.seed or SEEDS, given.sparsity or SPARSITIES)
+            for row in itertools.product(names, given.seed or SEEDS, given.sparsity or TENTHS)
             if row not in self.done and row[2] in SETTINGS[row[0]].sparsities
         ]
         stats: dict[object, Future[Path]] = {}
@@ -202,20 +249,53 @@ class Rows:
             each.result()
 
 
-def print_table(rows: dict[tuple[str, ...], list[str]], table: str) -> None:
-    fractions = " | ".join(f"{float(sparsity):.0%}" for sparsity in SPARSITIES)
-    print(f"| | {fractions} |")
-    print(f"|---|{'---:|' * len(SPARSITIES)}")
-    for setting in TABLES[table]:
-        cells = []
-        for sparsity in SPARSITIES:
-            found = [rows[key] for seed in SEEDS if (key := (setting, seed, sparsity)) in rows]
-            cells.append(f"{spread(found, 3)} ({spread(found, 4)})" if found else "–")
+Csv = dict[tuple[str, ...], list[str]]
+
+
+def of_seeds(rows: Csv, setting: str, sparsity: str) -> list[list[str]]:
+    """The rows of a setting and sparsity."""
+    return [rows[key] for seed in SEEDS if (key := (setting, seed, sparsity)) in rows]
+
+
+def print_table(rows: Csv, table: str) -> None:
+    sparsities = [s for s in TENTHS if any(of_seeds(rows, name, s) for name in TABLES[table])]
+    took = {name: costs_of(rows, name, sparsities) for name in TABLES[table]}
+    columns = [f"{float(sparsity):.0%}" for sparsity in sparsities]
+    columns += ["seconds", "MB"] if any(took.values()) else []
+    print(f"| | {' | '.join(columns)} |")
+    print(f"|---|{'---:|' * len(columns)}")
+    for setting, costs in took.items():
+        every = [of_seeds(rows, setting, sparsity) for sparsity in sparsities]
+        cells = [f"{spread(of, 3)} ({spread(of, 4)})" if of else "–" for of in every]
         if set(cells) != {"–"}:
+            cells += costs or ["–"] * (len(columns) - len(cells))
             print(f"| {setting} | {' | '.join(cells)} |")
 
 
-def print_prediction(rows: dict[tuple[str, ...], list[str]]) -> None:
+def costs_of(rows: Csv, setting: str, sparsities: Sequence[str]) -> list[str]:
+    """The most seconds and memory of a setting's rows; nothing if none was timed."""
+    timed = [row for s in sparsities for row in of_seeds(rows, setting, s) if row[7:]]
+    return [f"{max(float(row[n]) for row in timed):.0f}" for n in (6, 7)] if timed else []
+
+
+def plot(rows: Csv, table: str) -> str:
+    """An SVG of the loss that every setting adds to the dense model's, by what was removed."""
+    dense = float(rows[DENSE][3])
+    lines = []
+    for setting in TABLES[table]:
+        every = ((float(s), of_seeds(rows, setting, s)) for s in TENTHS)
+        points = [
+            (s, sum(math.log(float(row[3]) / dense) for row in of) / len(of))
+            for s, of in every
+            if of
+        ]
+        if points:
+            lines.append((setting, COLOURS[len(lines) % len(COLOURS)], [(0.0, 0.0), *points]))
+    caption = "Loss added on the test text, nats a token, by the fraction of the layers removed"
+    return picture.lines(lines, caption, ("removed", "nats a token"))
+
+
+def print_prediction(rows: Csv) -> None:
     dense = float(rows[DENSE][3])
     ratios = [
         math.log(float(row[3]) / dense) / float(row[5])
@@ -240,8 +320,10 @@ def main() -> None:
     for name in ("model", "calibration", "test", "other", "csv"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--table", choices=TABLES, help="print it, of the rows that are there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the --table as SVG too")
+    parser.add_argument("--rows", choices=TABLES, help="make only those of this table")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these")
-    parser.add_argument("--sparsity", action="append", choices=SPARSITIES, help="only these")
+    parser.add_argument("--sparsity", action="append", choices=TENTHS, help="only these")
     parser.add_argument("--seed", action="append", choices=SEEDS, help="only these")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     given = parser.parse_args()
@@ -251,6 +333,8 @@ def main() -> None:
     if given.table == "methods" and DENSE in rows:
         print("dense: {} and {}\n".format(*(f"{float(x):.2f}" for x in rows[DENSE][3:5])))
     print_table(rows, given.table)
+    if given.plot:
+        given.plot.write_text(plot(rows, given.table))
     if given.table == "methods" and any(row[0] == DEFAULT for row in rows.values()):
         print_prediction(rows)
 

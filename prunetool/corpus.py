@@ -22,6 +22,7 @@ from prunetool.errors import CorpusError
 from prunetool.text import ROWS, Column, read_text
 from prunetool.tokenizer import bos_id, tokenize
 
+DEFAULT_LENGTH = 2048
 PART_TOKENS = 1 << 20  # of a token file, read at a time
 
 
@@ -42,7 +43,7 @@ class Text(NamedTuple):
     texts: Sequence[Path] = ()
     field: str = "text"
     tokens_path: Path | None = None
-    length: int = 2048
+    length: int = DEFAULT_LENGTH
     bos: str = "auto"
     by_model: bool = False
     dataset: Dataset | None = None
@@ -229,6 +230,7 @@ def pictures(
       CorpusError: if they are something else, or too few.
     """
     todo = "give what prunetool sample writes for this model"
+    wanted = samples or 1
     if ids.ndim != 2 or ids.shape[1] != codes + 1:
         raise CorpusError(
             where, f"is of shape {ids.shape}; a picture is its class and {codes} codes", todo
@@ -237,8 +239,12 @@ def pictures(
     if ids[:, 0].min() < vocab_size or ids[:, 1:].max() >= vocab_size:
         raise CorpusError(
             where,
-            f"is of other ids than pictures: a class ({vocab_size} and up) first, and only there",
+            f"holds no pictures: each is a class (id {vocab_size} and up), then codes below that",
             todo,
+        )
+    if len(ids) < wanted:
+        raise CorpusError(
+            where, f"has {len(ids)} of {wanted} pictures", "sample more, or give fewer --samples"
         )
     return sequences(ids, samples, codes + 1, vocab_size + classes, where, shuffle)
 

@@ -12,11 +12,10 @@ import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 
 from prunetool import records, workdir
-from prunetool.checkpoint.reader import dtype_of
 from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.parts import MATRICES, PARTS
-from prunetool.llama.weights import Layer, part_shapes, select, tensor_name, unit_axes
+from prunetool.llama.weights import Layer, part_shapes, select, unit_axes, with_biases
 from prunetool.methods import UNIT_TARGETS
 from prunetool.model import Model
 
@@ -123,8 +122,16 @@ def kept_shape(shape: LayerShape, units: dict[str, np.ndarray]) -> LayerShape:
     return shape.keeping(int(units[GROUPS].sum()), int(units[CHANNELS].sum()))
 
 
-def pruned_layer(model: Model, work: Path, record: records.LayerRecord) -> Layer:
+def pruned_layer(
+    model: Model, work: Path, record: records.LayerRecord, *, biased: bool = False
+) -> Layer:
     """A layer with only what it keeps, refitted and recovered if these steps ran.
+
+    Args:
+      model: the dense checkpoint.
+      work: the work directory.
+      record: the layer's.
+      biased: the result has biases in all matrices (`records.Header.adds_biases`).
 
     Returns:
       Its parts in the stored dtypes.
@@ -135,6 +142,8 @@ def pruned_layer(model: Model, work: Path, record: records.LayerRecord) -> Layer
     shape = model.config.layer_shapes[record.index]
     units = kept_units(work, record, shape)
     layer = model.layer(record.index)
+    if biased:
+        layer = with_biases(layer)
     masked = masks(model, work, record)
     layer = layer._replace(**{part: mask.on(getattr(layer, part)) for part, mask in masked.items()})
     layer = select(layer, shape, np.flatnonzero(units[GROUPS]), np.flatnonzero(units[CHANNELS]))
@@ -182,6 +191,5 @@ def _replaced(
         if old is None:
             raise RecordError(work / record.files[kind], f"{name} has no place", workdir.AGAIN)
         array = _array(work, record.files[kind], name, np.float32, old.shape)
-        dtype = dtype_of(model.index[tensor_name(record.index, part)])
-        new[part] = array.astype(np.dtype(dtype))
+        new[part] = array.astype(old.dtype)
     return layer._replace(**new)

@@ -75,6 +75,11 @@ class Header:
         """Whether a score had ``--target hidden``."""
         return any(step["options"].get("target") == "hidden" for step in self.history[1:])
 
+    @property
+    def adds_biases(self) -> bool:
+        """Whether compensate had ``--bias``."""
+        return any("bias" in step["options"] for step in self.history[1:])
+
     def after(self, command: str, **options: Any) -> "Header":
         """The header with one more step in its history."""
         step = {"command": command, "version": __version__, "options": options}

@@ -9,6 +9,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from io import RawIOBase
 from pathlib import Path
 
@@ -66,7 +67,7 @@ class HiddenStates:
 
     def behind(self, first: int) -> "HiddenStates":
         """The same file to read, counted from another sequence on."""
-        other = self.at(self.path)
+        other = copy(self)
         other._first = first
         return other
 

@@ -204,12 +204,13 @@ def test_there_and_back_bit_for_bit(theirs, run, tmp_path, monkeypatch, form, dt
     module = loader(tmp_path / "M", monkeypatch)
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "M"), "--to-pt", str(tmp_path / "b.pt")])
     module.main()
-    back = torch.load(tmp_path / "b.pt")["model"]
-    state = theirs.state_dict()
-    assert back.keys() == state.keys()
+    whole = torch.load(tmp_path / "b.pt")
+    back, state = whole.pop("model"), theirs.state_dict()
+    assert back.keys() == state.keys() == whole.keys()  # for both readers
     for name, tensor in state.items():
-        assert tensor.dtype == back[name].dtype
+        assert tensor.dtype == back[name].dtype == whole[name].dtype
         assert torch.equal(tensor, back[name]), name
+        assert torch.equal(tensor, whole[name]), name
 
 
 def test_parameters_views_and_what_is_computed_again(theirs, run, tmp_path):
@@ -259,8 +260,23 @@ def broken(kind, theirs, path):
             path.write_bytes(b"GGUF" * 100)
         case "script":
             zip_with(path, b"\x80\x02}.", **{"code/__torch__.py": b"class Linear"})
-        case "memo bomb":
-            zip_with(path, b"\x80\x02}r\xff\xff\xff\x7f.")
+        case "nested keys":
+            zip_with(path, b"\x80\x02}K\x01" + b"\x85" * 10**6 + b"K\x02s0.")
+        case "doubled keys":  # 2⁴⁰ steps to hash
+            again = b"".join(b"q%ch%c\x86" % (n, n) for n in range(1, 41))
+            zip_with(path, b"\x80\x02})" + again + b"K\x02s.")
+        case "sets":
+            zip_with(path, b"\x80\x02" + b"\x8f" * 10**6 + b".")
+        case "packed pickle":
+            import zipfile
+
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("a/data.pkl", b"\x80\x02}" + b"]" * 10**6)
+        case "foreign storage":
+            rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+            zip_with(path, b"\x80\x02}U\x01x" + rebuild + b"(U\x02V4U\x010\x86K\x00))tRs.")
+        case "key of another kind":
+            torch.save({5: torch.ones(2)}, path)
         case "no end":
             zip_with(path, b"\x80\x02}q\x00(")
         case "calls a tensor":
@@ -273,9 +289,9 @@ def broken(kind, theirs, path):
             torch.save(state, path)
             with zipfile.ZipFile(path) as old:
                 members = {info.filename: old.read(info) for info in old.infolist()}
-            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            with zipfile.ZipFile(path, "w") as new:
                 for name, content in members.items():
-                    new.writestr(name, content)
+                    new.writestr(name, content, zipfile.ZIP_DEFLATED * ("/data/" in name))
         case "truncated":
             torch.save(state, path)
             path.write_bytes(path.read_bytes()[:-2000])
@@ -316,9 +332,14 @@ def broken(kind, theirs, path):
         ("legacy", "before version 1.6; save it again"),
         ("not a zip", "not a zip archive; save it again"),
         ("script", "is a TorchScript program"),
-        ("memo bomb", "memo out of order"),
+        ("nested keys", "cannot be read as a PyTorch file"),
+        ("doubled keys", "has no tok_embeddings.weight"),
+        ("sets", "the instruction EMPTY_SET, which torch does not write"),
+        ("packed pickle", "data.pkl: compressed, or of"),
+        ("foreign storage", "a tensor without a storage"),
+        ("key of another kind", "has no tok_embeddings.weight"),
         ("no end", "cannot be read as a PyTorch file"),
-        ("calls a tensor", "cannot be read as a PyTorch file"),
+        ("calls a tensor", "has no tok_embeddings.weight; give"),
         ("big-endian", "is big-endian"),
         ("compressed", "compressed or encrypted"),
         ("truncated", "cannot be read as a PyTorch file"),
@@ -359,9 +380,10 @@ def test_what_the_shapes_do_not_say(theirs, run, tmp_path, words, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["x.gguf", "M", "--heads", 4], "--heads is not for a GGUF"),
-        (["M", "x.gguf", "--image-size", 96], "--image-size is not for writing a GGUF"),
-        (["x.pt", "M", "--type", "f32"], "--type is not for writing a checkpoint"),
+        (["x.gguf", "M", "--heads", 4], "--heads is for LlamaGen's .pt files only"),
+        (["M", "x.gguf", "--image-size", 96], "--image-size is for LlamaGen's .pt files only"),
+        (["x.pt", "M", "--type", "f32"], "--type is for a GGUF only"),
+        (["M", "x.gguf", "--dtype", "float32"], "--dtype is for a checkpoint only"),
     ],
 )
 def test_options_of_another_direction(run, words, said):
@@ -452,7 +474,9 @@ def test_a_killed_run_goes_on(converted, popen, run, tmp_path, monkeypatch):
     ("words", "code", "said"),
     [
         (["--classes", "10", "-o", "p.npy"], 1, "'10' is not a class (10 is the null class)"),
-        (["--classes", "3,x", "-o", "p.npy"], 1, "'x' is not a class; give 0 to 9, or all"),
+        (["--classes", "3, x", "-o", "p.npy"], 1, "'x' is not a class; give 0 to 9, or all"),
+        (["--classes", "3,1,3", "-o", "p.npy"], 1, "names a class twice; give --per-class"),
+        (["-o", "M"], 2, "name a file that ends in .npy"),
         (["-o", "p.txt"], 2, "name a file that ends in .npy"),
         (["-o", "ids.npy"], 1, "ids.npy: exists; name another file"),
     ],
@@ -472,8 +496,9 @@ def test_a_model_of_text_makes_no_pictures(checkpoint, run):
     [
         (lambda ids: ids[:, :-1], "is of shape (24, 36); a picture is its class and 36 codes"),
         (lambda ids: ids.ravel(), "is of shape (888,)"),
-        (lambda ids: np.where(ids >= V, 5, ids), "a class (200 and up) first, and only there"),
-        (lambda ids: np.where(ids == ids[0, 5], V + 1, ids), "first, and only there"),
+        (lambda ids: np.where(ids >= V, 5, ids), "holds no pictures: each is a class (id 200 "),
+        (lambda ids: np.where(ids == ids[0, 5], V + 1, ids), "holds no pictures"),
+        (lambda ids: ids[:0], "is int32 of shape (0, 37)"),
         (lambda ids: ids + 11, "outside the vocabulary of 211"),
     ],
 )
@@ -505,8 +530,24 @@ def test_each_picture_counts_with_its_class_and_with_none(converted, pictures, r
     history = json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])["history"]
     assert history[0]["options"]["guidance"] == "both"
     assert history[0]["options"]["sequence_length"] == CODES
-    said = run(*common, "--samples", 9, "--work", "odd", ok=False).stderr
-    assert "--samples 9: --guidance both uses each picture twice" in said
+    for words, said in (
+        (["--samples", 9], "--samples 9: --guidance both uses each picture twice"),
+        (["--samples", 8, "--held-out", 1], "--held-out 1: --guidance both"),
+        (["--samples", 8, "--attention-samples", 3], "--attention-samples 3: --guidance both"),
+        (["--samples", 2], "--held-out 2 of --samples 2 leaves none to fit"),
+        (["--samples", 8, "--gradients", 7], "only 6 samples are not held out"),
+        (["--samples", 8, "--attention-samples", 2, "--attention-length", 40], "exceeds"),
+        (["--samples", 8, "--sequence-length", 8], "a picture has 37 ids; leave it out"),
+        (["--samples", 64], "has 24 of 32 pictures; sample more"),
+    ):
+        done = run(*common[:-2], *words, "--work", "odd", ok=False)
+        assert said in done.stderr
+
+
+def test_run_takes_pictures(converted, pictures, run, tmp_path):
+    run("run", "M", "R", "--tokens", "ids.npy", "--samples", 12, "--guidance", "class",
+        "--sparsity", 0.2)  # fmt: skip
+    assert "--guidance class" in (tmp_path / "R/README.md").read_text()
 
 
 @pytest.mark.parametrize(

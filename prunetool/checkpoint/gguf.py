@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 
 from prunetool.checkpoint import checksum
+from prunetool.checkpoint.rotary import half_split
 from prunetool.errors import ConfigError
 
 GLOBAL_NAMES = {
@@ -636,12 +637,6 @@ def _value(path: Path, reader: _Reader, key: str, kind: type, default: Any) -> A
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     """Shape in NumPy's order; the header lists the fastest dimension first."""
     return tuple(int(extent) for extent in reversed(tensor.shape))
-
-
-def half_split(array: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k, or their bias, with rotary pairs side by side, as Hugging Face has them."""
-    pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def gguf_name(theirs: str) -> str:

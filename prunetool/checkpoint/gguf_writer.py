@@ -78,12 +78,6 @@ def plan_tensors(shapes: Mapping[str, tuple[int, ...]], kind: Kind) -> dict[str,
     return plan
 
 
-def interleaved(array: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k, or their bias, whose rotary halves become neighbours."""
-    halves = array.reshape(-1, 2, head_dim // 2, *array.shape[1:])
-    return halves.swapaxes(1, 2).reshape(array.shape)
-
-
 class _Writer(gguf.GGUFWriter):
     """The library's writer, with files of other names until they are complete."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from prunetool.checkpoint import checksum
-from prunetool.checkpoint.gguf import half_split
+from prunetool.checkpoint.rotary import half_split
 from prunetool.checkpoint.torch_zip import Stored, TorchFile
 from prunetool.errors import CheckpointError, ConfigError, shown
 
@@ -89,13 +89,17 @@ class LlamaGenFile:
         top = self._file.top if isinstance(self._file.top, dict) else {}
         for state in (top, *(top[key] for key in WRAPPERS if key in top)):
             if isinstance(state, dict):
-                tensors = {k: v for k, v in state.items() if isinstance(v, Stored)}
+                tensors = {
+                    name: tensor
+                    for name, tensor in state.items()
+                    if isinstance(name, str) and isinstance(tensor, Stored)
+                }
                 if EMBEDDING in tensors:
                     return self._checked(tensors)
                 if "quantize.embedding.weight" in tensors:
                     what, todo = "is the tokenizer of pictures", "give the model: c2i_*.pt"
                     raise CheckpointError(self.path, what, todo)
-        names = ", ".join(str(key) for key in list(top)[:4])
+        names = ", ".join([key for key in top if isinstance(key, str)][:4])
         said = f", only {shown(names)}" if names else ""
         raise CheckpointError(self.path, f"has no {EMBEDDING}{said}", "give a LlamaGen model")
 
@@ -104,7 +108,7 @@ class LlamaGenFile:
             raise CheckpointError(
                 self.path, "is text-conditional (t2i)", "give a class-conditional model: c2i_*.pt"
             )
-        return {str(name): t for name, t in tensors.items() if not UNUSED.fullmatch(str(name))}
+        return {name: t for name, t in tensors.items() if not UNUSED.fullmatch(name)}
 
     def _shape(self, name: str, axes: int) -> tuple[int, ...]:
         if name not in self._tensors or len(self._tensors[name].shape) != axes:
@@ -124,7 +128,7 @@ class LlamaGenFile:
         return found
 
     def _known_grid(self, image_size: int | None) -> int:
-        named = SIZE_IN_NAME.findall(self.path.stem)
+        named = sorted(set(SIZE_IN_NAME.findall(self.path.stem)))
         if image_size is None and len(named) != 1:
             raise ConfigError(
                 self.path, "does not say in its name for which pictures it is (256, 384, 512)",
@@ -135,7 +139,9 @@ class LlamaGenFile:
             self.said.append(f"{image_size} pixels, by its name")
         if image_size % DOWNSAMPLE:
             raise ConfigError(
-                "--image-size", f"{image_size} is not a multiple of {DOWNSAMPLE}", "see its name"
+                "--image-size",
+                f"{image_size} is not a multiple of {DOWNSAMPLE}",
+                "give the pixels across a picture, such as 384",
             )
         return image_size // DOWNSAMPLE
 

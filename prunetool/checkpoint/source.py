@@ -187,8 +187,8 @@ def _no_directory(model: str) -> CheckpointError:
     elif path.is_file() and path.suffix in (".safetensors", ".json"):
         what, todo = "is one file of a checkpoint", f"give its directory: {path.parent}"
     elif path.is_file() and path.suffix in PICKLED:
-        what = "is a pickled file, which is never read"
-        todo = "load it in transformers and save_pretrained it"
+        what = "is a pickled file"
+        todo = "LlamaGen's: prunetool convert it; others: save_pretrained it in transformers"
     return CheckpointError(without_secrets(model), what, todo)
 
 

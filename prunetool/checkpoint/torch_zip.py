@@ -1,16 +1,15 @@
 """Tensors of a PyTorch file (.pt), read as data: nothing in it can run.
 
 Since version 1.6 torch saves a zip archive: a pickle of the objects, in which every tensor is a
-reference to a storage, and each storage a member of its own, uncompressed. The pickle is read by
-an unpickler in which no name resolves to code: a few names have inert stand-ins here, and all
-others become `Opaque`, which takes anything and does nothing.
+reference to a storage, and each storage a member of its own, uncompressed. The pickle is not given
+to Python's unpickler: a few of its instructions are followed here, which make containers, plain
+values and `Stored`. Names lead to no code, and what they would make is `OPAQUE`.
 """
 
-import io
 import math
-import pickle
 import pickletools
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from prunetool.errors import CheckpointError, shown
 
 MAGIC = b"PK"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P"  # how torch's older files begin
-PICKLE_BYTES = 64 << 20  # the tensors are not in it
+PICKLE_BYTES = 8 << 20  # the tensors are not in it
 STORAGES = {
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -55,86 +54,164 @@ class Stored(NamedTuple):
     start: int
 
 
-class Opaque:
-    """Whatever is not a tensor or a plain container: taken in, and never run."""
-
-    def __new__(cls, *_: object, **__: object) -> "Opaque":
-        """Take any arguments."""
-        return super().__new__(cls)
-
-    def __setstate__(self, _: object) -> None:
-        """Take any state."""
-
-    def __setitem__(self, _: object, __: object) -> None:
-        """Take any item."""
-
-    def append(self, _: object) -> None:
-        """Take any item."""
+OPAQUE = object()  # whatever is not a tensor, a container or a plain value
 
 
-class _Dict(dict[Any, Any]):
-    """For OrderedDict: a state dict also carries an attribute, which is dropped."""
+class _Name(NamedTuple):
+    """A name in a pickle, which leads nowhere."""
 
-    def __setstate__(self, _: object) -> None: ...
-
-
-class _Tensor:
-    """For ``torch._utils._rebuild_tensor_v2``."""
-
-    __slots__ = ()
-
-    def __call__(
-        self, storage: tuple[str, str], start: int, shape: Any, stride: Any, *_: object
-    ) -> Stored:
-        dtype, name = storage
-        sizes = tuple(shape)
-        if len(sizes) > MOST_AXES or not all(type(n) is int and n >= 0 for n in (start, *sizes)):
-            raise ValueError("a tensor whose sizes are none")
-        steps = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        if any(
-            extent > 1 and given != step
-            for extent, given, step in zip(sizes, stride, steps, strict=True)
-        ):
-            raise ValueError(f"a tensor that is not contiguous (strides {tuple(stride)})")
-        return Stored(dtype, sizes, name, start)
-
-    def __setstate__(self, _: object) -> None: ...
+    module: str
+    name: str
 
 
-class _Parameter(_Tensor):
-    """For ``torch._utils._rebuild_parameter``: the tensor in it."""
-
-    __slots__ = ()
-
-    def __call__(self, tensor: Stored, *_: object) -> Stored:  # type: ignore[override]
-        return tensor
+class _Storage(NamedTuple):
+    dtype: str
+    member: str
 
 
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """An inert stand-in for a name."""
-        known = {
-            ("collections", "OrderedDict"): _Dict,
-            ("torch._utils", "_rebuild_tensor_v2"): _Tensor(),
-            ("torch._utils", "_rebuild_parameter"): _Parameter(),
-        }
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        return known.get((module, name), Opaque)
+def _storage(pid: Any) -> _Storage:
+    kind, of, member, *_ = pid
+    if kind != "storage" or not isinstance(of, _Name) or of.module != "torch":
+        raise ValueError("a reference to something else than a storage")
+    if of.name not in STORAGES:
+        raise ValueError(f"tensors of {shown(of.name, 40)}")
+    if not isinstance(member, str) or not member.isalnum():
+        raise ValueError("a storage without a name")
+    return _Storage(STORAGES[of.name], member)
 
-    def persistent_load(self, pid: Any) -> tuple[str, str]:
-        """The dtype and the name of a storage."""
-        kind, dtype, name, *_ = pid
-        if kind != "storage" or dtype not in STORAGES.values() or not name.isalnum():
-            raise ValueError(f"a reference to {shown(repr(pid), 40)}")
-        return dtype, name
+
+def _tensor(storage: Any, start: Any, shape: Any, stride: Any, *_: object) -> Stored:
+    if not isinstance(storage, _Storage) or not type(shape) is type(stride) is tuple:
+        raise ValueError("a tensor without a storage")
+    numbers = (start, *shape, *stride)
+    if len(shape) > MOST_AXES or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+        raise ValueError("a tensor whose shape is not one")
+    steps = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    if any(n > 1 and given != step for n, given, step in zip(shape, stride, steps, strict=True)):
+        raise ValueError(f"a tensor that is not contiguous (strides {stride})")
+    return Stored(storage.dtype, shape, storage.member, start)
+
+
+def _called(what: Any, arguments: Any) -> Any:
+    """What calling a name would make, of the three that matter."""
+    match what:
+        case _Name("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor(*arguments)
+        case _Name("torch._utils", "_rebuild_parameter"):
+            return arguments[0]
+        case _Name("collections", "OrderedDict"):
+            return {}
+    return OPAQUE
+
+
+def _unpickled(data: bytes) -> Any:
+    """Follow a pickle's instructions, of those that torch.save writes.
+
+    Every instruction makes at most one object, and nothing is hashed but strings and numbers, so
+    that time and memory are those of the bytes.
+
+    Raises:
+      ValueError: if it has another instruction. Damaged pickles raise other errors too.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []  # places in the stack
+    memo: dict[int, Any] = {}
+
+    def pop_to_mark() -> list[Any]:
+        first = marks.pop()
+        found = stack[first:]
+        del stack[first:]
+        return found
+
+    def tuple_of(count: int) -> Callable[[Any], None]:
+        def make(_: Any) -> None:
+            found = tuple(stack[len(stack) - count :])
+            if len(found) < count:
+                raise ValueError("too few values")
+            del stack[len(stack) - count :]
+            stack.append(found)
+
+        return make
+
+    def set_items(items: list[Any]) -> None:
+        if isinstance(stack[-1], dict):
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                if type(key) in (str, int):
+                    stack[-1][key] = value
+
+    def add(items: list[Any]) -> None:
+        if type(stack[-1]) is list:
+            stack[-1].extend(items)
+
+    def call(_: Any) -> None:
+        arguments = stack.pop()
+        stack.append(_called(stack.pop(), arguments))
+
+    def new_object(_: Any) -> None:
+        del stack[-2:]
+        stack.append(OPAQUE)
+
+    def stack_global(_: Any) -> None:
+        name, module = stack.pop(), stack.pop()
+        if not type(name) is type(module) is str:
+            raise ValueError("a name that is no text")
+        stack.append(_Name(module, name))
+
+    def set_item(_: Any) -> None:
+        value, key = stack.pop(), stack.pop()
+        set_items([key, value])
+
+    def add_one(_: Any) -> None:
+        value = stack.pop()
+        add([value])
+
+    push = stack.append
+    does: dict[str, Callable[[Any], object]] = {
+        "MARK": lambda _: marks.append(len(stack)),
+        "NONE": lambda _: push(None),
+        "NEWTRUE": lambda _: push(True),
+        "NEWFALSE": lambda _: push(False),
+        "EMPTY_DICT": lambda _: push({}),
+        "EMPTY_LIST": lambda _: push([]),
+        "EMPTY_TUPLE": lambda _: push(()),
+        "TUPLE": lambda _: push(tuple(pop_to_mark())),
+        "SETITEM": set_item,
+        "SETITEMS": lambda _: set_items(pop_to_mark()),
+        "APPEND": add_one,
+        "APPENDS": lambda _: add(pop_to_mark()),
+        "GLOBAL": lambda said: push(_Name(*said.split(" "))),
+        "STACK_GLOBAL": stack_global,
+        "REDUCE": call,
+        "NEWOBJ": new_object,
+        "BUILD": lambda _: stack.pop(),  # a state: attributes, which nobody reads
+        "BINPERSID": lambda _: push(_storage(stack.pop())),
+        "MEMOIZE": lambda _: memo.update({len(memo): stack[-1]}),
+        "STOP": lambda _: None,
+    }
+    does |= dict.fromkeys(_CONSTANTS, push)
+    does |= {f"TUPLE{count}": tuple_of(count) for count in (1, 2, 3)}
+    does |= dict.fromkeys(("PROTO", "FRAME"), lambda _: None)
+    does |= dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda at: memo.update({at: stack[-1]}))
+    does |= dict.fromkeys(("BINGET", "LONG_BINGET"), lambda at: push(memo[at]))
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in does:
+            raise ValueError(f"the instruction {opcode.name}, which torch does not write")
+        does[opcode.name](argument)
+    (made,) = stack
+    return made
+
+
+_CONSTANTS = (
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
+    "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES",
+)  # fmt: skip
 
 
 class TorchFile:
     """A PyTorch file, open for reading.
 
     Attributes:
-      top: the object in it: containers, plain values, `Stored` and `Opaque`.
+      top: the object in it: containers, plain values, `Stored` and `OPAQUE`.
 
     Raises:
       CheckpointError: if it is not such a file, or holds what is not read here.
@@ -172,16 +249,11 @@ class TorchFile:
         order = f"{self._root}byteorder"
         if order in members and self._bytes(members[order], 16) != b"little":
             raise CheckpointError(self.path, "is big-endian", "save it on another machine")
-        data = self._bytes(members[found[0]], PICKLE_BYTES)
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            # The unpickler would take memory for every place before it.
-            if "PUT" in opcode.name and int(argument or 0) not in range(count + 1):
-                raise ValueError("a place in the memo out of order")
-        return _Reader(io.BytesIO(data)).load()
+        return _unpickled(self._bytes(members[found[0]], PICKLE_BYTES))
 
     def _bytes(self, info: zipfile.ZipInfo, limit: int) -> bytes:
-        if info.file_size > limit:
-            raise ValueError(f"{info.filename} has {info.file_size:,} bytes")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
+            raise ValueError(f"{info.filename}: compressed, or of {info.file_size:,} bytes")
         with self._archive.open(info) as file:
             return file.read(limit)
 

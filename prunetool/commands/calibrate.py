@@ -174,7 +174,8 @@ def calibrate(
     """
     asked = held_out, gradients
     held_out, gradients = split(samples, *asked)
-    _check(text, samples, held_out, gradients, attention_samples, attention_length, coordinator)
+    attention = attention_samples, attention_length
+    _check(text, text.length, samples, held_out, gradients, *attention, coordinator)
     if labels == "text" and not gradients:
         raise click.UsageError("--labels text goes with --gradients, which is 0")
     if {processes is None, process_id is None} != {coordinator in (None, "auto")}:
@@ -192,8 +193,16 @@ def calibrate(
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         opened = open_model(model, revision)
         dtype = opened.product_dtype(dtype)
-        if opened.config.classes and guidance == "both":
-            held_out, gradients = _in_pairs(samples, held_out, *asked)
+        if opened.config.classes:
+            if guidance == "both":
+                _check_pairs(samples, asked[0], attention_samples)
+                held_out, gradients = split(samples, held_out + held_out % 2, asked[1])
+            _check(text, opened.config.codes, samples, held_out, gradients, *attention, coordinator)
+        if not held_out:
+            console.log.warning(
+                "no sample is held out: compensate will have no tokens to choose its damping with, "
+                "and needs --damping NUMBER"
+            )
         tokens, chosen = _read(
             opened, text, samples, shuffle, guidance, dtype, work, said, overwrite
         )
@@ -235,20 +244,22 @@ def _read(
     return tokens, {"shuffle": shuffle, "bos": bos, **of_pictures, **text.said}
 
 
-def _in_pairs(
-    samples: int, held_out: int, asked: int | None, gradients: int | None
-) -> tuple[int, int]:
-    """`split`, for pictures that are each two samples, of which none is held out alone."""
-    for option, count in (("--samples", samples), ("--held-out", asked or 0)):
+def _check_pairs(samples: int, held_out: int | None, attention_samples: int) -> None:
+    """Refuse to hold out one of a picture's two samples."""
+    counts = {
+        "--samples": samples,
+        "--held-out": held_out or 0,
+        "--attention-samples": attention_samples,
+    }
+    for option, count in counts.items():
         if count % 2:
             raise click.BadParameter(
                 f"{option} {count}: --guidance both uses each picture twice; give an even number"
             )
-    return split(samples, held_out + held_out % 2, gradients)
 
 
 def _check(
-    text: "Text", samples: int, held_out: int, gradients: int, attention_samples: int,
+    text: "Text", length: int, samples: int, held_out: int, gradients: int, attention_samples: int,
     attention_length: int | None, coordinator: str | None,
 ) -> None:  # fmt: skip
     """Refuse options that contradict each other."""
@@ -268,12 +279,7 @@ def _check(
             f"--attention-samples {attention_samples} and as many held out need --samples "
             f"{2 * attention_samples}"
         )
-    if attention_length and attention_length > text.length:
+    if attention_length and attention_length > length:
         raise click.BadParameter(
-            f"--attention-length {attention_length} exceeds --sequence-length {text.length}"
-        )
-    if not held_out:
-        console.log.warning(
-            "no sample is held out: compensate will have no tokens to choose its damping with, "
-            "and needs --damping NUMBER"
+            f"--attention-length {attention_length} exceeds --sequence-length {length}"
         )

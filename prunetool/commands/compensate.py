@@ -23,6 +23,14 @@ COLUMNS = ("layer", "matrix", "removed → refitted", "held out", "damping")
     help="Refit on the tokens of another calibration of the same checkpoint, from its records; "
     "what is kept stays as it was scored.",
 )
+@click.option(
+    "--bias",
+    type=click.Choice(["mean", "refit"]),
+    show_default="as the model has them",
+    help="Give every matrix a bias (zero but for o_proj and down_proj), as stock Llama may have. "
+    "mean: the mean of what is removed, instead of a refit, as in FLAP. refit: the refit of the "
+    "variation around the mean besides.",
+)
 @options.discard_opt
 @options.profile_opt
 @options.output_opt
@@ -30,6 +38,7 @@ def compensate(
     source: str,
     dampings: tuple[float, ...] | None,
     other: Path | None,
+    bias: str | None,
     discard: bool,
     profile: Path | None,
     sink: str,
@@ -57,11 +66,14 @@ def compensate(
         if header.had("recover"):
             raise RecordError(source, "was already recovered", "run compensate before recover")
         tokens = step.Tokens.of(header, other)
-        header = header.after("compensate", damping=list(grid), **tokens.said)
+        own = {} if bias is None else {"bias": bias}
+        header = header.after("compensate", damping=list(grid), **own, **tokens.said)
         run = Run.of(header, profile, discard)
+        if bias:
+            step.check_biases(run.model.config)
         rows: list[tuple[Any, ...]] = []
         need = plan.refit_bytes(run.model, layers=1 if discard else run.model.layers)
-        refitted = step.refit_layers(run, layers, tokens, grid, rows)
+        refitted = step.refit_layers(run, layers, tokens, grid, rows, bias)
         run.write(partial(options.open_sink, sink), refitted, need)
         console.table(
             "Relative output error of the refits",

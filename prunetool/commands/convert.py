@@ -67,16 +67,14 @@ def convert(
       prunetool convert c2i_XXL_384.pt XXL
     """
     to_gguf, torch = out.suffix == SUFFIX, source.suffix.lower() in TORCH
-    what, unused = ("writing a checkpoint", ["--type"])
-    if to_gguf:
-        what, unused = "writing a GGUF", ["--dtype", "--image-size", "--heads"]
-    elif not torch:
-        what, unused = "a GGUF", ["--type", "--image-size", "--heads"]
+    only_for = {"--image-size": "LlamaGen's .pt files", "--heads": "LlamaGen's .pt files"}
+    only_for = {} if torch and not to_gguf else only_for
+    only_for |= {"--dtype": "a checkpoint"} if to_gguf else {"--type": "a GGUF"}
     context = click.get_current_context()
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-        if given and (option := parameter.opts[-1]) in unused:
-            raise click.UsageError(f"{option} is not for {what}")
+        if given and (option := parameter.opts[-1]) in only_for:
+            raise click.UsageError(f"{option} is for {only_for[option]} only")
     with console.summary("convert") as said:
         if to_gguf:
             from prunetool.model import open_model

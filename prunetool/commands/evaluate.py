@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--cfg-scale",
-    type=options.Finite(0),
+    type=options.Finite(1, min_open=True),
     help="For models of pictures, with --against: also the KL divergence with the null class, and "
-    "of classifier-free guidance's mixture with this scale.",
+    "of classifier-free guidance's mixture with this scale, above 1.",
 )
 @click.option(
     "--choices",

@@ -99,6 +99,10 @@ def recover(
         options.keep_inputs([sink, profile], [header.source])
         if header.had("recover"):
             raise RecordError(source, "was already recovered", "give --epochs to train for longer")
+        if header.adds_biases:
+            raise RecordError(
+                source, "has biases that the model has not", "run compensate without --bias"
+            )
         if header.cuts_hidden:
             raise RecordError(
                 source, "has its hidden dimensions cut", "leave recover out; fine-tune OUT instead"

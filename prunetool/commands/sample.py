@@ -72,13 +72,12 @@ def sample(
     top_p: float, seed: int, dtype: str, device: str, revision: str | None, out: Path,
     overwrite: bool,
 ) -> None:  # fmt: skip
-    """Let a model of pictures make some, as codes: to calibrate on, or to look at.
+    """Make pictures with a model of pictures, as codes: to calibrate on, or to look at.
 
-    MODEL is a LlamaGen checkpoint (prunetool convert), dense or pruned. FILE gets one row of ids a
-    picture: the class, then the codes of the grid, row by row. A picture depends on its class,
-    its number within the class, and the seed, not on what else is asked for. All of the model is in
-    memory, as no other step has it. If killed, the same command resumes after the last finished
-    batch.
+    MODEL is a LlamaGen checkpoint (prunetool convert), dense or pruned. FILE gets a row of ids for
+    each picture: the class, then the codes of the grid, row by row. A picture does not depend on
+    which others are made with it. The whole model is in memory, which no step of the pipe needs.
+    If killed, the same command goes on.
 
     \b
     Example:

@@ -259,6 +259,10 @@ class LlamaConfig:
         """The same model with other layer shapes."""
         return replace(self, layer_shapes=shapes)
 
+    def with_biases(self) -> "LlamaConfig":
+        """The model with biases in all seven matrices."""
+        return replace(self, attention_bias=True, mlp_bias=True, qkv_bias=False)
+
     def with_hidden_size(self, size: int) -> "LlamaConfig":
         """The model cut to ``size`` directions of its stream (`pruning.basis`), its head untied.
 

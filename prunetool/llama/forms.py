@@ -69,10 +69,10 @@ def choose_form(config: LlamaConfig) -> str:
     if len(set(config.layer_shapes)) > 1:
         return PRUNED
     divides = config.hidden_size % config.layer_shapes[0].heads == 0  # or Llama's class refuses it
-    return next((name for name in _families(config) if name != "llama" or divides), PRUNED)
+    return next((name for name in families(config) if name != "llama" or divides), PRUNED)
 
 
-def _families(config: LlamaConfig) -> list[str]:
+def families(config: LlamaConfig) -> list[str]:
     """The families whose classes can compute this model, in the order of `FAMILIES`."""
     has = {setting for setting in SETTINGS if getattr(config, setting)}
     return [
@@ -80,7 +80,7 @@ def _families(config: LlamaConfig) -> list[str]:
         for name, family in FAMILIES.items()
         if set(family.always) <= has <= {*family.always, *family.stated}
         and (config.window is None or "sliding_window" in family.defaults)
-        and not family.pictures
+        and family.pictures == bool(config.classes)
     ]
 
 
@@ -136,7 +136,7 @@ def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
 def _pruned_keys(config: LlamaConfig) -> dict[str, Any]:
     """What the config.json of unequal layers has besides: family, loader files, every layer."""
     raw: dict[str, Any] = {}
-    family = _families(config)[0]
+    family = families(config)[0]
     for key in ("bos_token_id", "eos_token_id"):  # or the loader's class takes Llama's
         if key in FAMILIES[family].defaults:
             raw[key] = config.raw.get(key)

@@ -19,6 +19,7 @@ from prunetool.llama.parts import (
     EMBEDDING,
     FINAL_NORM,
     LM_HEAD,
+    MATRICES,
     NORM_OF,
     PARTS,
     UNIT_MATRICES,
@@ -109,6 +110,17 @@ def tensor_chunks(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:
 def map_layer(function: Callable[[Array], Array], layer: Layer) -> Layer:
     """Apply ``function`` to every part that exists."""
     return Layer(*(None if part is None else function(part) for part in layer))
+
+
+def with_biases(layer: Layer) -> Layer:
+    """The layer with zeros for the biases of its matrices that it does not have."""
+    parts = layer._asdict()
+    zeros = {
+        f"{matrix}_bias": np.zeros(len(parts[matrix]), parts[matrix].dtype)
+        for matrix in MATRICES
+        if parts[f"{matrix}_bias"] is None
+    }
+    return layer._replace(**zeros)
 
 
 def unit_axes(

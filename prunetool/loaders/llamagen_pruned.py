@@ -132,10 +132,16 @@ def main():
     config, shapes = read_config(given.directory)
     if len(set(shapes)) > 1 or shapes[0][0] * config["head_dim"] != config["hidden_size"]:
         parser.exit(
-            1, f"{given.directory}: layers have other sizes than LlamaGen's; use load() of this file"
+            1,
+            f"{given.directory}: layers have other sizes than LlamaGen's; use load() of this "
+            "file\n",
         )
-    torch.save({"model": state_dict(given.directory)}, given.to_pt)
     arguments = ffn_arguments(config, shapes[0][1])
+    if shapes[0][1] % arguments["multiple_of"]:
+        parser.exit(1, f"{given.directory}: {shapes[0][1]} channels are no multiple of 32\n")
+    weights = state_dict(given.directory)
+    # LlamaGen reads the one or the other, and says nothing if it finds neither.
+    torch.save({**weights, "model": weights}, given.to_pt)
     print(f"ModelArgs({', '.join(f'{key}={value!r}' for key, value in arguments.items())})")
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from prunetool.llama.weights import Layer
 from prunetool.model import Model
 from prunetool.pruning import attention_loss
 from prunetool.steps.evaluate import Ends, count_pieces, layer_step, perplexity, pieces
+
+NAMES = {"classes": "number of classes", "layers": "number of layers"}
 
 
 class Comparison(NamedTuple):
@@ -89,12 +92,13 @@ def compare(
     for name in ("vocab_size", "classes", "head_dim", "rope", "qk_norm", "window", "layers"):
         mine, theirs = getattr(model.config, name), getattr(dense.config, name)
         if mine != theirs:
+            name = NAMES.get(name, name)
             raise ConfigError(
                 "--against",
                 f"its {name} is {theirs} but the model's is {mine}",
                 "name the checkpoint that was pruned",
             )
-    count = len(tokens)
+    count = len(tokens)  # errors of attention are those of these alone
     if cfg_scale is not None:
         null = tokens.copy()
         null[:, 0] = dense.config.ids - 1
@@ -106,7 +110,7 @@ def compare(
             streaming.HiddenStates(Path(directory) / name, size, *tokens.shape)
             for name, size in zip(("pruned", "dense"), sizes, strict=True)
         ]
-        own, same_input = _errors((model, dense), streams, tokens, dtype)
+        own, same_input = _errors((model, dense), streams, tokens, count, dtype)
         if cfg_scale is not None:
             streams += [stream.behind(count) for stream in streams]
         loss, dense_loss, kl, *more = _losses(
@@ -119,9 +123,10 @@ def _errors(
     models: tuple[Model, Model],
     streams: list[streaming.HiddenStates],
     tokens: np.ndarray,
+    measured: int,
     dtype: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run both streams through all layers, measuring every attention."""
+    """Run both streams through all layers, measuring the attention of the first ``measured``."""
     dense = models[1]
     config = dense.config
     rope = streaming.rotation(dense, tokens.shape[1])
@@ -131,6 +136,9 @@ def _errors(
     for model, stream in zip(models, streams, strict=True):
         streaming.embed(model, tokens, stream)
     rows: list[np.ndarray] = []
+    size = streaming.batch_size(tokens.shape[1])
+    ends = (0, measured, len(tokens))
+    batches = [batch for two in pairwise(ends) for batch in streaming.batches(*two, size)]
     layers = zip(*(model.padded_layers() for model in models), strict=True)
     for (number, pruned_layer), (_, dense_layer) in console.progress(layers, dense.layers):
         weights = [streaming.to_device(w, dtype) for w in (pruned_layer, dense_layer)]
@@ -142,7 +150,7 @@ def _errors(
         )
         sums = np.zeros((3, heads))
         with streams[0].writing() as write, streams[1].writing() as write_dense:
-            for batch in streaming.batches(0, len(tokens), streaming.batch_size(tokens.shape[1])):
+            for batch in batches:
                 behind = [
                     step(jnp.asarray(stream.read(batch)), w, rope)
                     for step, stream, w in zip(steps, streams, weights, strict=True)
@@ -152,7 +160,7 @@ def _errors(
                     streaming.check_finite(array, number)
                     put(batch, array)
                 console.within(batch.stop, len(tokens), "sequence")
-                if comparable:
+                if comparable and batch.start < measured:
                     found = attend(behind[0][1], behind[1][1], *weights, rope)
                     sums += np.asarray(found).reshape(3, -1)[:, :heads]
         if comparable:

@@ -10,8 +10,10 @@ import numpy as np
 from prunetool import console, overlap, records, workdir
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint import writer as files
-from prunetool.errors import RecordError, naming
+from prunetool.errors import ConfigError, RecordError, naming
 from prunetool.kept import Extent, extents, kept_units, masks, used_weight
+from prunetool.llama import forms
+from prunetool.llama.config import LlamaConfig
 from prunetool.llama.parts import UNIT_MATRICES
 from prunetool.methods import UPDATED
 from prunetool.model import Model
@@ -76,6 +78,7 @@ def refit_layers(
     tokens: Tokens,
     grid: tuple[float, ...],
     rows: list[tuple[Any, ...]],
+    bias: str | None = None,
 ) -> Iterator[records.LayerRecord]:
     """Refit every layer of a stream, and add a row to ``rows`` for each refit.
 
@@ -85,17 +88,32 @@ def refit_layers(
       tokens: whose sums to take.
       grid: dampings to choose from.
       rows: receives layer, matrix, and the numbers of `_REPORT`.
+      bias: ``mean``: change only the bias; ``refit``: that too; None: one only if the model has it.
 
     Raises:
       RecordError: before the first layer, if no tokens were held out to choose the damping on.
     """
-    if len(grid) > 1 and not tokens.header.calibration.get("held_out"):
+    if bias == "mean":
+        grid = ()
+    elif len(grid) > 1 and not tokens.header.calibration.get("held_out"):
         raise RecordError(
             "--damping",
             "no tokens were held out to choose it with",
             "give one number, such as 0.01, or calibrate with 2 samples or more",
         )
-    return _refitted(run, source, tokens, grid, rows)
+    return _refitted(run, source, tokens, grid, rows, biased=bias is not None)
+
+
+def check_biases(config: LlamaConfig) -> None:
+    """Refuse a model that cannot have biases in all its matrices.
+
+    Raises:
+      ConfigError: if no architecture is its own with them.
+    """
+    if not forms.families(config.with_biases()):
+        raise ConfigError(
+            "--bias", "no architecture that programs load is this one with biases", "leave it out"
+        )
 
 
 def _refitted(
@@ -104,12 +122,14 @@ def _refitted(
     tokens: Tokens,
     grid: tuple[float, ...],
     rows: list[tuple[Any, ...]],
+    *,
+    biased: bool,
 ) -> Iterator[records.LayerRecord]:
     if tokens.layers is not None:  # so that evaluate knows their text
         path = run.work / run.directory / workdir.PROGRESS_NAME
         path.parent.mkdir(exist_ok=True)
         files.write_json(path, checksum.sealed({"sketch": tokens.sketch()}))
-    for record, name, arrays in run.layers(source, partial(_refit, run, tokens, grid)):
+    for record, name, arrays in run.layers(source, partial(_refit, run, tokens, grid, biased)):
         # Sorted as safetensors returns names, so that a resumed run writes the same bytes.
         report = {
             name.removesuffix(".report"): {
@@ -130,7 +150,7 @@ _REPORT = ("removed", "refitted", "held_out_removed", "held_out_refitted", "damp
 
 
 def _refit(
-    run: Run, tokens: Tokens, grid: tuple[float, ...], record: records.LayerRecord
+    run: Run, tokens: Tokens, grid: tuple[float, ...], biased: bool, record: records.LayerRecord
 ) -> dict[str, np.ndarray]:
     """The refitted weights of a layer, and their errors.
 
@@ -163,6 +183,8 @@ def _refit(
                     for split in stats.splits
                 ]
                 bias = model.part_if_any(record.index, f"{matrix}_bias")
+                if biased and bias is None:
+                    bias = np.zeros(W.shape[1])
                 bias = None if bias is None else bias.astype(np.float64)
             energy = record.values["energy"][f"{matrix}_proj"]
             if tokens.layers is not None:
@@ -171,7 +193,7 @@ def _refit(
                 parts = _refit_matrix(W, bias, rows, sums, energy or 1.0, grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
             console.within(1 if matrix == "o" else 2, 3, "matrix")
-        if np.isnan(parts["report"][-1]):
+        if grid and np.isnan(parts["report"][-1]):
             console.log.warning(
                 "layer %d, %s_proj: no damping lowered the held-out error; rows are removed but "
                 "not refitted",
@@ -258,7 +280,7 @@ def _refit_matrix(
       kept: which rows of W stay, (D,) bool.
       sums: of the tokens to fit, and of any held out; overwritten.
       energy: output energy of all tokens.
-      grid: dampings to choose from.
+      grid: dampings to choose from; none: only the bias changes.
     """
     if len(sums) == 1 and len(grid) > 1:
         raise RecordError(
@@ -275,8 +297,8 @@ def _refit_matrix(
         # A bias absorbs the mean, and the weights are refitted to the variation around it.
         sums = [part.about(about, kept) for part in sums]
     unseen: list[float] = [np.nan, np.nan]
-    damping: float | None = grid[0]
-    if len(sums) == 2:
+    damping = grid[0] if grid else None
+    if len(sums) == 2 and grid:
         choice = compensation.choose_damping(sums[0].gram, sums[1].gram, chosen[gone], grid)
         unseen = [error / (held_energy or 1.0) for error in (choice.before, choice.after)]
         damping = choice.damping

@@ -149,6 +149,8 @@ class Export:
             for shape, units in zip(model.config.layer_shapes, kept, strict=True)
         )
         target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
+        if self.header.adds_biases:
+            target = target.with_biases()
         Q = basis_of(self.work, made[0], model.config.hidden_size)
         if Q is not None:
             target = target.with_hidden_size(Q.shape[1])
@@ -173,7 +175,7 @@ class Export:
                 places = [np.flatnonzero(kept[n][unit]) for unit in (GROUPS, CHANNELS)]
             else:
                 places = [np.arange(shapes[n].kv_heads), np.arange(shapes[n].channels)]
-            layer = pruned_layer(model, self.work, made[n])
+            layer = pruned_layer(model, self.work, made[n], biased=self.header.adds_biases)
             layer = scatter(layer, shapes[n], target.layer_shapes[n], *places)
             layer = layer if Q is None else rotated(layer, Q)
             return {
@@ -238,8 +240,13 @@ class Export:
 
 
 def stored_name(model: Model, name: str) -> str:
-    """The tensor of the checkpoint that one of the result comes from: of a tied head, another."""
-    return EMBEDDING if name == LM_HEAD and model.config.tied else name
+    """The tensor of the checkpoint that has the dtype, or all, of one of the result.
+
+    Of a tied head it is the embedding, of an added bias its matrix.
+    """
+    if name == LM_HEAD and model.config.tied:
+        return EMBEDDING
+    return name if name in model.index else f"{name.removesuffix('bias')}weight"
 
 
 def refuse_taken_file(out: Path, *, overwrite: bool) -> None:

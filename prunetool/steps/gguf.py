@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from prunetool import console, workdir
 from prunetool.chat import chat_templates
-from prunetool.checkpoint import gguf_writer
+from prunetool.checkpoint import gguf_writer, rotary
 from prunetool.checkpoint.gguf import INTERLEAVED, ROPE_FACTORS
 from prunetool.checkpoint.gguf_vocabulary import Ends, vocabulary_fields
 from prunetool.checkpoint.hub import hub_id
@@ -79,7 +79,7 @@ def convert_checkpoint(
             for name, tensor in chunk.items():
                 array = model.read(name)
                 if turned and name.rsplit(".", 2)[-2] in TURNED:
-                    array = gguf_writer.interleaved(array, config.head_dim)
+                    array = rotary.interleaved(array, config.head_dim)
                 made[tensor.name] = array
             yield made
 

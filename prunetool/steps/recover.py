@@ -35,7 +35,7 @@ from prunetool.plan import LOGIT_TOKENS
 from prunetool.stats import GIVEN
 from prunetool.steps.evaluate import Ends, final_stream, layer_step
 from prunetool.steps.run import Run, as_fed, read_text, reopen
-from prunetool.steps.selftext import Sampler
+from prunetool.steps.selftext import Sampler, refuse_pictures
 from prunetool.steps.trained import Gradient, Trained
 from prunetool.tokenizer import bos_id
 
@@ -87,7 +87,8 @@ def prepare(
     dtype = model.product_dtype(how["dtype"])
     if text is None:
         tokens, held_out = _calibrated(header, samples, held_out)
-    elif text.by_model and not model.config.classes:  # read_text refuses those
+    elif text.by_model:
+        refuse_pictures(model)
         bos = bos_id(model.directory, model.config.vocab_size, text.bos)
         sampler = Sampler(model, text.length, bos, dtype, how["seed"])
         tokens = sampler.load(Path(header.work), samples + held_out)

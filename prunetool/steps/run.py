@@ -11,7 +11,7 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint.writer import need_room
-from prunetool.corpus import Text, pictures, read_tokens
+from prunetool.corpus import DEFAULT_LENGTH, Text, pictures, read_tokens
 from prunetool.errors import CheckpointError, ConfigError, CorpusError, RecordError, naming
 from prunetool.model import Model, open_model, read_weights
 from prunetool.profiling import Profile
@@ -96,12 +96,15 @@ def read_text(
                 "is a model of pictures, which reads no text",
                 "give --tokens FILE, from prunetool sample",
             )
-        tokens, bos = (
-            pictures(
-                read_tokens(text.tokens_path), samples, config.codes, config.vocab_size,
-                config.classes, text.where, shuffle,
-            ),
-            None,
+        if text.length not in (DEFAULT_LENGTH, config.codes + 1):
+            raise CorpusError(
+                f"--sequence-length {text.length}",
+                f"a picture has {config.codes + 1} ids",
+                "leave it out",
+            )
+        bos, tokens = None, pictures(
+            read_tokens(text.tokens_path), samples, config.codes, config.vocab_size,
+            config.classes, text.where, shuffle,
         )  # fmt: skip
     else:
         tokens, bos = text.load(model.directory, config.vocab_size, samples, shuffle)

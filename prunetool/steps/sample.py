@@ -5,6 +5,7 @@ together depends on the model and the precision alone, so that a picture is the 
 is asked for. Its random numbers come from the seed, its class, and its number within the class.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +16,10 @@ import numpy as np
 
 from prunetool import __version__, console, workdir
 from prunetool.checkpoint.writer import atomic
-from prunetool.errors import ConfigError, WorkError
+from prunetool.errors import ConfigError, shown
 from prunetool.llama import decode
 from prunetool.model import Model
+from prunetool.steps.export import refuse_taken_file
 from prunetool.steps.selftext import Sampler
 
 
@@ -26,7 +28,7 @@ class Pictures(Sampler):
     """What determines the pictures.
 
     Attributes:
-      classes: those to draw, in this order, and then again from the first.
+      classes: those to draw, each once, in this order, and then again from the first.
       cfg_scale: s of classifier-free guidance (`decode.guided`); at most 1: none.
       temperature: divides the scores; 0: the likeliest code, always.
       top_k, top_p: as in `decode.filtered`.
@@ -89,13 +91,18 @@ def parse_classes(said: str, model: Model) -> tuple[int, ...]:
         )
     if said == "all":
         return tuple(range(known))
-    numbers = said.split(",")
+    numbers = [number.strip() for number in said.split(",")]
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(
+            "--classes", f"{shown(said)} names a class twice", "give --per-class for several"
+        )
     for number in numbers:
-        if not number.isdecimal() or int(number) >= known:
+        if not re.fullmatch(r"0|[1-9]\d{0,8}", number, re.ASCII) or int(number) >= known:
             null = f" ({known} is the null class)" if number == str(known) else ""
             raise ConfigError(
-                "--classes", f"{number!r} is not a class{null}", f"give 0 to {known - 1}, or all"
-            )
+                "--classes", f"{shown(number)!r} is not a class{null}",
+                f"give 0 to {known - 1}, or all",
+            )  # fmt: skip
     return tuple(map(int, numbers))
 
 
@@ -114,9 +121,9 @@ def write(pictures: Pictures, per_class: int, out: Path, *, overwrite: bool) -> 
     Raises:
       WorkError: if something is there, or another run writes it.
     """
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise WorkError(out, "exists", "name another file or give --overwrite")
     work = out.with_name(f"{out.name}.prunetool").absolute()
+    if not (work / workdir.RUN_NAME).exists():  # or it was killed behind its last write
+        refuse_taken_file(out, overwrite=overwrite)
     count = per_class * len(pictures.classes)
     described = pictures.described
     shape = {"per_class": per_class, **described, "classes": list(pictures.classes)}

@@ -10,7 +10,7 @@ round differently, so the number of sequences decoded together is fixed by the m
 and the dtype alone (`width`): sequence i is the same for any --samples and --batch-size. It may
 differ on another kind of processor.
 
-The ids are kept in the work directory, rewritten after each batch of sequences, so that a killed
+The ids are kept in the work directory, rewritten as batches of sequences come, so that a killed
 run goes on and another one with the same model, length, BOS, dtype and seed takes them as they are.
 The file can be given to --tokens too.
 """
@@ -34,6 +34,7 @@ from prunetool.model import Model
 from prunetool.steps.evaluate import Ends
 from prunetool.tokenizer import bos_id
 
+RARELY = 16  # the file is written again once a 16th is new
 WIDEST = 64  # sequences decoded together at most: 1.15 times as fast as 16 on two cores
 CACHE_BYTES = 2 << 30  # of keys and values at most, or as many as the weights have
 
@@ -109,9 +110,13 @@ class Sampler:
             starts = range(len(ids), samples, self.width)
             console.doing("reading the whole model")
             decoder = self.decoder()
+            new: list[np.ndarray] = []
             for start in console.progress(starts, len(starts), what="sampled batch"):
-                ids = np.concatenate([ids, self._sample(decoder, start)])
-                workdir.write(work, self.name, {"tokens": ids})
+                new.append(self._sample(decoder, start))
+                count = len(new) * self.width
+                if count * RARELY >= len(ids) or start == starts[-1]:
+                    ids, new = np.concatenate([ids, *new]), []
+                    workdir.write(work, self.name, {"tokens": ids})
             del decoder
             streaming.return_free_memory()
         count = self.model.config.ids
@@ -202,6 +207,15 @@ def free_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def refuse_pictures(model: Model) -> None:
+    """Refuse ``--text self`` of a model of pictures."""
+    if model.config.classes:
+        raise CorpusError(
+            "--text self", "is for models of text",
+            "make pictures: prunetool sample MODEL -o FILE.npy, then --tokens FILE.npy",
+        )  # fmt: skip
+
+
 def own_text(
     model: Model,
     text: corpus.Text,
@@ -218,11 +232,7 @@ def own_text(
     Raises:
       WorkError: at once if calibrate could not use the work directory afterwards.
     """
-    if model.config.classes:
-        raise CorpusError(
-            "--text self", "is for models of text",
-            "make pictures: prunetool sample MODEL -o FILE.npy, then --tokens FILE.npy",
-        )  # fmt: skip
+    refuse_pictures(model)
     started = time.monotonic()
     bos = bos_id(model.directory, model.config.vocab_size, text.bos)
     chosen = {"text": "self", "shuffle": seed, "bos": bos}
