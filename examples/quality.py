@@ -274,8 +274,9 @@ def print_table(rows: Csv, table: str) -> None:
 
 def costs_of(rows: Csv, setting: str, sparsities: Sequence[str]) -> list[str]:
     """The most seconds and memory of a setting's rows; nothing if none was timed."""
-    timed = [row for s in sparsities for row in of_seeds(rows, setting, s) if row[7:]]
-    return [f"{max(float(row[n]) for row in timed):.0f}" for n in (6, 7)] if timed else []
+    every = [row for sparsity in sparsities for row in of_seeds(rows, setting, sparsity)]
+    found = [[float(row[n]) for row in every if row[n:] and row[n]] for n in (6, 7)]
+    return [f"{max(of):.0f}" if of else "–" for of in found] if any(found) else []
 
 
 def plot(rows: Csv, table: str) -> str:

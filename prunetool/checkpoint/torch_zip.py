@@ -33,7 +33,7 @@ STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-MOST_AXES = 8
+MOST_AXES, MOST_ARGUMENTS = 8, 8
 SAVE_AGAIN = "save it again: torch.save(state_dict, FILE) with torch 1.6 or newer"
 DOWNLOAD = "download it again"
 
@@ -70,7 +70,7 @@ class _Storage(NamedTuple):
 
 
 def _storage(pid: Any) -> _Storage:
-    kind, of, member, *_ = pid
+    kind, of, member, _, _ = pid
     if kind != "storage" or not isinstance(of, _Name) or of.module != "torch":
         raise ValueError("a reference to something else than a storage")
     if of.name not in STORAGES:
@@ -94,6 +94,8 @@ def _tensor(storage: Any, start: Any, shape: Any, stride: Any, *_: object) -> St
 
 def _called(what: Any, arguments: Any) -> Any:
     """What calling a name would make, of the three that matter."""
+    if len(arguments) > MOST_ARGUMENTS:
+        return OPAQUE
     match what:
         case _Name("torch._utils", "_rebuild_tensor_v2"):
             return _tensor(*arguments)
