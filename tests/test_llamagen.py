@@ -621,6 +621,11 @@ def test_kl_of_the_guided_mixture(theirs, converted, pictures, run, tmp_path):
     done = run("evaluate", "P", "--against", "M", "--tokens", "few.npy", "--cfg-scale", 1.75,
                "--allow-calibrated", "--dtype", "float32")  # fmt: skip
     found = json.loads(done.stdout)
+    done = run("evaluate", "P", "--against", "M", "--tokens", "few.npy", "--allow-calibrated")
+    alone = json.loads(done.stdout)["against"]
+    assert alone.keys() == found["against"].keys() - {"kl_null", "kl_guided"}
+    for name, value in alone["attention_error"].items():
+        assert value == found["against"]["attention_error"][name]
     own, null = pictures[-2:, :-1], pictures[-2:, :-1].copy()
     null[:, 0] = V + 10
     logs = {}
@@ -670,6 +675,7 @@ def test_recover_takes_it(converted, pictures, run, tmp_path):
     [
         (["score", "s.jsonl", "--target", "hidden", "--sparsity", 0.1], "is for models of text"),
         (["convert", "M", "x.gguf"], "llama.cpp computes no models of pictures"),
+        (["bench", "M"], "is a model of pictures; measure it in LlamaGen"),
         (["evaluate", "M", "--text", "ids.npy"], "is a model of pictures, which reads no text"),
     ],
 )

@@ -187,8 +187,11 @@ def _no_directory(model: str) -> CheckpointError:
     elif path.is_file() and path.suffix in (".safetensors", ".json"):
         what, todo = "is one file of a checkpoint", f"give its directory: {path.parent}"
     elif path.is_file() and path.suffix in PICKLED:
-        what = "is a pickled file"
-        todo = "LlamaGen's: prunetool convert it; others: save_pretrained it in transformers"
+        what = "is a pickled file, which is never read"
+        todo = "load it in transformers and save_pretrained it"
+        if path.suffix in (".pt", ".pth"):
+            what = "is a PyTorch file"
+            todo = "convert LlamaGen's (prunetool convert); save_pretrained others in transformers"
     return CheckpointError(without_secrets(model), what, todo)
 
 

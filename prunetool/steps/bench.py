@@ -17,7 +17,7 @@ from prunetool.checkpoint.index import read_json
 from prunetool.checkpoint.source import ADAPTER_NAME
 from prunetool.errors import PrunetoolError, RecordError, shown
 from prunetool.llama import forms
-from prunetool.llama.config import PRUNED
+from prunetool.llama.config import PICTURES, PRUNED
 from prunetool.runtimes import NEEDED, runtime_of
 from prunetool.steps import picture
 from prunetool.steps.page import Table
@@ -59,6 +59,10 @@ def check(models: Sequence[Path]) -> None:
             raise PrunetoolError(
                 shown(model), "is neither a checkpoint's directory nor a GGUF file", "check it"
             )
+        config = model / "config.json"
+        if config.is_file() and read_json(config).get("model_type") == PICTURES:
+            todo = "measure it in LlamaGen"
+            raise PrunetoolError(shown(model), "is a model of pictures", todo)
         for package in NEEDED[runtime_of(model)]:
             if find_spec(package) is None:
                 what = f"needs {package}, which is not installed"

@@ -47,7 +47,7 @@ def test_code_that_is_not_ours_does_not_run(pruned, run, tmp_path):
     loader.write_text(loader.read_text() + "\nopen('ran', 'w')\n")
     assert "transformers failed (" in error_of(run("bench", "out", *WORDS, ok=False))
     assert not (tmp_path / "ran").exists()
-    loader.write_bytes(forms.loader_files()[loader.name])
+    loader.write_bytes(forms.loader_files(forms.PRUNED)[loader.name])
     config = json.loads((pruned / "config.json").read_text())
     config["auto_map"]["AutoModelForCausalLM"] = "evil.Model"
     (pruned / "config.json").write_text(json.dumps(config))
