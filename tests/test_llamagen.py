@@ -486,9 +486,12 @@ def test_sample_refuses(converted, pictures, run, words, code, said):
     assert (done.returncode, said in done.stderr) == (code, True), done.stderr
 
 
-def test_a_model_of_text_makes_no_pictures(checkpoint, run):
-    done = run("sample", checkpoint(), "-o", "p.npy", ok=False)
+def test_a_model_of_text_makes_no_pictures(checkpoint, text, run):
+    model = checkpoint()
+    done = run("sample", model, "-o", "p.npy", ok=False)
     assert "is a model of text" in error_of(done)
+    done = run("calibrate", model, "--text", text, "--guidance", "class", ok=False)
+    assert "--guidance is for models of pictures" in done.stderr
 
 
 @pytest.mark.parametrize(

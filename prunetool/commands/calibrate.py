@@ -98,8 +98,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
 @click.option(
     "--guidance",
     type=click.Choice(["both", "class"]),
-    default="both",
-    show_default=True,
+    show_default="both",
     help="For models of pictures. both: use each picture twice in a row, with its class and with "
     "the null class, as classifier-free guidance does; each counts as a sample. class: once.",
 )
@@ -147,7 +146,7 @@ def calibrate(
     attention_samples: int,
     attention_length: int | None,
     stats_dtype: str,
-    guidance: str,
+    guidance: str | None,
     dtype: str,
     batch: int | None,
     device: str,
@@ -193,6 +192,9 @@ def calibrate(
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         opened = open_model(model, revision)
         dtype = opened.product_dtype(dtype)
+        if guidance and not opened.config.classes:
+            raise click.UsageError("--guidance is for models of pictures")
+        guidance = guidance or "both"
         if opened.config.classes:
             if guidance == "both":
                 _check_pairs(samples, asked[0], attention_samples)

@@ -214,10 +214,10 @@ import os, sys
 from prunetool import cli
 from prunetool.steps import export
 
-def stopping(model, work, record, make=export.pruned_layer):
+def stopping(model, work, record, make=export.pruned_layer, **more):
     if record.index == int(sys.argv[1]):
         os._exit(9)
-    return make(model, work, record)
+    return make(model, work, record, **more)
 
 export.pruned_layer = stopping
 cli.group.main(sys.argv[2:], standalone_mode=False)
