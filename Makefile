@@ -86,6 +86,7 @@ examples: $(VENV)/.base $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT
 # The papers' tables and figures, in $(PAPER): hours or days, and it goes on where it was.
 # make paper MODEL=… TEXT=train.txt HELD_OUT=test.txt OTHER=news.txt ROWS='--seed 0 --sparsity 0.2'
 paper: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT) $(HELD_OUT)
+	$(BIN)/pip install --quiet --editable '.[test,dev,plots]'
 	PATH=$(abspath $(BIN)):$$PATH examples/paper.sh $(MODEL) $(TEXT) $(HELD_OUT) $(OTHER) $(PAPER) $(ROWS)
 
 bench: $(VENV)/.test $(MODEL)/model.safetensors.index.json $(TEXT)

@@ -2,7 +2,7 @@
 # The papers' experiments on a model: paper.sh MODEL CALIBRATION TEST OTHER DIRECTORY [ROWS…]
 #
 # Tables (CSV, Markdown) and plots (SVG, PNG) in DIRECTORY: examples/papers.md says which is which
-# table or figure. ROWS limit those of quality.py: --seed 0 --sparsity 0.2. All of it takes days on
+# table or figure. Needs prunetool[plots], transformers and torch. ROWS limit those of quality.py: --seed 0 --sparsity 0.2. All of it takes days on
 # two cores; what is there is not made again.
 set -eu
 here=$(dirname "$0")

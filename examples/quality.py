@@ -144,6 +144,7 @@ COLUMNS = [
     "setting", "seed", "sparsity", "test", "other", "predicted", "seconds", "peak MB",
     "test by 128",
 ]  # fmt: skip
+SECONDS, PEAK = COLUMNS.index("seconds"), COLUMNS.index("peak MB")
 SHORT = ("--samples", 128, "--sequence-length", 128)
 # Of the lines of a plot, in turn.
 COLOURS = ("#3070b0", "#c05020", "#308050", "#8040a0", "#a08020", "#c03070", "#208090", "#707070")
@@ -259,24 +260,23 @@ def of_seeds(rows: Csv, setting: str, sparsity: str) -> list[list[str]]:
 
 def print_table(rows: Csv, table: str) -> None:
     sparsities = [s for s in TENTHS if any(of_seeds(rows, name, s) for name in TABLES[table])]
-    took = {name: costs_of(rows, name, sparsities) for name in TABLES[table]}
-    columns = [f"{float(sparsity):.0%}" for sparsity in sparsities]
-    columns += ["seconds", "MB"] if any(took.values()) else []
+    every = [row for name in TABLES[table] for s in sparsities for row in of_seeds(rows, name, s)]
+    costs = [n for n in (SECONDS, PEAK) if any(row[n : n + 1] > [""] for row in every)]
+    columns = [f"{float(sparsity):.0%}" for sparsity in sparsities] + [COLUMNS[n] for n in costs]
     print(f"| | {' | '.join(columns)} |")
     print(f"|---|{'---:|' * len(columns)}")
-    for setting, costs in took.items():
-        every = [of_seeds(rows, setting, sparsity) for sparsity in sparsities]
-        cells = [f"{spread(of, 3)} ({spread(of, 4)})" if of else "–" for of in every]
+    for setting in TABLES[table]:
+        by = [of_seeds(rows, setting, sparsity) for sparsity in sparsities]
+        cells = [f"{spread(of, 3)} ({spread(of, 4)})" if of else "–" for of in by]
         if set(cells) != {"–"}:
-            cells += costs or ["–"] * (len(columns) - len(cells))
+            cells += [most([row for of in by for row in of], n) for n in costs]
             print(f"| {setting} | {' | '.join(cells)} |")
 
 
-def costs_of(rows: Csv, setting: str, sparsities: Sequence[str]) -> list[str]:
-    """The most seconds and memory of a setting's rows; nothing if none was timed."""
-    every = [row for sparsity in sparsities for row in of_seeds(rows, setting, sparsity)]
-    found = [[float(row[n]) for row in every if row[n:] and row[n]] for n in (6, 7)]
-    return [f"{max(of):.0f}" if of else "–" for of in found] if any(found) else []
+def most(rows: list[list[str]], column: int) -> str:
+    """The largest value of a column that not all rows have."""
+    known = [float(row[column]) for row in rows if row[column : column + 1] > [""]]
+    return f"{max(known):.0f}" if known else "–"
 
 
 def plot(rows: Csv, table: str) -> str:
