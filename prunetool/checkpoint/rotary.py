@@ -8,7 +8,7 @@ import numpy as np
 
 
 def half_split(array: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k, or their bias, with rotary pairs side by side, as Hugging Face has them."""
+    """Rows of q or k, or their bias, whose rotary pairs become halves, as in Hugging Face."""
     pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
 

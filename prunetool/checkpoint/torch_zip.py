@@ -287,7 +287,3 @@ class TorchFile:
             what = f"{shown(name)} cannot be read ({error or type(error).__name__})"
             raise CheckpointError(self.path, what, DOWNLOAD) from error
         return np.frombuffer(data, dtype).reshape(tensor.shape)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._archive.close()

@@ -101,6 +101,8 @@ def evaluate(
     with console.summary("evaluate") as said, ExitStack() as stack:
         devices.start(device)
         opened = open_model(model, revision)
+        if cfg_scale is not None and not opened.config.classes:
+            raise click.UsageError("--cfg-scale is for models of pictures")
         tokens, bos_id = read_text(opened, text, samples)
         used = used_before(opened, tokens, text.where, allowed=allow_calibrated)
         asked = Choices.read(choices, opened, text.bos) if choices else None
@@ -119,8 +121,6 @@ def evaluate(
         if dense is None:
             loss, compared = mean_loss(opened, tokens, dtype, work, overwrite=overwrite), {}
         else:
-            if cfg_scale is not None and not opened.config.classes:
-                raise click.UsageError("--cfg-scale is for models of pictures")
             comparison = compare(opened, dense, tokens, dtype, cfg_scale)
             loss, compared = comparison.loss, {"against": comparison.as_json(str(against))}
         if asked:

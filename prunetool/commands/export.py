@@ -75,14 +75,12 @@ def _say_next(out: Path, work: Path, form: str) -> None:
     if pictures:
         load = f"see README.md in {name}"
         measure = f"prunetool evaluate {name} --tokens OTHER.npy --against MODEL"
-    suggested = {
+    for what, how in {
         "Load it": load,
         "Measure it": measure,
         "See what was kept": f"prunetool report {name}",
-        "Take it to llama.cpp": "" if pictures else f"prunetool convert {name} {name}.gguf",
+        **({} if pictures else {"Take it to llama.cpp": f"prunetool convert {name} {name}.gguf"}),
         "Put it on the Hub": f"prunetool upload {name} OWNER/NAME",
         clean: f"prunetool clean {name}",
-    }
-    for what, how in suggested.items():
-        if how:
-            console.log.info("%s: %s", what, how)
+    }.items():
+        console.log.info("%s: %s", what, how)
