@@ -3,8 +3,8 @@
     python examples/quality.py MODEL CALIBRATION_TEXT TEST_TEXT OTHER_TEXT examples/quality.csv
 
 Calibrates on 64 x 1024 tokens at random places of the text (and 8 x 1024 held out) for each seed,
-and measures on the first 8 x 2048 tokens of TEST_TEXT, of the same kind, and of OTHER_TEXT, of
-another kind; all in float32, which is faster on CPUs without instructions for bfloat16. A row is
+and measures on the first 8 x 2048 tokens (--windows 8x2048) of TEST_TEXT, of the same kind, and of
+OTHER_TEXT, of another kind; all in float32, which is faster on CPUs without instructions for bfloat16. A row is
 added to the CSV as it is done, and a row that is there is not made again; --jobs makes several
 rows at a time. Seconds and peak memory are those of the steps between calibrate and export, of
 the run that made them. With --table NAME it prints one of the tables as Markdown: means over the
@@ -31,7 +31,6 @@ from prunetool.steps.report import COSTS
 
 SEEDS = ("0", "1", "2")
 SAMPLES, HELD_OUT, LENGTH = 72, 8, 1024
-MEASURED = ("--samples", 8)
 OWN = "self"  # --text of calibrate: the model's own
 OTHER = Path("demo/topics.calibrate.txt")  # of OTHER_TEXT's kind, from `make demo`
 
@@ -216,7 +215,9 @@ class Rows:
         self.write([*row, *cells])
 
     def measured(self, model: Path) -> list[str]:
-        return [perplexity(model, text, MEASURED) for text in (self.given.test, self.given.other)]
+        given = self.given
+        windows = ("--samples", given.windows[0], "--sequence-length", given.windows[1])
+        return [perplexity(model, text, windows) for text in (given.test, given.other)]
 
     def write(self, row: list[str]) -> None:
         with self.lock:
@@ -309,6 +310,11 @@ def print_prediction(rows: Csv) -> None:
     )
 
 
+def windows(word: str) -> tuple[int, int]:
+    count, length = map(int, word.split("x"))
+    return count, length
+
+
 def spread(rows: list[list[str]], column: int) -> str:
     """The mean, ± half the range where there are several."""
     values = [float(row[column]) for row in rows]
@@ -326,6 +332,9 @@ def main() -> None:
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these")
     parser.add_argument("--sparsity", action="append", choices=TENTHS, help="only these")
     parser.add_argument("--seed", action="append", choices=SEEDS, help="only these")
+    parser.add_argument(
+        "--windows", type=windows, default=(8, 2048), metavar="NxTOKENS", help="to measure on"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     given = parser.parse_args()
     if not given.table:

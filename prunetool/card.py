@@ -11,8 +11,9 @@ from prunetool import __version__
 from prunetool.checkpoint.hub import HUB_ID, hub_id
 from prunetool.checkpoint.source import front_matter
 from prunetool.errors import plain, shown
-from prunetool.llama.config import PICTURES, PRUNED, LayerShape
+from prunetool.llama.config import PICTURES, PRUNED, LlamaConfig
 from prunetool.llama.forms import LOADERS
+from prunetool.llama.weights import layer_parameters
 from prunetool.model import Model
 from prunetool.records import Header
 
@@ -29,11 +30,10 @@ def model_card(
     header: Header,
     dense: Model,
     form: str,
-    shapes: Sequence[LayerShape],
+    pruned: LlamaConfig,
     parameters: int,
     densities: Sequence[dict[str, tuple[int, int]]],
     *,
-    hidden_size: int | None = None,
     recovered: bool = False,
 ) -> str:
     """README.md for the Hub: front matter, sizes, how to load, and how it was made.
@@ -44,17 +44,15 @@ def model_card(
       header: of the records that were exported.
       dense: the original checkpoint.
       form: what config.json calls it, or ``dense``.
-      shapes: what each layer keeps.
+      pruned: config of the result, with what each layer keeps.
       parameters: stored in the result.
       densities: nonzero and all weights of each layer's matrices; none if no weights were
         masked.
-      hidden_size: of the result; None: as before.
       recovered: recover changed the weights.
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
-    D = dense.config.hidden_size
-    k = hidden_size or D
-    after = [dense.layer_parameters(shape) * k // D for shape in shapes]
+    D, k = dense.config.hidden_size, pruned.hidden_size
+    after = [layer_parameters(pruned, shape) for shape in pruned.layer_shapes]
     source = hub_id(Path(header.model)) or Path(header.source).name
     if source in ("", ".."):  # the path has no name, such as .
         source = Path(header.model).name
@@ -73,11 +71,13 @@ def model_card(
         f"| parameters stored | {dense.parameters():,} | {parameters:,} "
         f"({_change(dense.parameters(), parameters)}) |",
         *([f"| hidden size | {D} | {k} |"] if k < D else []), "",
-        *(_how_to_load_pictures() if dense.config.classes else _how_to_load(form)), "",
+        *(_how_to_load_pictures() if dense.config.classes else _how_to_load(form, pruned)), "",
         "## What each layer keeps", "",
         "| layer | query heads | KV heads | MLP channels |", "|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for layer, (old, new) in enumerate(zip(dense.config.layer_shapes, shapes, strict=True)):
+    for layer, (old, new) in enumerate(
+        zip(dense.config.layer_shapes, pruned.layer_shapes, strict=True)
+    ):
         cells = (
             f"{getattr(new, k)} / {getattr(old, k)}" for k in ("heads", "kv_heads", "channels")
         )
@@ -244,7 +244,7 @@ def _how_to_load_pictures() -> list[str]:
     ]
 
 
-def _how_to_load(form: str) -> list[str]:
+def _how_to_load(form: str, pruned: LlamaConfig) -> list[str]:
     known = form != PRUNED
     more = "" if known else ", trust_remote_code=True"
     code = [
@@ -259,5 +259,5 @@ def _how_to_load(form: str) -> list[str]:
         note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
         return [f"{note}Loads like the base model:", "", *code]
     files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADERS[PRUNED].items())
-    said = f"Layers differ in size, so a loader is included: {files}. Read it, then:"
-    return [said, "", *code]
+    why = "Each norm reads a basis of its own" if pruned.shortcuts else "Layers differ in size"
+    return [f"{why}, so a loader is included: {files}. Read it, then:", "", *code]

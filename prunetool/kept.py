@@ -15,7 +15,7 @@ from prunetool import records, workdir
 from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.parts import MATRICES, PARTS
-from prunetool.llama.weights import Layer, part_shapes, select, unit_axes, with_biases
+from prunetool.llama.weights import Bases, Layer, part_shapes, select, unit_axes, with_biases
 from prunetool.methods import UNIT_TARGETS
 from prunetool.model import Model
 
@@ -72,7 +72,7 @@ def extents(
 ) -> dict[str, Extent]:
     """The extent of each of the seven matrices, from the kept units (`kept_units`)."""
     axes = {
-        "hidden": np.ones(config.hidden_size, bool),
+        **dict.fromkeys(("hidden", "output"), np.ones(config.hidden_size, bool)),
         **unit_axes(kept[GROUPS], kept[CHANNELS], shape, config.head_dim),
     }
     return {part: Extent(*(axes[axis] for axis in PARTS[part].axes)) for part in MATRICES}
@@ -157,12 +157,30 @@ def pruned_layer(
     return layer
 
 
-def basis_of(work: Path, record: records.LayerRecord, size: int) -> np.ndarray | None:
-    """The basis of the residual stream that is kept, (D, k), float32; None if all of it is."""
+def cut_config(config: LlamaConfig, record: records.LayerRecord) -> LlamaConfig:
+    """The config of a model, with the hidden size that a layer's basis leaves it if it has one."""
     if "basis" not in record.files:
-        return None
-    shape = size, int(record.values["hidden"]["kept"])
-    return _array(work, record.files["basis"], "basis", np.float32, shape)
+        return config
+    cut = config.with_hidden_size if record.has_shared_basis else config.with_bases
+    return cut(int(record.values["hidden"]["kept"]))
+
+
+def bases_of(work: Path, made: Sequence[records.LayerRecord], layer: int) -> Bases:
+    """The bases of the residual stream around a layer, float32, of records with ``basis``.
+
+    Raises:
+      RecordError: if a file is missing, damaged, or of another size.
+    """
+
+    def read(layer: int, name: str) -> np.ndarray:
+        said = made[layer].values["hidden"]
+        shape = int(said["of"]), int(said["kept"])
+        return _array(work, made[layer].files["basis"], name, np.float32, shape)
+
+    if made[layer].has_shared_basis:
+        return Bases(*[read(layer, "basis")] * 3)
+    behind = read(layer + 1, "attention") if layer + 1 < len(made) else None
+    return Bases(read(layer, "attention"), read(layer, "mlp"), behind)
 
 
 def pruned_norm(model: Model, work: Path, made: Sequence[records.LayerRecord]) -> np.ndarray:

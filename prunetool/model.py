@@ -16,8 +16,15 @@ from prunetool.checkpoint.source import fetch_weights, locate
 from prunetool.checkpoint.writer import write_json
 from prunetool.errors import CheckpointError, shown
 from prunetool.llama.config import LayerShape, LlamaConfig, parse_config
-from prunetool.llama.parts import CLASS_EMBEDDING, EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES
-from prunetool.llama.weights import Layer, part_shapes, scatter, tensor_name, tensor_shapes
+from prunetool.llama.parts import CLASS_EMBEDDING, EMBEDDING, FINAL_NORM, LM_HEAD
+from prunetool.llama.weights import (
+    Layer,
+    layer_parameters,
+    part_shapes,
+    scatter,
+    tensor_name,
+    tensor_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,8 @@ class Model:
         return self.read(EMBEDDING if self.config.tied else LM_HEAD)
 
     def layer_parameters(self, shape: LayerShape) -> int:
-        """Parameters of the seven matrices of a layer of this shape."""
-        shapes = part_shapes(self.config, shape)
-        return sum(int(np.prod(shapes[matrix])) for matrix in MATRICES)
+        """Parameters of the matrices of a layer of this shape."""
+        return layer_parameters(self.config, shape)
 
     def parameters(self) -> int:
         """Number of all stored parameters."""

@@ -9,7 +9,7 @@ from prunetool.llama.weights import input_sizes, part_shapes
 from prunetool.model import Model
 from prunetool.pruning.compensation import CHOICE_OUTPUTS
 from prunetool.pruning.unstructured import BINS
-from prunetool.stats import MODEL, array_shapes, gradient_shapes
+from prunetool.stats import EVERY, MODEL, SITES, array_shapes, gradient_shapes
 
 FILE_BYTES = 4096  # of names, shapes and checksums in a file of a layer
 # Resident memory of the program before it reads anything: with JAX in use, and without.
@@ -32,7 +32,7 @@ def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtyp
         array_shapes(model.config, shape, stats).values() for shape in model.config.layer_shapes
     )
     values = sum(math.prod(shape) for file in files for shape in file)
-    if stats == "all":
+    if stats in EVERY:
         values += model.config.hidden_size * (model.config.hidden_size + 1)  # of the last stream
     kept_inputs = attention[0] * attention[1] * model.config.hidden_size * 4
     per_layer = FILE_BYTES + kept_inputs
@@ -91,9 +91,10 @@ def masks_bytes(model: Model, parts: tuple[str, ...], *, by_loss: bool) -> int:
     return total
 
 
-def basis_bytes(model: Model) -> int:
-    """Bytes of the basis of the hidden dimensions."""
-    return 4 * model.config.hidden_size**2 + 16 * model.layers + FILE_BYTES
+def basis_bytes(model: Model, basis: str) -> int:
+    """Upper bound on the bytes of the bases of the hidden dimensions, ``shared`` or ``layer``."""
+    count = 1 if basis == "shared" else 2 * model.layers
+    return count * (4 * model.config.hidden_size**2 + FILE_BYTES) + 16 * model.layers
 
 
 def refit_bytes(model: Model, layers: int, kept: float = 1.0) -> int:
@@ -155,7 +156,8 @@ def calibrate(
     D, T = model.config.hidden_size, batch * length
     widest = model.config.widest
     squares = sum(size**2 for size in input_sizes(model.config, widest).values())
-    squares = squares * (2 if stats == "token" else 1) + (2 * D**2 if stats == "all" else 0)
+    of_stream = sum(not site.of_units and site.is_kept(stats) for site in SITES.values())
+    squares = squares * (2 if stats == "token" else 1) + of_stream * D**2
     # Three copies of the weights (read, in use, on the device), sums in float64 and packed; per
     # token, gate and up in tiles and joined, and their product, in float32 and rounded.
     memory = WITH_JAX + 3 * layer_bytes(model) + squares * 4
@@ -166,7 +168,7 @@ def calibrate(
         products += 2 * tokens * model.layer_parameters(shape)
         products += 2 * tokens * length * shape.heads * model.config.head_dim  # causal
         products += tokens * sum(size * (size + 1) for size in features)
-        products += tokens * 2 * D * (D + 1) if stats == "all" else 0
+        products += tokens * of_stream * D * (D + 1)
     disk = hidden_bytes(model, samples, length) + stats_bytes(model, stats, (0, 0), stats_dtype)
     if gradients:
         back = backward(model, gradients, length, batch, stats, stats_dtype)

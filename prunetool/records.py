@@ -34,7 +34,7 @@ HASH = 12 * "[0-9a-f]"
 FILES = {
     "stats|held_out|attention|gradients": r"stats/layer-{layer:05d}\.{kind}\.safetensors",
     rf"kept\.(heads|channels)|mask\.{MATRIX}": rf"score-{HASH}/layer-{{layer:05d}}\.safetensors",
-    "basis": rf"score-{HASH}/basis\.safetensors",
+    "basis": rf"score-{HASH}/(basis|layer-{{layer:05d}}\.basis)\.safetensors",
     "refit": rf"compensate-{HASH}/layer-{{layer:05d}}\.safetensors",
     "recover": rf"recover-{HASH}/layer-{{layer:05d}}\.safetensors",
 }
@@ -97,6 +97,11 @@ class LayerRecord:
     def adding(self, files: dict[str, str], values: dict[str, Any]) -> "LayerRecord":
         """The record with more files and values; new ones replace old ones."""
         return LayerRecord(self.index, {**self.files, **files}, {**self.values, **values})
+
+    @property
+    def has_shared_basis(self) -> bool:
+        """Whether its basis of the residual stream is that of all layers."""
+        return self.files.get("basis", "").endswith("/basis.safetensors")
 
 
 def write(sink: IO[str], header: Header, layers: Iterable[LayerRecord], copy: IO[str]) -> None:

@@ -25,6 +25,8 @@ from prunetool.llama.parts import MATRICES, PARTS, UNIT_MATRICES
 from prunetool.llama.weights import axis_sizes
 from prunetool.pruning import gram
 
+EVERY = ("all", "residual")  # the ``--stats`` that sum the inputs of all matrices
+
 
 class Site(NamedTuple):
     """An input of a layer that is summed, named after its field of `forward.Taps`.
@@ -32,8 +34,8 @@ class Site(NamedTuple):
     Attributes:
       matrices: the matrices that take this input.
       joins: field of `forward.Taps` with the residual stream that their output joins.
-      of_units: its features are produced by units, so scores and refits need it. Others are summed
-        only for ``--stats all``.
+      of_units: its features are produced by units, so scores and refits need it.
+      only: the ``--stats`` that sum it, if not of units.
       blocks: keep the token-weighted diagonal blocks of KV groups.
       diagonal: keep the token-weighted diagonal.
     """
@@ -43,11 +45,16 @@ class Site(NamedTuple):
     of_units: bool = False
     blocks: bool = False
     diagonal: bool = False
+    only: tuple[str, ...] = EVERY
 
     @property
     def axis(self) -> str:
         """The axis of `axis_sizes` that its features are on."""
-        return PARTS[self.matrices[0]].axes[1]
+        return PARTS[self.matrices[0]].axes[1] if self.matrices else "hidden"
+
+    def is_kept(self, kept: str | None) -> bool:
+        """Whether ``--stats`` of this value sum it; None: any."""
+        return self.of_units or kept is None or kept in self.only
 
 
 SITES = {
@@ -55,6 +62,9 @@ SITES = {
     "down": Site(("down",), "before_mlp", of_units=True, diagonal=True),
     "attention": Site(("q", "k", "v"), "before_attention"),
     "mlp": Site(("gate", "up"), "before_mlp"),
+    # The residual stream itself.
+    "before_attention": Site((), "before_attention", only=("residual",)),
+    "before_mlp": Site((), "before_mlp", only=("residual",)),
 }
 # Where the inputs of each matrix are summed.
 GIVEN = {matrix: name for name, site in SITES.items() for matrix in site.matrices}
@@ -64,7 +74,7 @@ def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> dict[str, gram.Sum
     """Empty sums at every site.
 
     Args:
-      kept: ``--stats``: ``structural``, ``token`` or ``all``.
+      kept: ``--stats``: ``structural``, ``token``, ``all`` or ``residual``.
       sizes: `axis_sizes`, padded or not.
       head_dim: d.
     """
@@ -76,7 +86,7 @@ def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> dict[str, gram.Sum
             full=site.of_units and kept == "token",
         )
         for name, site in SITES.items()
-        if site.of_units or kept == "all"
+        if site.is_kept(kept)
     }
 
 
@@ -125,7 +135,7 @@ def array_shapes(
     sizes, groups = axis_sizes(config, shape), shape.kv_heads
     found: dict[str, tuple[int, ...]] = {"tokens": (1,)}
     for name, site in SITES.items():
-        if not site.of_units and kept not in ("all", None):
+        if not site.is_kept(kept):
             continue
         size = sizes[site.axis]
         triangle = (size * (size + 1) // 2,)
@@ -166,7 +176,7 @@ def gradient_zeros(kept: str, sizes: dict[str, int], labels: str) -> dict[str, A
     sums: dict[str, Any] = {
         f"{matrix}.gram": gram.zero_tiles(sizes["hidden"]) for matrix in UNIT_MATRICES
     }
-    if kept == "all":
+    if kept in EVERY:
         for matrix in MATRICES:
             sums[f"{matrix}.square"] = jnp.zeros(sizes[PARTS[matrix].axes[0]], jnp.float64)
     return sums
@@ -266,7 +276,7 @@ def gradient_shapes(
             found |= {f"{matrix}.{name}": (size,) for name in WEIGHT_SUMS}
         return found
     found |= {f"{matrix}.gram": (D * (D + 1) // 2,) for matrix in UNIT_MATRICES}
-    if kept in ("all", None):
+    if kept in (*EVERY, None):
         found |= {f"{matrix}.square": (sizes[PARTS[matrix].axes[0]],) for matrix in MATRICES}
     return found
 

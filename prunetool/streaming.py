@@ -60,9 +60,9 @@ class HiddenStates:
         self._durable = durable
         self._first = 0
 
-    def at(self, path: Path) -> "HiddenStates":
-        """Another file with the same sizes."""
-        sizes = self.hidden_size, self.samples, self.length
+    def at(self, path: Path, hidden_size: int | None = None) -> "HiddenStates":
+        """Another file with the same sizes, but for D if given."""
+        sizes = hidden_size or self.hidden_size, self.samples, self.length
         return HiddenStates(path, *sizes, self.dtype.name, durable=self._durable)
 
     def behind(self, first: int) -> "HiddenStates":

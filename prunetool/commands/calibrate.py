@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prunetool import console, options
+from prunetool.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,12 +66,13 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
 )
 @click.option(
     "--stats",
-    type=click.Choice(["structural", "token", "all"]),
+    type=click.Choice(["structural", "token", "all", "residual"]),
     default="structural",
     show_default=True,
     help="structural: sums over the inputs of o_proj and down_proj. token: also "
     "their full token-weighted Gram matrices. all: also the inputs of q, k, v and of gate, up, and "
-    "the squares of the gradients at the outputs of all seven matrices.",
+    "the squares of the gradients at the outputs of all seven matrices. residual: also the "
+    "residual stream before each norm, for score --basis layer.",
 )
 @click.option(
     "--attention-samples",
@@ -191,6 +193,10 @@ def calibrate(
         team = devices.start(device, coordinator, processes, process_id)
         work = (work or Path(f"{Path(model).resolve().name}.prunetool")).absolute()
         opened = open_model(model, revision)
+        if opened.config.shortcuts:
+            raise ConfigError(
+                model, "its norms read a basis each", "prune the model that it was made from"
+            )
         dtype = opened.product_dtype(dtype)
         if guidance and not opened.config.classes:
             raise click.UsageError("--guidance is for models of pictures")

@@ -31,6 +31,7 @@ OF_TAYLOR = ("taylor", "reduce")
 OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations", *OF_TAYLOR)
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
 PLACE = "{sparsity}"  # in the name of an output, for each of several
+OF_HIDDEN = ("method", "multiple_of", "basis")
 OTHER_SIZE = 8  # --multiple-of of hidden dimensions
 SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
 
@@ -64,6 +65,15 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     "q, k, v, o, gate, up, down (qk: the first two; weights: all); or hidden: directions of the "
     "residual stream, in one basis for the whole model, so that OUT has fewer of them; it is a "
     "stock model, unless it has biases and its number of heads does not divide them.",
+)
+@click.option(
+    "--basis",
+    type=click.Choice(["shared", "layer"]),
+    default="shared",
+    show_default=True,
+    help="Of --target hidden. shared: one basis for the whole model. layer: one for each norm, and "
+    "a matrix from each to the next, as SliceGPT, from calibrate --stats residual; OUT needs its "
+    "loader. --sparsity is then of all parameters of the layers, these matrices included.",
 )
 @click.option(
     "--allocation",
@@ -249,7 +259,8 @@ def score(
             if targets[0] in UNIT_TARGETS:
                 job, need = Scoring(run, targets, own), plan.units_bytes(run.model)
             elif targets == HIDDEN_TARGETS:
-                job, need = Slicing(run, targets, own), plan.basis_bytes(run.model)
+                need = plan.basis_bytes(run.model, own["basis"])
+                job = Slicing(run, targets, own)
             else:
                 by_loss = own["allocation"] == "loss"
                 need = plan.masks_bytes(run.model, targets, by_loss=by_loss)
@@ -330,10 +341,13 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
       click.UsageError: if an option was given that does not matter.
     """
     if targets == HIDDEN_TARGETS:
-        if wrong := [key for key in how if _given(key) and key not in ("method", "multiple_of")]:
+        if wrong := [key for key in how if _given(key) and key not in OF_HIDDEN]:
             raise click.UsageError(f"{_flag(wrong[0])} is not for --target hidden")
         multiple = how["multiple_of"] if _given("multiple_of") else OTHER_SIZE
-        return {"method": how["method"], "multiple_of": multiple}
+        return {"method": how["method"], "multiple_of": multiple, "basis": how["basis"]}
+    if _given("basis"):
+        raise click.UsageError("--basis goes with --target hidden")
+    how.pop("basis")
     units = targets[0] in UNIT_TARGETS
     for key in OF_WEIGHTS if units else OF_UNITS:
         if _given(key):

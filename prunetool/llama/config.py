@@ -175,11 +175,15 @@ PLAIN_ROPE_VALUES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a decoder layer: query heads, KV heads (one per KV group), MLP channels."""
+    """Sizes of a decoder layer: query heads, KV heads (one per KV group), MLP channels.
+
+    ``output`` is the size of the residual stream behind it, if that is not the model's.
+    """
 
     heads: int
     kv_heads: int
     channels: int
+    output: int | None = None
 
     @property
     def group_size(self) -> int:
@@ -188,7 +192,7 @@ class LayerShape:
 
     def keeping(self, groups: int, channels: int) -> "LayerShape":
         """The shape with this many KV groups and channels."""
-        return LayerShape(groups * self.group_size, groups, channels)
+        return LayerShape(groups * self.group_size, groups, channels, self.output)
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,8 @@ class LlamaConfig:
       classes: of a model of pictures, the rows of its class embedding: the classes, and last the
         null class of classifier-free guidance. Class c has the id ``vocab_size`` + c and begins a
         sequence; the codes follow. 0 for a model of text.
+      shortcuts: the residual stream has a basis of its own before each norm, and a matrix between
+        any two (`pruning.basis`); the last layer's output has the size of the dense model's.
     """
 
     vocab_size: int
@@ -231,6 +237,16 @@ class LlamaConfig:
     window: int | None
     raw: Mapping[str, Any]
     classes: int = 0
+    shortcuts: bool = False
+
+    @property
+    def final_eps(self) -> float:
+        """ε of the final norm, whose input may have another size than the other norms'."""
+        return self.rms_norm_eps * self.hidden_size / self.size_behind(self.layers - 1)
+
+    def size_behind(self, layer: int) -> int:
+        """The size of the residual stream behind a layer."""
+        return self.layer_shapes[layer].output or self.hidden_size
 
     @property
     def ids(self) -> int:
@@ -272,6 +288,12 @@ class LlamaConfig:
         eps = self.rms_norm_eps * self.hidden_size / size
         return replace(self, hidden_size=size, rms_norm_eps=eps, tied=False)
 
+    def with_bases(self, size: int) -> "LlamaConfig":
+        """The model with a basis of its own for each norm's input, cut to ``size`` directions."""
+        cut, (*before, last) = self.with_hidden_size(size), self.layer_shapes
+        shapes = (*before, replace(last, output=self.hidden_size))
+        return replace(cut, layer_shapes=shapes, shortcuts=True)
+
     def identity(self) -> dict[str, Any]:
         """Everything that changes the result, as JSON values; equal for equal models.
 
@@ -279,10 +301,14 @@ class LlamaConfig:
         """
         values = asdict(replace(self, raw={}))
         del values["raw"]
-        for key in ("qkv_bias", "qk_norm", "classes"):  # stated only for models that have them
+        # Stated only for models that have them.
+        for key in ("qkv_bias", "qk_norm", "classes", "shortcuts"):
             if not values[key]:
                 del values[key]
-        values["layer_shapes"] = [list(shape.values()) for shape in values["layer_shapes"]]
+        values["layer_shapes"] = [
+            [size for size in shape.values() if size is not None]
+            for shape in values["layer_shapes"]
+        ]
         return values
 
 
@@ -331,11 +357,15 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
             f"{head_dim}",
             f"{GRID_ROPE} is for {PICTURES}, which has no other and head_dim a multiple of 4",
         )
+    shapes, sliced = _parse_shapes(raw, given, where), None
+    if raw["model_type"] == PRUNED:
+        sliced = _read(raw, "sliced_from", OPTIONAL_COUNT, where)
+        shapes = (*shapes[:-1], replace(shapes[-1], output=sliced))
     return LlamaConfig(
         vocab_size=given["vocab_size"],
         hidden_size=hidden_size,
         head_dim=head_dim,
-        layer_shapes=_parse_shapes(raw, given, where),
+        layer_shapes=shapes,
         rms_norm_eps=given["rms_norm_eps"],
         rope=rope,
         tied=given["tie_word_embeddings"],
@@ -347,6 +377,7 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
         window=window,
         raw=raw,
         classes=classes,
+        shortcuts=sliced is not None,
     )
 
 

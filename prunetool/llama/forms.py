@@ -6,9 +6,11 @@
 | equal, otherwise, no biases | ``mistral`` with the window, or none | the same; it does not check |
 | equal, of Qwen2 or Qwen3 | ``qwen2``, ``qwen3`` | the same; MLX-LM's qwen2 knows no head_dim |
 | unequal | ``pruned_llama`` with its own loader files | transformers, vLLM, MLX-LM |
+| a basis of the stream before each norm | ``pruned_llama`` | transformers |
 | a model of pictures | ``llamagen`` with its own loader file | LlamaGen |
 """
 
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -50,7 +52,7 @@ DROPPED = (
     "_name_or_path", "name_or_path", "speculators_config",
     # These are written anew, or in one place only.
     "per_layer_config", "rope_parameters", "original_max_position_embeddings", "sliding_window",
-    "use_sliding_window", "max_window_layers", "family",
+    "use_sliding_window", "max_window_layers", "family", "sliced_from",
     # These say that all layers are of one kind; they make transformers take mistral for ministral.
     "layer_types", "mlp_layer_types",
 )  # fmt: skip
@@ -66,7 +68,7 @@ def choose_form(config: LlamaConfig) -> str:
     """The form for these layer shapes: one of `FAMILIES`, or ``pruned_llama``."""
     if config.classes:
         return PICTURES
-    if len(set(config.layer_shapes)) > 1:
+    if len(set(config.layer_shapes)) > 1 or config.shortcuts:
         return PRUNED
     divides = config.hidden_size % config.layer_shapes[0].heads == 0  # or Llama's class refuses it
     return next((name for name in families(config) if name != "llama" or divides), PRUNED)
@@ -87,7 +89,7 @@ def families(config: LlamaConfig) -> list[str]:
 def normalised(shape: LayerShape) -> LayerShape:
     """The shape to which a layer of an unequal model is zero-padded (exact, and loadable)."""
     channels = max(-(-shape.channels // WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
-    return LayerShape(shape.heads, shape.kv_heads, channels)
+    return replace(shape, channels=channels)
 
 
 def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
@@ -144,6 +146,8 @@ def _pruned_keys(config: LlamaConfig) -> dict[str, Any]:
         raw["family"] = family
     if config.window is not None:
         raw["sliding_window"] = config.window
+    if config.shortcuts:
+        raw["sliced_from"] = config.size_behind(config.layers - 1)
     raw["auto_map"] = AUTO_MAP
     raw["model_file"] = "mlx_pruned_llama.py"
     return raw | _per_layer(config)

@@ -200,6 +200,11 @@ def linear(W: jax.Array, b: jax.Array | None, x: jax.Array) -> jax.Array:
     return out + (b if b.ndim == out.ndim else b[:, None, None])
 
 
+def shortcut(S: jax.Array | None, h: jax.Array) -> jax.Array:
+    """The residual stream h in the basis that a layer's next output is in; h itself without S."""
+    return h if S is None else product(S, h)
+
+
 def rms_norm(h: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
     """H / sqrt(mean(h²) + ε) ∘ w over the features; statistics in float32."""
     scale = lax.rsqrt(jnp.mean(h * h, axis=0, keepdims=True) + jnp.float32(eps))
@@ -333,12 +338,12 @@ def after_attention(
     h: jax.Array, x: jax.Array, a: jax.Array, w: Layer, *, eps: float
 ) -> tuple[jax.Array, Taps]:
     """The rest of a layer, from its input h, the normalised x and the heads' outputs a."""
-    after = h + linear(w.o, w.o_bias, a)
+    after = shortcut(w.o_shortcut, h) + linear(w.o, w.o_bias, a)
 
     y = rms_norm(after, w.post_norm, eps, w.q.dtype)
     gate, up = linear(w.gate, w.gate_bias, y), linear(w.up, w.up_bias, y)
     z = (jax.nn.silu(gate) * up).astype(w.q.dtype)
-    out = after + linear(w.down, w.down_bias, z)
+    out = shortcut(w.down_shortcut, after) + linear(w.down, w.down_bias, z)
     return out, Taps(x, a, y, z, h, after)
 
 

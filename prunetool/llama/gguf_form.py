@@ -46,6 +46,9 @@ def choose(config: LlamaConfig) -> Form:
     if config.classes:
         what = "llama.cpp computes no models of pictures"
         raise ConfigError("--type", what, "keep the checkpoint")
+    if config.shortcuts:
+        what = "llama.cpp computes no model with a basis before each norm"
+        raise ConfigError("--type", what, "give --basis shared to score")
     shapes = config.layer_shapes
     rope, factors, warnings = _rope(config)
     architecture = _architecture(config, has_factors=factors is not None)

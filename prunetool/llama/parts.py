@@ -31,16 +31,18 @@ PARTS = {
     "post_norm": Part("post_attention_layernorm.weight", ("hidden",)),
     "gate": Part("mlp.gate_proj.weight", ("channels", "hidden")),
     "up": Part("mlp.up_proj.weight", ("channels", "hidden")),
-    "down": Part("mlp.down_proj.weight", ("hidden", "channels")),
+    "down": Part("mlp.down_proj.weight", ("output", "channels")),
     "q_bias": Part("self_attn.q_proj.bias", ("heads",), ("attention_bias", "qkv_bias")),
     "k_bias": Part("self_attn.k_proj.bias", ("groups",), ("attention_bias", "qkv_bias")),
     "v_bias": Part("self_attn.v_proj.bias", ("groups",), ("attention_bias", "qkv_bias")),
     "o_bias": Part("self_attn.o_proj.bias", ("hidden",), ("attention_bias",)),
     "gate_bias": Part("mlp.gate_proj.bias", ("channels",), ("mlp_bias",)),
     "up_bias": Part("mlp.up_proj.bias", ("channels",), ("mlp_bias",)),
-    "down_bias": Part("mlp.down_proj.bias", ("hidden",), ("mlp_bias",)),
+    "down_bias": Part("mlp.down_proj.bias", ("output",), ("mlp_bias",)),
     "q_norm": Part("self_attn.q_norm.weight", ("head",), ("qk_norm",)),
     "k_norm": Part("self_attn.k_norm.weight", ("head",), ("qk_norm",)),
+    "o_shortcut": Part("self_attn.shortcut.weight", ("hidden", "hidden"), ("shortcuts",)),
+    "down_shortcut": Part("mlp.shortcut.weight", ("output", "hidden"), ("shortcuts",)),
 }
 # The norm whose outputs each of the matrices reads that read one.
 NORM_OF = {
@@ -48,5 +50,7 @@ NORM_OF = {
     **dict.fromkeys(("gate", "up"), "post_norm"),
 }
 # The seven over which sparsity is counted, and the two whose inputs the units produce.
-MATRICES = tuple(part for part, (_, axes, _) in PARTS.items() if len(axes) == 2)
-UNIT_MATRICES = tuple(part for part in MATRICES if PARTS[part].axes[0] == "hidden")
+MATRICES = tuple(part for part, (_, axes, needs) in PARTS.items() if len(axes) == 2 and not needs)
+UNIT_MATRICES = tuple(part for part in MATRICES if PARTS[part].axes[1] != "hidden")
+# Beside these two, what takes the residual stream into the basis behind them.
+SHORTCUTS = tuple(f"{part}_shortcut" for part in UNIT_MATRICES)

@@ -22,6 +22,7 @@ from prunetool.llama.parts import (
     MATRICES,
     NORM_OF,
     PARTS,
+    SHORTCUTS,
     UNIT_MATRICES,
 )
 
@@ -50,6 +51,8 @@ class Layer(NamedTuple):
     down_bias: Array = None
     q_norm: Array = None
     k_norm: Array = None
+    o_shortcut: Array = None
+    down_shortcut: Array = None
 
 
 def tensor_name(layer: int, part: str) -> str:
@@ -58,10 +61,11 @@ def tensor_name(layer: int, part: str) -> str:
 
 
 def axis_sizes(config: LlamaConfig, shape: LayerShape) -> dict[str, int]:
-    """Size of every axis of `PARTS`: D, d, H d for query heads, n_kv d for KV groups, I."""
+    """Size of every axis of `PARTS`: D, before and behind; d, H d, n_kv d for KV groups, I."""
     heads, groups = shape.heads * config.head_dim, shape.kv_heads * config.head_dim
     return {
         "hidden": config.hidden_size,
+        "output": shape.output or config.hidden_size,
         "head": config.head_dim,
         "heads": heads,
         "groups": groups,
@@ -85,6 +89,12 @@ def input_sizes(config: LlamaConfig, shape: LayerShape) -> dict[str, int]:
     return {matrix: shapes[matrix][1] for matrix in UNIT_MATRICES}
 
 
+def layer_parameters(config: LlamaConfig, shape: LayerShape) -> int:
+    """Parameters of the seven matrices of a layer, and of its shortcuts."""
+    shapes = part_shapes(config, shape)
+    return sum(int(np.prod(shapes[p])) for p in (*MATRICES, *SHORTCUTS) if p in shapes)
+
+
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the checkpoint, by name."""
     D, V = config.hidden_size, config.vocab_size
@@ -92,6 +102,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     for layer, shape in enumerate(config.layer_shapes):
         for part, extent in part_shapes(config, shape).items():
             shapes[tensor_name(layer, part)] = extent
+    D = config.size_behind(config.layers - 1)
     shapes[FINAL_NORM] = (D,)
     if config.classes:
         shapes[CLASS_EMBEDDING] = (config.classes, D)
@@ -192,26 +203,50 @@ def scatter(
     return _map_parts(put, layer)
 
 
-def rotated(layer: Layer, Q: np.ndarray) -> Layer:
-    """A layer in another basis of the residual stream, its norms' weights 1 (`pruning.basis`).
+class Bases(NamedTuple):
+    """Bases of the residual stream around a layer, (D, k) each (`pruning.basis`).
+
+    Attributes:
+      attention, mlp: of the inputs of its norms.
+      behind: of its output; None if that is not cut.
+    """
+
+    attention: np.ndarray
+    mlp: np.ndarray
+    behind: np.ndarray | None
+
+
+def rotated(layer: Layer, bases: Bases, *, shortcuts: bool) -> Layer:
+    """A layer in other bases of the residual stream, its norms' weights 1.
 
     Args:
       layer: host arrays of the layer.
-      Q: the basis, (D, k).
+      bases: the bases.
+      shortcuts: add the matrices from each to the next, which are not one.
 
     Returns:
       Its parts in the dtypes as given.
     """
-    k = Q.shape[1]
+    read = {"input_norm": bases.attention, "post_norm": bases.mlp}
+    made = {"o": bases.mlp, "o_bias": bases.mlp, "down": bases.behind, "down_bias": bases.behind}
     parts = {part: array for part, array in layer._asdict().items() if array is not None}
     for part, array in parts.items():
         if part in NORM_OF:
-            parts[part] = in_basis(array, Q, getattr(layer, NORM_OF[part]))
-        elif PARTS[part].axes == ("hidden",) and part.endswith("_norm"):
-            parts[part] = np.ones(k, array.dtype)
-        elif PARTS[part].axes[0] == "hidden":
+            parts[part] = in_basis(array, read[NORM_OF[part]], getattr(layer, NORM_OF[part]))
+        elif part in read:
+            parts[part] = np.ones(read[part].shape[1], array.dtype)
+        elif (Q := made.get(part)) is not None:
             parts[part] = (Q.T @ array.astype(np.float64)).astype(array.dtype)
+    if shortcuts:
+        parts["o_shortcut"] = _between(bases.attention, bases.mlp).astype(layer.o.dtype)
+        parts["down_shortcut"] = _between(bases.mlp, bases.behind).astype(layer.down.dtype)
     return layer._replace(**parts)
+
+
+def _between(Q: np.ndarray, behind: np.ndarray | None) -> np.ndarray:
+    """The matrix from a basis to the next, (k', k), float64."""
+    Q = Q.astype(np.float64)
+    return Q if behind is None else behind.T.astype(np.float64) @ Q
 
 
 def in_basis(W: np.ndarray, Q: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:

@@ -3,7 +3,9 @@
 Needs transformers (4.48 and later) but not torch, which is not needed to read config.json or the
 tokenizer. The sizes of each layer are under ``per_layer_config``, a key that transformers 5.14 and
 later define themselves; earlier versions use the raw dictionary. ``family`` names the model whose
-layers these are, if not Llama; ``sliding_window`` applies to all layers.
+layers these are, if not Llama; ``sliding_window`` applies to all layers. ``sliced_from`` is the
+hidden size behind the last layer of a model whose norms read a basis each, of ``hidden_size``
+directions, with a matrix from each basis to the next.
 Written by prunetool; Apache-2.0.
 """
 
@@ -15,6 +17,12 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 def window_of(config):
     """How many positions each one attends to; None for all."""
     return getattr(config, "sliding_window", None)
+
+
+def size_behind(config, index):
+    """The hidden size behind a layer."""
+    sliced = getattr(config, "sliced_from", None)
+    return sliced if sliced and index == config.num_hidden_layers - 1 else config.hidden_size
 
 
 def config_of_layer(config, index):

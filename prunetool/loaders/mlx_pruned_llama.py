@@ -18,6 +18,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 class ModelArgs(llama.ModelArgs):
     per_layer_config: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     family: str = "llama"
+    sliced_from: int = 0
 
     @classmethod
     def from_dict(cls, params):
@@ -28,6 +29,11 @@ class ModelArgs(llama.ModelArgs):
             scaling = {key: value for key, value in rope.items() if value is not None}
             params = {**params, "rope_theta": theta, "rope_scaling": scaling}
         return super().from_dict(params)
+
+    def size_behind(self, index):
+        """The hidden size behind a layer."""
+        last = index == self.num_hidden_layers - 1
+        return self.sliced_from if self.sliced_from and last else self.hidden_size
 
     def of_layer(self, index):
         """The sizes of one layer; its number may be zero-padded, as in ``"07"``."""
@@ -49,24 +55,35 @@ def attention(args):
 
 
 class PrunedBlock(nn.Module):
-    def __init__(self, args):
+    def __init__(self, args, index):
         super().__init__()
+        args = args.of_layer(index)
         self.self_attn = attention(args)
         self.mlp = llama.MLP(args)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.sliced = bool(args.sliced_from)
+        if self.sliced:
+            size, behind = args.hidden_size, args.size_behind(index)
+            self.self_attn.shortcut = nn.Linear(size, size, bias=False)
+            self.mlp.shortcut = nn.Linear(size, behind, bias=False)
+            biased = "bias" in self.mlp.down_proj
+            self.mlp.down_proj = nn.Linear(args.intermediate_size, behind, bias=biased)
 
     def __call__(self, x, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), mask, cache)
+        x = (self.self_attn.shortcut(x) if self.sliced else x) + attended
+        changed = self.mlp(self.post_attention_layernorm(x))
+        return (self.mlp.shortcut(x) if self.sliced else x) + changed
 
 
 class PrunedBody(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [PrunedBlock(args.of_layer(i)) for i in range(args.num_hidden_layers)]
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.layers = [PrunedBlock(args, i) for i in range(args.num_hidden_layers)]
+        size = args.size_behind(args.num_hidden_layers - 1)
+        self.norm = nn.RMSNorm(size, eps=args.rms_norm_eps * args.hidden_size / size)
         self.window = args.sliding_window
 
     def __call__(self, tokens, cache=None):
@@ -85,7 +102,8 @@ class Model(nn.Module):
         self.model_type = args.model_type
         self.model = PrunedBody(args)
         if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+            size = args.size_behind(args.num_hidden_layers - 1)
+            self.lm_head = nn.Linear(size, args.vocab_size, bias=False)
 
     def __call__(self, tokens, cache=None):
         h = self.model(tokens, cache)

@@ -1,13 +1,15 @@
 """Llama whose decoder layers differ in attention heads and MLP width, and related families.
 
-Loaded by transformers (4.48 and later; 4.51 for Qwen3, 4.53 for a sliding window) with
-``trust_remote_code=True``, and by vLLM's Transformers backend. Written by prunetool; Apache-2.0.
+Loaded by transformers (4.48 and later; 4.51 for Qwen3, 4.53 for a sliding window, 4.54 for a basis
+before each norm) with ``trust_remote_code=True``, and by vLLM's Transformers backend. Written by
+prunetool; Apache-2.0.
 """
 
 from functools import cache, wraps
 from importlib import import_module
 
 from torch import nn
+from transformers import __version__
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -18,8 +20,14 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.mistral.modeling_mistral import MistralModel
 
-from .configuration_pruned_llama import PrunedLlamaConfig, config_of_layer, window_of
+from .configuration_pruned_llama import (
+    PrunedLlamaConfig,
+    config_of_layer,
+    size_behind,
+    window_of,
+)
 
+version = tuple(map(int, __version__.split(".")[:2]))
 FAMILIES = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -29,6 +37,24 @@ class PrunedLayer:
     def __init__(self, config, layer_idx):
         super().__init__(config_of_layer(config, layer_idx), layer_idx)
         self.self_attn.config = config  # shared, so that set_attn_implementation reaches it
+        self.sliced = getattr(config, "sliced_from", None) is not None
+        if self.sliced:
+            if version < (4, 54):  # whose layers return tuples
+                raise ImportError("a basis before each norm needs transformers 4.54 or later")
+            size, behind = config.hidden_size, size_behind(config, layer_idx)
+            self.self_attn.shortcut = nn.Linear(size, size, bias=False)
+            self.mlp.shortcut = nn.Linear(size, behind, bias=False)
+            down = self.mlp.down_proj
+            self.mlp.down_proj = nn.Linear(down.in_features, behind, bias=down.bias is not None)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if not self.sliced:
+            return super().forward(hidden_states, *args, **kwargs)
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(normed, *args, **kwargs)
+        hidden_states = self.self_attn.shortcut(hidden_states) + attended
+        changed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.mlp.shortcut(hidden_states) + changed
 
 
 class PrunedLlamaDecoderLayer(PrunedLayer, LlamaDecoderLayer):
@@ -43,6 +69,12 @@ def layer_class(family):
     name = f"{FAMILIES[family]}DecoderLayer"
     base = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
     return type(f"Pruned{name}", (PrunedLayer, base), {})
+
+
+def final_norm(config):
+    """The norm behind the last layer, whose size may differ from the other norms'."""
+    size = size_behind(config, config.num_hidden_layers - 1)
+    return LlamaRMSNorm(size, eps=config.rms_norm_eps * config.hidden_size / size)
 
 
 class PrunedLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -68,7 +100,7 @@ class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
         self.layers = nn.ModuleList(
             layer(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = final_norm(config)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -85,5 +117,6 @@ class PrunedLlamaForCausalLM(PrunedLlamaPreTrainedModel, LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)
         self.model = PrunedLlamaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        behind = size_behind(config, config.num_hidden_layers - 1)
+        self.lm_head = nn.Linear(behind, config.vocab_size, bias=False)
         self.post_init()

@@ -162,7 +162,7 @@ class Calibration:
             yield from made
         else:
             yield from forward
-        if self.stats == "all" and not (whole and done):
+        if self.stats in stats.EVERY and not (whole and done):
             self._write_last()
         if self.team.index == 0:
             self._read_ends()

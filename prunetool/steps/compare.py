@@ -126,7 +126,10 @@ def _errors(
     measured: int,
     dtype: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run both streams through all layers, measuring the attention of the first ``measured``."""
+    """Run both streams through all layers, measuring the attention of the first ``measured``.
+
+    The streams become those behind the last layer.
+    """
     dense = models[1]
     config = dense.config
     rope = streaming.rotation(dense, tokens.shape[1])
@@ -149,7 +152,11 @@ def _errors(
             and pruned_layer.k.shape == dense_layer.k.shape
         )
         sums = np.zeros((3, heads))
-        with streams[0].writing() as write, streams[1].writing() as write_dense:
+        after = [
+            stream.at(stream.path, model.config.size_behind(number))
+            for model, stream in zip(models, streams, strict=True)
+        ]
+        with after[0].writing() as write, after[1].writing() as write_dense:
             for batch in batches:
                 behind = [
                     step(jnp.asarray(stream.read(batch)), w, rope)
@@ -169,6 +176,7 @@ def _errors(
         else:
             sums[:] = np.nan
         rows.append(np.sqrt(sums[:2] / sums[2]))
+        streams[:] = after
     own, same_input = np.swapaxes(rows, 0, 1)
     return own, same_input
 

@@ -116,24 +116,27 @@ def final_stream(
 ) -> streaming.HiddenStates:
     """The residual stream after the last layer, of all sequences; arguments as in `mean_loss`."""
     samples, length = tokens.shape
+    config = model.config
     first = streaming.HiddenStates(
-        streaming.path_before(work, 0), model.config.hidden_size, samples, length
+        streaming.path_before(work, 0), config.hidden_size, samples, length
     )
-    done = streaming.layers_done(first, model.layers)
+    last = first.at(streaming.path_before(work, model.layers), config.size_behind(model.layers - 1))
+    done = model.layers if last.is_whole() else streaming.layers_done(first, model.layers - 1)
     if done and not recall_weights(model, work, overwrite=overwrite):
         done = 0
     if done < model.layers:
         need_room(work, 2 * first.size_bytes - workdir.size_bytes(work, *workdir.CALIBRATED))
-    stream = first.at(streaming.path_before(work, done))
+    stream = last if done == model.layers else first.at(streaming.path_before(work, done))
     streaming.keep_only(stream.path)
     if done == 0:
         streaming.embed(model, tokens, stream)
-    step = layer_step(model.config.head_dim, model.config.rms_norm_eps, model.config.window)
+    step = layer_step(config.head_dim, config.rms_norm_eps, config.window)
     rope = streaming.rotation(model, length)
     layers = console.progress(model.padded_layers(done), model.layers, done)
     for number, layer in layers:
         weights = streaming.to_device(layer, dtype)
-        behind = stream.at(streaming.path_before(work, number + 1))
+        path = streaming.path_before(work, number + 1)
+        behind = stream.at(path, config.size_behind(number))
         with behind.writing() as write:
             for batch in streaming.batches(0, samples, streaming.batch_size(length)):
                 h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope)[0])
@@ -171,7 +174,7 @@ class Ends(NamedTuple):
     def of(cls, model: Model, dtype: str) -> "Ends":
         """The final norm and the head of a model, in the dtype of the head's product."""
         norm = jnp.asarray(model.final_norm(), jnp.float32)
-        return cls(norm, jnp.asarray(model.head(), jnp.dtype(dtype)), model.config.rms_norm_eps)
+        return cls(norm, jnp.asarray(model.head(), jnp.dtype(dtype)), model.config.final_eps)
 
 
 def pieces(

@@ -33,7 +33,8 @@ from prunetool.formats import FORMATS
 from prunetool.kept import (
     CHANNELS,
     GROUPS,
-    basis_of,
+    bases_of,
+    cut_config,
     kept_shape,
     kept_units,
     pruned_layer,
@@ -41,7 +42,7 @@ from prunetool.kept import (
 )
 from prunetool.llama import forms
 from prunetool.llama.config import PRUNED, LlamaConfig
-from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES
+from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES, PARTS, UNIT_MATRICES
 from prunetool.llama.weights import (
     in_basis,
     part_shapes,
@@ -151,9 +152,13 @@ class Export:
         target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
         if self.header.adds_biases:
             target = target.with_biases()
-        Q = basis_of(self.work, made[0], model.config.hidden_size)
-        if Q is not None:
-            target = target.with_hidden_size(Q.shape[1])
+        target = cut_config(target, made[0])
+        stored = target.with_shapes(
+            tuple(
+                replace(kept, output=shape.output)
+                for kept, shape in zip(shapes, target.layer_shapes, strict=True)
+            )
+        )
         if self.format.check:
             load(self.format.check)(target)
         kind = forms.choose_form(target)
@@ -170,14 +175,16 @@ class Export:
         def make(number: int) -> dict[str, np.ndarray]:
             n = number - 1  # the embedding comes first
             if n not in range(model.layers):
-                return {name: self._end(name, made, Q) for name in chunks[number]}
+                return {name: self._end(name, made) for name in chunks[number]}
             if dense:
                 places = [np.flatnonzero(kept[n][unit]) for unit in (GROUPS, CHANNELS)]
             else:
                 places = [np.arange(shapes[n].kv_heads), np.arange(shapes[n].channels)]
             layer = pruned_layer(model, self.work, made[n], biased=self.header.adds_biases)
             layer = scatter(layer, shapes[n], target.layer_shapes[n], *places)
-            layer = layer if Q is None else rotated(layer, Q)
+            if "basis" in made[n].files:
+                bases = bases_of(self.work, made, n)
+                layer = rotated(layer, bases, shortcuts=target.shortcuts)
             return {
                 tensor_name(n, part): array
                 for part, array in layer._asdict().items()
@@ -197,17 +204,22 @@ class Export:
         label = "dense" if dense else kind
         recovered = any("recover" in record.files for record in made)
         card = model_card(
-            self.header, model, label, shapes, writer.parameters, densities,
-            hidden_size=target.hidden_size, recovered=recovered,
+            self.header, model, label, stored, writer.parameters, densities,
+            recovered=recovered,
         )  # fmt: skip
         writer.put("README.md", card.encode())
         writer.close(sketches)
         return self._said(kind, densities)
 
-    def _end(
-        self, name: str, made: Sequence[records.LayerRecord], Q: np.ndarray | None
-    ) -> np.ndarray:
-        """The embedding, the final norm's weight or the head, in the basis Q if there is one."""
+    def _end(self, name: str, made: Sequence[records.LayerRecord]) -> np.ndarray:
+        """The embedding, the final norm's weight or the head, in its basis if there is one."""
+        Q = None
+        if "basis" in made[0].files:
+            first, last = 0, self.model.layers - 1
+            if name == EMBEDDING:
+                Q = bases_of(self.work, made, first).attention
+            else:
+                Q = bases_of(self.work, made, last).behind
         if name == FINAL_NORM:
             norm = pruned_norm(self.model, self.work, made)
             return norm if Q is None else np.ones(Q.shape[1], norm.dtype)
@@ -242,8 +254,10 @@ class Export:
 def stored_name(model: Model, name: str) -> str:
     """The tensor of the checkpoint that has the dtype, or all, of one of the result.
 
-    Of a tied head it is the embedding, of an added bias its matrix.
+    Of a tied head it is the embedding, of an added bias its matrix, of a shortcut the one beside.
     """
+    for matrix in UNIT_MATRICES:
+        name = name.replace(PARTS[f"{matrix}_shortcut"].name, PARTS[matrix].name)
     if name == LM_HEAD and model.config.tied:
         return EMBEDDING
     return name if name in model.index else f"{name.removesuffix('bias')}weight"

@@ -1,25 +1,31 @@
-"""Choose the directions of the residual stream that are kept, the same for the whole model."""
+"""Choose the directions of the residual stream that are kept, for the whole model or each norm."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, RecordError, naming
+from prunetool.kept import kept_shape, kept_units
 from prunetool.llama.parts import NORM_OF
+from prunetool.llama.weights import layer_parameters
 from prunetool.methods import methods_of
 from prunetool.pruning import basis, gram
-from prunetool.stats import SITES, Stats
+from prunetool.stats import EVERY, SITES, Stats
 from prunetool.steps.run import Run
 
+SHARED, LAYER = "shared", "layer"  # --basis
 SIGNALS = {  # sites, and the norm whose outputs each sums
-    site: NORM_OF[of.matrices[0]] for site, of in SITES.items() if of.matrices[0] in NORM_OF
+    site: NORM_OF[of.matrices[0]]
+    for site, of in SITES.items()
+    if of.matrices and of.matrices[0] in NORM_OF
 }
 
 
 class Slicing:
-    """One choice of a basis, from the inputs of all norms.
+    """One choice of a basis from the inputs of all norms, or of one for each.
 
     Args:
       run: the run.
@@ -34,9 +40,12 @@ class Slicing:
         self.said: list[str] = []
 
     def layers(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
-        """Read every layer's sums, find the basis, then yield each layer's record.
+        """Find the basis from every layer's sums, or each layer's two, and yield its record.
+
+        All records are read first.
 
         Raises:
+          ConfigError: if so much cannot be cut.
           RecordError: if calibrate did not keep the sums, or weights were masked.
         """
         if self.model.config.classes:
@@ -44,20 +53,29 @@ class Slicing:
                 "--target hidden", "is for models of text: LlamaGen loads no other hidden size",
                 "give --target heads,channels",
             )  # fmt: skip
-        if self.run.header.calibration.get("stats") != "all":
+        kept = self.run.header.calibration.get("stats")
+        if self.how["basis"] == LAYER and kept != "residual":
+            raise RecordError(
+                "--basis layer", "needs the sums of the residual stream, and calibrate kept none",
+                "run calibrate with --stats residual",
+            )  # fmt: skip
+        if kept not in EVERY:
             raise RecordError(
                 "--target hidden",
                 "needs the sums of the inputs of q, k, v, gate and up, and calibrate kept none",
                 "run calibrate with --stats all",
             )
+        made = list(self._unmasked(source))
         D = self.model.config.hidden_size
-        k = basis.kept_size(D, self.how["sparsity"], self.how["multiple_of"])
-        return self._sliced(source, D, k)
+        if self.how["basis"] == LAYER:
+            k = self._size(made)
+            files = self._own(made, k)
+        else:
+            k = basis.kept_size(D, self.how["sparsity"], self.how["multiple_of"])
+            files = self._shared(made, k)
+        return self._with_basis(made, files, k)
 
-    def _sliced(
-        self, source: Iterator[records.LayerRecord], D: int, k: int
-    ) -> Iterator[records.LayerRecord]:
-        made = []
+    def _unmasked(self, source: Iterator[records.LayerRecord]) -> Iterator[records.LayerRecord]:
         for record in source:
             if any(name.startswith("mask.") for name in record.files):
                 raise RecordError(
@@ -65,25 +83,92 @@ class Slicing:
                     "has masks, whose zeros another basis would fill",
                     "give --target hidden without masks of weights",
                 )
-            made.append(record)
-        name = f"{self.run.directory}/basis.safetensors"
-        arrays = workdir.make_once(self.work, name, lambda: self._basis(made, k))
-        rows = []
-        for record in made:
+            yield record
+
+    def _with_basis(
+        self, made: list[records.LayerRecord], files: Iterator[tuple[str, np.ndarray]], k: int
+    ) -> Iterator[records.LayerRecord]:
+        """Yield each layer's record with its file, and the shares of energy (2,) that it keeps."""
+        D, rows, worst = self.model.config.hidden_size, [], []
+        for record, (name, shares) in zip(made, files, strict=True):
             if self.run.discard:
                 workdir.discard_stats(self.work, record)
-            kept = {site: float(arrays["kept"][record.index, i]) for i, site in enumerate(SIGNALS)}
+            kept = dict(zip(SIGNALS, map(float, shares), strict=True))
             rows.append([record.index, *(f"{1 - share:.4f}" for share in kept.values())])
+            worst.append(1 - min(kept.values()))
             values: dict[str, Any] = {"hidden": {"kept": k, "of": D, "share": kept}}
             values |= self.run.profile.take("score", record.values)
             yield record.adding({"basis": name}, values)
         columns = ["layer", *(f"before {site}" for site in SIGNALS)]
-        worst = [1 - float(arrays["kept"][record.index].min()) for record in made]
         console.table("Part of the stream's energy that is cut", columns, rows, by=worst)
         target = f"target {self.how['sparsity']:.2%}"
-        self.said += [f"hidden size {D} → {k}", f"{1 - k / D:.4%} of every matrix ({target})"]
+        self.said.append(f"hidden size {D} → {k}")
+        if self.how["basis"] == LAYER:
+            removed = self._removed(made, k)
+            self.said.append(f"{removed:.4%} of the layers' parameters ({target})")
+        else:
+            self.said.append(f"{1 - k / D:.4%} of every matrix ({target})")
         if self.model.config.tied:
             self.said.append("the embedding and the head will be stored apart")
+
+    def _removed(self, made: list[records.LayerRecord], k: int) -> float:
+        """The part of the layers' parameters that bases of k directions remove, less shortcuts."""
+        shapes = [
+            kept_shape(shape, kept_units(self.work, record, shape))
+            for record, shape in zip(made, self.model.config.layer_shapes, strict=True)
+        ]
+        before = self.model.config.with_shapes(tuple(shapes))
+        now, was = (
+            sum(layer_parameters(config, shape) for shape in config.layer_shapes)
+            for config in (before.with_bases(k), before)
+        )
+        return 1 - now / was
+
+    def _size(self, made: list[records.LayerRecord]) -> int:
+        """The k, of the multiples asked, whose bases remove what is nearest to the sparsity.
+
+        Raises:
+          ConfigError: if all remove clearly less.
+        """
+        step, asked = self.how["multiple_of"], self.how["sparsity"]
+        removed = {
+            k: self._removed(made, k) for k in range(step, self.model.config.hidden_size + 1, step)
+        }
+        k = min(removed, key=lambda k: abs(removed[k] - asked), default=0)
+        if not k or (k == step and asked and asked - removed[k] > 0.01):
+            most = f"at most {removed[k]:.2%} goes" if k else "no size is left"
+            raise ConfigError(
+                "--sparsity", f"{asked:g} is out of reach: with --multiple-of {step} {most}",
+                "lower it, or --multiple-of",
+            )  # fmt: skip
+        return k
+
+    def _own(self, made: list[records.LayerRecord], k: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Each layer's file of two bases, and the part of the energy that each keeps, (2,)."""
+
+        def bases(record: records.LayerRecord) -> dict[str, np.ndarray]:
+            found, kept = {}, []
+            for site in SIGNALS:
+                stats = Stats(self.work, record, self.model.config)
+                S = gram.unpack(stats[f"before_{site}.gram"]) / stats.tokens
+                with naming(f"layer {record.index}, before {'/'.join(SITES[site].matrices)}"):
+                    Q = self._choose(S, k)
+                found[site] = Q.astype(np.float32)
+                kept.append(np.vdot(Q, S @ Q) / (np.trace(S) or 1.0))
+            return {**found, "kept": np.minimum(kept, 1)}  # sums are rounded
+
+        for record in console.progress(made, len(made)):
+            name = f"{self.run.directory}/layer-{record.index:05d}.basis.safetensors"
+            with self.run.profile.phase("eigenvectors"):
+                arrays = workdir.make_once(self.work, name, partial(bases, record))
+            yield name, arrays["kept"]
+
+    def _shared(self, made: list[records.LayerRecord], k: int) -> Iterator[tuple[str, np.ndarray]]:
+        """The file of the one basis, and the part of each layer's energy that it keeps, (2,)."""
+        name = f"{self.run.directory}/basis.safetensors"
+        arrays = workdir.make_once(self.work, name, lambda: self._basis(made, k))
+        for kept in arrays["kept"]:
+            yield name, kept
 
     def _basis(self, made: list[records.LayerRecord], k: int) -> dict[str, np.ndarray]:
         """Q, and the part of each signal's energy that it keeps, (L, 2), in the form of a file."""

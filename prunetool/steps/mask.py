@@ -12,7 +12,7 @@ from prunetool.kept import Extent, Mask, extents, kept_units, pack_mask
 from prunetool.llama.parts import MATRICES, UNIT_MATRICES
 from prunetool.methods import QK, methods_of
 from prunetool.pruning import budget, compensation, curve, gram, unstructured
-from prunetool.stats import GIVEN, MODEL, SITES, Gradients, Stats, need_gradients
+from prunetool.stats import EVERY, GIVEN, MODEL, SITES, Gradients, Stats, need_gradients
 from prunetool.steps.attention import AttentionLayer, turn_of
 from prunetool.steps.run import Run, chosen_layers
 
@@ -99,7 +99,7 @@ class Masking:
             need_gradients(calibration, MODEL, why, "--allocation uniform" * self._by_loss)
         missing = [f"{part}_proj" for part in self.parts if not SITES[GIVEN[part]].of_units]
         needed = self._by_loss or self._method.needs_gram
-        if missing and needed and calibration.get("stats") != "all":
+        if missing and needed and calibration.get("stats") not in EVERY:
             raise RecordError(
                 why,
                 f"calibrate kept no sums of the inputs of {', '.join(missing)}",

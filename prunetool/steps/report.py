@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 from prunetool import console, records, workdir
 from prunetool.checkpoint.hub import hub_id
 from prunetool.errors import RecordError, shown
-from prunetool.kept import BINS, CHANNELS, GROUPS, extents, kept_units, masks
+from prunetool.kept import (
+    BINS,
+    CHANNELS,
+    GROUPS,
+    cut_config,
+    extents,
+    kept_shape,
+    kept_units,
+    masks,
+)
+from prunetool.llama.parts import SHORTCUTS
+from prunetool.llama.weights import part_shapes
 from prunetool.model import Model
 from prunetool.pruning import curve
 from prunetool.steps import picture, sweep
@@ -176,13 +187,15 @@ def _sizes(
     """What a layer keeps: units; weights; numbers of kept weights, of kept units, and before."""
     shape, weights = model.config.layer_shapes[record.index], {}
     units, masked = kept_units(work, record, shape), masks(model, work, record)
-    D = model.config.hidden_size
-    k = record.values.get("hidden", {}).get("kept", D)
+    config = cut_config(model.config, record)
+    left = part_shapes(config, kept_shape(config.layer_shapes[record.index], units))
     for part, extent in extents(units, shape, model.config).items():
-        stored = int(extent.rows.sum()) * int(extent.columns.sum()) * k // D
+        stored = math.prod(left[part])
         kept = int(extent.of(masked[part].kept).sum()) if part in masked else stored
         weights[part] = [kept, stored, extent.rows.size * extent.columns.size]
-    weights["all"] = [sum(counts) for counts in zip(*weights.values(), strict=True)]
+    between = sum(math.prod(left[part]) for part in SHORTCUTS if part in left)
+    every = [*weights.values(), [between, between, 0]]
+    weights["all"] = [sum(counts) for counts in zip(*every, strict=True)]
     groups, channels = int(units[GROUPS].sum()), int(units[CHANNELS].sum())
     now = (groups * shape.group_size, groups, channels)
     of = zip(COLUMNS, now, (shape.heads, shape.kv_heads, shape.channels), strict=True)

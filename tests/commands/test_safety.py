@@ -646,7 +646,7 @@ class TestCard:
         source = "/a\n# Heading <img src=x onerror=alert(1)> [link](http://x) `code` " + "x" * 300
         step = {"command": "calibrate", "version": "0", "options": {"tokens": "```\n# H"}}
         header = records.Header("/m", source, "f", "/w", 3, [step])
-        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        card = model_card(header, model, "llama", model.config, 10, ())
         assert "\n# Heading" not in card
         assert "<img" not in card.replace("\\<img", "")
         assert max(map(len, card.splitlines())) < 400
@@ -655,7 +655,7 @@ class TestCard:
 
     def card(self, model, source, directory):
         header = records.Header(directory, source, "f", "/w", 3, [])
-        return model_card(header, model, "llama", model.config.layer_shapes, 10, ()).splitlines()
+        return model_card(header, model, "llama", model.config, 10, ()).splitlines()
 
     @pytest.mark.parametrize("source", [".", "..", "./", "models/..", "/models/tiny"])
     def test_a_path_without_a_name_gives_the_name_of_the_directory(self, checkpoint, source):
@@ -701,7 +701,7 @@ class TestCard:
             3,
             [{"command": "score", "version": "0", "options": options}],
         )
-        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        card = model_card(header, model, "llama", model.config, 10, ())
         for word in ("/home", "secret", "base_model"):
             assert word not in card
         for word in ("wiki.txt", '["x", "y"]', '"z"', "--pattern 2:4", "# tiny, pruned"):
@@ -721,7 +721,7 @@ class TestCard:
         (model.directory / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
         step = {"command": "score", "version": "0", "options": {"method": "newton"}}
         header = records.Header("/m/tiny", "tiny", "f", "/w", 3, [step, step])
-        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        card = model_card(header, model, "llama", model.config, 10, ())
         data = ModelCard(card).data.to_dict()
         assert data == {
             "license": "other",
@@ -739,7 +739,7 @@ class TestCard:
         front = {"license_name": "x: y\n---\n# H", "license": "'\"#[{&*!|>%@`", "language": "---"}
         (model.directory / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
         header = records.Header("/m/tiny", "tiny", "f", "/w", 3, [])
-        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        card = model_card(header, model, "llama", model.config, 10, ())
         data = ModelCard(card).data
         assert (data.license, data.language) == (front["license"], "---")
         assert "\n# H" not in card
@@ -747,7 +747,7 @@ class TestCard:
     def test_what_is_measured_is_in_the_published_card(self, checkpoint):
         header = records.Header("/m/tiny", "tiny", "f", "/w", 3, [])
         model = open_model(str(checkpoint()))
-        card = model_card(header, model, "llama", model.config.layer_shapes, 10, ())
+        card = model_card(header, model, "llama", model.config, 10, ())
         result = EvalResult(
             "text-generation", "wiki", "wiki|`x`", "perplexity", 12.5, metric_name="Perplexity"
         )
