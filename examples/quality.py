@@ -3,12 +3,12 @@
     python examples/quality.py MODEL CALIBRATION_TEXT TEST_TEXT OTHER_TEXT examples/quality.csv
 
 Calibrates on 64 x 1024 tokens at random places of the text (and 8 x 1024 held out) for each seed,
-and measures on the first 8 x 2048 tokens (--windows 8x2048) of TEST_TEXT, of the same kind, and of
-OTHER_TEXT, of another kind; all in float32, which is faster on CPUs without instructions for bfloat16. A row is
-added to the CSV as it is done, and a row that is there is not made again; --jobs makes several
-rows at a time. Seconds and peak memory are those of the steps between calibrate and export, of
-the run that made them. With --table NAME it prints one of the tables as Markdown: means over the
-seeds ± half their range; --plot FILE.svg draws it.
+and measures on the first 8 x 2048 tokens (--windows) of TEST_TEXT, of the same kind, and of
+OTHER_TEXT, of another kind; all in float32, which is faster on CPUs without instructions for
+bfloat16. A row is added to the CSV as it is done, and a row that is there is not made again; --jobs
+makes several rows at a time. Seconds and peak memory are those of the steps between calibrate and
+export, of the run that made them. With --table NAME it prints one of the tables as Markdown: means
+over the seeds ± half their range; --plot FILE.svg draws it.
 """
 
 import argparse
@@ -65,6 +65,8 @@ TENTHS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
 PUBLISHED = ("--samples", 136, "--sequence-length", 2048)
 FLAP = ["--method", "flap", "--allocation", "global"]
 LLM_PRUNER = ("--labels", "text", "--held-out", 0)
+OWN_BASES = ["--target", "hidden", "--basis", "layer"]
+RESIDUAL = ("--stats", "residual", "--gradients", 0)
 FEW = ("0.2", "0.5")
 TABLES = {
     "methods": {
@@ -100,6 +102,7 @@ TABLES = {
         "flap, its own bias": Setting(FLAP, ["--bias", "mean"]),
         "greedy, refit with a bias": Setting(compensate=["--bias", "refit"]),
         "pca": Setting(["--target", "hidden"], compensate=None),
+        "pca, a basis for each norm": Setting(OWN_BASES, None, calibrate=RESIDUAL),
     },
     # arXiv 2412.12441: tables 1, 4 to 7 and 10, and figure 2.
     "published": {
@@ -107,8 +110,8 @@ TABLES = {
         "flap, 128 x 2048": Setting(
             FLAP, ["--bias", "mean"], calibrate=PUBLISHED, sparsities=TENTHS
         ),
-        "pca, 128 x 2048": Setting(
-            ["--target", "hidden"], None, calibrate=PUBLISHED, sparsities=TENTHS
+        "SliceGPT, 128 x 2048": Setting(
+            OWN_BASES, None, calibrate=(*PUBLISHED, *RESIDUAL), sparsities=TENTHS
         ),
     }
     | {

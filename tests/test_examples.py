@@ -109,20 +109,19 @@ def test_the_table_of_quality_is_made_once(checkpoint, text, call, monkeypatch, 
     monkeypatch.setattr(quality, "prunetool", prunetool)
     for name, value in {"SAMPLES": 10, "HELD_OUT": 2, "LENGTH": 32}.items():
         monkeypatch.setattr(quality, name, value)
-    monkeypatch.setattr(quality, "MEASURED", ("--samples", 2, "--sequence-length", 32))
     (tmp_path / "other.txt").write_text("".join(chr(97 + n * n % 26) for n in range(999)))
     rows = ["pca", "taylor mix, published", "flap, no refit", "refitted on 8 x 1024 tokens",
-            "flap, its own bias"]  # fmt: skip
+            "flap, its own bias", "pca, a basis for each norm"]  # fmt: skip
     other = tmp_path / "other.txt"
     words = ["quality.py", checkpoint(num_hidden_layers=9), text, other, other, tmp_path / "q.csv"]
-    words += ["--seed", 1, "--sparsity", "0.2"]
+    words += ["--seed", 1, "--sparsity", "0.2", "--windows", "2x32"]
     words += [word for row in rows for word in ("--setting", row)]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
     quality.main()
     with (tmp_path / "q.csv").open(newline="") as file:
         made = list(csv.reader(file))
     assert len(made) == 2 + len(rows)
-    assert sum(command[0] == "calibrate" for command in said) == 3
+    assert sum(command[0] == "calibrate" for command in said) == 4
     assert sum(command[0] == "compensate" for command in said) == 3
     assert all(float(row[6]) >= 0 and float(row[7]) > 100 for row in made[2:])
     said.clear()
@@ -131,7 +130,7 @@ def test_the_table_of_quality_is_made_once(checkpoint, text, call, monkeypatch, 
     for table in quality.TABLES:
         quality.print_table(quality.read(tmp_path / "q.csv", keys=3), table)
     assert (
-        quality.plot(quality.read(tmp_path / "q.csv", keys=3), "every method").count("<poly") == 4
+        quality.plot(quality.read(tmp_path / "q.csv", keys=3), "every method").count("<poly") == 5
     )
 
 
