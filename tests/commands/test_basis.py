@@ -19,6 +19,7 @@ LAYER = ["--target", "hidden", "--basis", "layer"]
 WORDS = ["--samples", 2, "--sequence-length", 32, "--allow-calibrated", "--dtype", "float32"]
 MORE_KINDS = {
     **KINDS,
+    "a large ε": {"rms_norm_eps": 0.05},
     "qwen2": {"model_type": "qwen2", "attention_bias": "absent", "mlp_bias": "absent"},
     "window": {
         "model_type": "mistral", "sliding_window": 8, "attention_bias": "absent",
