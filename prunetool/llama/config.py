@@ -360,6 +360,11 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
     shapes, sliced = _parse_shapes(raw, given, where), None
     if raw["model_type"] == PRUNED:
         sliced = _read(raw, "sliced_from", OPTIONAL_COUNT, where)
+        if sliced and given["tie_word_embeddings"]:
+            raise ConfigError(
+                where, "sliced_from with tie_word_embeddings",
+                "its head has another size than the embedding: export it again",
+            )  # fmt: skip
         shapes = (*shapes[:-1], replace(shapes[-1], output=sliced))
     return LlamaConfig(
         vocab_size=given["vocab_size"],

@@ -10,7 +10,7 @@ layer and one batch, and for the text's labels two sums of the size of the layer
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,17 +154,7 @@ class Backward:
         head = EMBEDDING if self.model.config.tied else LM_HEAD
         refuse_other_weights(self.team, self.model, head, [FINAL_NORM, head])
 
-        @jax.jit
-        def gradient(h: jax.Array, given: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
-            def loss(scores: jax.Array) -> jax.Array:
-                if self.labels == stats.TEXT:
-                    losses = forward.token_losses(scores, jnp.maximum(given, 0))
-                    return jnp.sum(jnp.where(given < 0, 0, losses))
-                drawn = decode.draw(jax.lax.stop_gradient(scores), given)
-                return jnp.sum(forward.token_losses(scores, drawn))
-
-            return backward.top(loss, h, norm, head, eps=ends.eps)[1]
-
+        gradient = _top_gradient(self.labels, ends.eps)
         below = self.stream(last)
         with self.stream(last, "gradient").writing() as write:
             for place in console.progress(range(len(self.mine)), len(self.mine), what="labels of"):
@@ -192,7 +182,8 @@ class Backward:
 
     def _compute(self, left: int) -> Iterator[int]:
         """The layers below ``left``, of whose outputs the gradient is there."""
-        step = LayerFunction(self.model)
+        config = self.model.config
+        step = layer_function(config.head_dim, config.rms_norm_eps, config.window)
         everywhere = step.spread.everywhere
         rope = everywhere(streaming.rotation(self.model, self.tokens.shape[1]))
         above = self.stream(left, "gradient")
@@ -268,16 +259,17 @@ def padded_sizes(layer: Layer) -> dict[str, int]:
 
 
 class LayerFunction:
-    """The gradient before a layer, and the sums over those at its outputs."""
+    """The gradient before a layer, and the sums over those at its outputs.
 
-    def __init__(self, model: Model) -> None:
-        config = model.config
+    Args:
+      head_dim, eps, window: as in `forward.decoder_layer`.
+    """
 
+    def __init__(self, head_dim: int, eps: float, window: int | None) -> None:
         def step(h: jax.Array, g: jax.Array, w: Layer, rope: forward.Rotation, sums: Any) -> Any:
             found, inputs = backward.layer_gradients(
-                h, g, w, rope,
-                head_dim=config.head_dim, eps=config.rms_norm_eps, window=config.window,
-            )  # fmt: skip
+                h, g, w, rope, head_dim=head_dim, eps=eps, window=window
+            )
             sums = jax.tree.map(lambda terms: terms[0], sums)
             added = stats.add_gradients(sums, found.outputs, inputs)
             return found.before, jax.tree.map(lambda terms: terms[None], added)
@@ -296,3 +288,24 @@ class LayerFunction:
         sequences = self.spread.sequences  # those that pad have no gradient
         before, sums = self.spread.call(sequences(h), sequences(g), w, rope, sums)
         return np.asarray(before)[:, : h.shape[1]], sums
+
+
+layer_function = cache(LayerFunction)  # compiled once for all models of a process
+
+
+@cache
+def _top_gradient(labels: str, eps: float) -> Callable[..., jax.Array]:
+    """The compiled gradient of a block's loss by the stream after the last layer, (D, 1, n)."""
+
+    @jax.jit
+    def gradient(h: jax.Array, given: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
+        def loss(scores: jax.Array) -> jax.Array:
+            if labels == stats.TEXT:
+                losses = forward.token_losses(scores, jnp.maximum(given, 0))
+                return jnp.sum(jnp.where(given < 0, 0, losses))
+            drawn = decode.draw(jax.lax.stop_gradient(scores), given)
+            return jnp.sum(forward.token_losses(scores, drawn))
+
+        return backward.top(loss, h, norm, head, eps=eps)[1]
+
+    return gradient

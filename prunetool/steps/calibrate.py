@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,17 +215,10 @@ class Calibration:
 
     def _write_last(self) -> None:
         """Write ``gram``, Σ u uᵀ of the stream after the last layer, u of norm 1 (`basis`)."""
-
-        @jax.jit
-        def product(h: jax.Array) -> jax.Array:
-            h = h.reshape(len(h), -1)
-            u = h / jnp.maximum(jnp.linalg.norm(h, axis=0, keepdims=True), 1e-30)
-            return forward.dot(u, u, (1, 1))
-
         size, stream = self.model.config.hidden_size, self._stream(self._hidden(self.model.layers))
         total = np.zeros((size, size))
         for batch in streaming.batches(0, stream.samples, self.batch):
-            total += np.asarray(product(jnp.asarray(stream.read(batch))))
+            total += np.asarray(_of_norm_1(jnp.asarray(stream.read(batch))))
         if self.team.count > 1:
             total = self.team.total(own_terms(total))
         if self.team.index == 0:
@@ -251,10 +244,9 @@ class Calibration:
             streaming.embed(self.model, self.tokens[mine], stream)
             if len(back.mine):
                 streaming.embed(self.model, self.tokens[back.mine], back.stream(0))
-        step, head_dim = (
-            LayerFunction(self.model, self.attention.length),
-            self.model.config.head_dim,
-        )
+        config = self.model.config
+        head_dim = config.head_dim
+        step = layer_function(head_dim, config.rms_norm_eps, config.window, self.attention.length)
         everywhere = step.spread.everywhere
         rope = everywhere(streaming.rotation(self.model, self.tokens.shape[1]))
         layers = self.model.padded_layers(done)
@@ -395,16 +387,18 @@ class LayerFunction:
 
     The sequences of a batch are split over this process's devices; each has its own sums, along
     their first axis.
+
+    Args:
+      head_dim, eps, window: as in `forward.decoder_layer`.
+      sampled: the first tokens of whose attention inputs are returned.
     """
 
-    def __init__(self, model: Model, sampled: int) -> None:
-        config = model.config
-
+    def __init__(self, head_dim: int, eps: float, window: int | None, sampled: int) -> None:
         def step(
             h: jax.Array, real: jax.Array | None, w: Layer, rope: forward.Rotation, sums: Any
         ) -> Any:
             out, inputs = forward.decoder_layer(
-                h, w, rope, head_dim=config.head_dim, eps=config.rms_norm_eps, window=config.window
+                h, w, rope, head_dim=head_dim, eps=eps, window=window
             )
             added = {}
             for name, so_far in sums.items():
@@ -429,3 +423,14 @@ class LayerFunction:
         B, spread = h.shape[1], self.spread
         out, x, sums = spread.call(spread.sequences(h), spread.real(B), w, rope, sums)
         return np.asarray(out)[:, :B], x, sums
+
+
+layer_function = cache(LayerFunction)  # compiled once for all models of a process
+
+
+@jax.jit
+def _of_norm_1(h: jax.Array) -> jax.Array:
+    """Σ u uᵀ of tokens scaled to norm 1, (D, D), of h, (D, B, N)."""
+    h = h.reshape(len(h), -1)
+    u = h / jnp.maximum(jnp.linalg.norm(h, axis=0, keepdims=True), 1e-30)
+    return forward.dot(u, u, (1, 1))

@@ -205,15 +205,22 @@ def _mean_loss(
 ) -> float:
     """Mean -log p(next token) from the stream after the last layer, in nats."""
     ends = Ends.of(model, dtype)
-
-    @jax.jit
-    def losses(h: jax.Array, targets: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
-        scores = forward.logits(h, norm, head, eps=ends.eps)
-        return jnp.sum(forward.token_losses(scores, targets), dtype=jnp.float64)
-
+    losses = _losses(ends.eps)
     total = 0.0
     of_logits = console.progress(pieces([stream], tokens), count_pieces(tokens), what="logits")
     for targets, (h,) in of_logits:
         total += float(losses(h, targets, ends.norm, ends.head))
     predicted: int = tokens.shape[0] * (tokens.shape[1] - 1)
     return total / predicted
+
+
+@cache
+def _losses(eps: float) -> Callable[..., jax.Array]:
+    """The compiled sum of -log p of the targets of a piece."""
+
+    @jax.jit
+    def losses(h: jax.Array, targets: jax.Array, norm: jax.Array, head: jax.Array) -> jax.Array:
+        scores = forward.logits(h, norm, head, eps=eps)
+        return jnp.sum(forward.token_losses(scores, targets), dtype=jnp.float64)
+
+    return losses
