@@ -150,7 +150,7 @@ SECONDS, PEAK = COLUMNS.index("seconds"), COLUMNS.index("peak MB")
 SHORT = ("--samples", 128, "--sequence-length", 128)
 # Of the lines of a plot, in turn.
 COLOURS = ("#3070b0", "#c05020", "#308050", "#8040a0", "#a08020", "#c03070", "#208090", "#707070")
-DENSE = ("dense", "-", "0")
+DENSE = "dense"  # its row has the windows for a seed
 DTYPE = ("--dtype", "float32")
 
 
@@ -181,6 +181,9 @@ class Rows:
         self.given, self.lock = given, threading.Lock()
         self.lock_of: dict[object, threading.Lock] = defaultdict(threading.Lock)
         self.done = read(given.csv, keys=3)
+        self.dense = (DENSE, "{}x{}".format(*given.windows), "0")
+        if {key for key in self.done if key[0] == DENSE} - {self.dense}:
+            raise SystemExit(f"{given.csv} was measured on other --windows: name another")
 
     def calibrated(self, setting: Setting, seed: str) -> Path:
         """The records of a seed's calibration."""
@@ -229,9 +232,13 @@ class Rows:
 
     def make_all(self) -> None:
         given = self.given
-        if DENSE not in self.done:
-            self.write([*DENSE, *self.measured(given.model), ""])
-        names = given.setting or (TABLES[given.rows] if given.rows else SETTINGS)
+        if self.dense not in self.done:
+            self.write([*self.dense, *self.measured(given.model), ""])
+        names = [
+            name
+            for name in (TABLES[given.rows] if given.rows else SETTINGS)
+            if name in (given.setting or SETTINGS)
+        ]
         todo = [
             row
             for row in itertools.product(names, given.seed or SEEDS, given.sparsity or TENTHS)
@@ -262,6 +269,11 @@ def of_seeds(rows: Csv, setting: str, sparsity: str) -> list[list[str]]:
     return [rows[key] for seed in SEEDS if (key := (setting, seed, sparsity)) in rows]
 
 
+def dense_row(rows: Csv) -> list[str]:
+    """The row of the model before pruning."""
+    return next(row for key, row in rows.items() if key[0] == DENSE)
+
+
 def print_table(rows: Csv, table: str) -> None:
     sparsities = [s for s in TENTHS if any(of_seeds(rows, name, s) for name in TABLES[table])]
     every = [row for name in TABLES[table] for s in sparsities for row in of_seeds(rows, name, s)]
@@ -285,7 +297,7 @@ def most(rows: list[list[str]], column: int) -> str:
 
 def plot(rows: Csv, table: str) -> str:
     """An SVG of the loss that every setting adds to the dense model's, by what was removed."""
-    dense = float(rows[DENSE][3])
+    dense = float(dense_row(rows)[3])
     lines = []
     for setting in TABLES[table]:
         every = ((float(s), of_seeds(rows, setting, s)) for s in TENTHS)
@@ -301,7 +313,7 @@ def plot(rows: Csv, table: str) -> str:
 
 
 def print_prediction(rows: Csv) -> None:
-    dense = float(rows[DENSE][3])
+    dense = float(dense_row(rows)[3])
     ratios = [
         math.log(float(row[3]) / dense) / float(row[5])
         for row in rows.values()
@@ -343,8 +355,8 @@ def main() -> None:
     if not given.table:
         return Rows(given).make_all()
     rows = read(given.csv, keys=3)
-    if given.table == "methods" and DENSE in rows:
-        print("dense: {} and {}\n".format(*(f"{float(x):.2f}" for x in rows[DENSE][3:5])))
+    if given.table in ("methods", "every method"):
+        print("dense: {} and {}\n".format(*(f"{float(x):.2f}" for x in dense_row(rows)[3:5])))
     print_table(rows, given.table)
     if given.plot:
         given.plot.write_text(plot(rows, given.table))

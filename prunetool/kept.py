@@ -157,16 +157,34 @@ def pruned_layer(
     return layer
 
 
-def cut_config(config: LlamaConfig, record: records.LayerRecord) -> LlamaConfig:
-    """The config of a model, with the hidden size that a layer's basis leaves it if it has one."""
-    if "basis" not in record.files:
+def cut_config(config: LlamaConfig, made: Sequence[records.LayerRecord]) -> LlamaConfig:
+    """The config of a model, with the hidden size that its bases leave if there are any.
+
+    Raises:
+      RecordError: if the layers have different ones.
+    """
+    D = config.hidden_size
+    said = [_hidden(record) for record in made]
+    for record, own in zip(made, said, strict=True):
+        if own != said[0] or (own and own[1] != D):
+            where, what = f"layer {record.index}", "has another basis of the stream than layer 0"
+            raise RecordError(where, what, "run the last score again")
+    if not said[0]:
         return config
-    cut = config.with_hidden_size if record.has_shared_basis else config.with_bases
-    return cut(int(record.values["hidden"]["kept"]))
+    cut = config.with_hidden_size if made[0].has_shared_basis else config.with_bases
+    return cut(said[0][0])
+
+
+def _hidden(record: records.LayerRecord) -> tuple[int, int, bool] | None:
+    """k, D and whether the basis is that of all layers; None without one."""
+    if "basis" not in record.files:
+        return None
+    said = record.values["hidden"]
+    return int(said["kept"]), int(said["of"]), record.has_shared_basis
 
 
 def bases_of(work: Path, made: Sequence[records.LayerRecord], layer: int) -> Bases:
-    """The bases of the residual stream around a layer, float32, of records with ``basis``.
+    """The bases of the residual stream around a layer, (D, k) float32; of records as `cut_config`.
 
     Raises:
       RecordError: if a file is missing, damaged, or of another size.

@@ -133,6 +133,7 @@ REDUCE = ("sum", "mean", "max", "prod", "first")
 # For the hidden dimensions: functions of the stream's Gram matrix H and k that return Q (`basis`).
 HIDDEN = {"pca": Method("pruning.basis:principal")}
 HIDDEN_TARGETS = ("hidden",)
+BASES = SHARED, LAYER = "shared", "layer"  # one for the whole model, or one for each norm
 UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
 UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)

@@ -52,9 +52,9 @@ class Site(NamedTuple):
         """The axis of `axis_sizes` that its features are on."""
         return PARTS[self.matrices[0]].axes[1] if self.matrices else "hidden"
 
-    def is_kept(self, kept: str | None) -> bool:
-        """Whether ``--stats`` of this value sum it; None: any."""
-        return self.of_units or kept is None or kept in self.only
+    def is_kept(self, stats: str | None) -> bool:
+        """Whether it is summed for ``--stats``; None: for any."""
+        return self.of_units or stats is None or stats in self.only
 
 
 SITES = {

@@ -422,7 +422,7 @@ def _keep_cost(work: Path, directory: str) -> None:
     """Keep what a step took, unless an earlier run, whose files this one read, took longer."""
     (seconds, peak), known = console.spent(), cost_of(work, directory)
     if known is None or known[0] < seconds:
-        value = {"seconds": round(seconds, 1), "peak_mb": peak}
+        value = {"seconds": round(seconds, 3), "peak_mb": peak}
         files.write_json(below(work, f"{directory}/{COST_NAME}"), value)
 
 

@@ -677,7 +677,7 @@ def test_recover_takes_it(converted, pictures, run, tmp_path):
     ("words", "said"),
     [
         (["score", "s.jsonl", "--target", "hidden", "--sparsity", 0.1], "is for models of text"),
-        (["convert", "M", "x.gguf"], "llama.cpp computes no models of pictures"),
+        (["convert", "M", "x.gguf"], "llama.cpp: computes no models of pictures"),
         (["bench", "M"], "is a model of pictures; measure it in LlamaGen"),
         (["evaluate", "M", "--text", "ids.npy"], "is a model of pictures, which reads no text"),
     ],

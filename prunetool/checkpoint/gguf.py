@@ -555,7 +555,8 @@ def _open(path: Path, todo: str) -> _Reader:
             raise ConfigError(path, "no such file", todo)
         if not path.is_file():
             todo = "give a .gguf file; to make one of a checkpoint, OUT ends in .gguf"
-            raise ConfigError(path, "is not a regular file", todo)
+            what = "is a directory" if path.is_dir() else "is not a regular file"
+            raise ConfigError(path, what, todo)
         with np.errstate(over="raise"):
             reader = _Reader(path)
             end = reader.data_offset

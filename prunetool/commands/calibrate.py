@@ -195,7 +195,9 @@ def calibrate(
         opened = open_model(model, revision)
         if opened.config.shortcuts:
             raise ConfigError(
-                model, "its norms read a basis each", "prune the model that it was made from"
+                model,
+                "has a basis of the stream before each norm, and is not pruned again",
+                "prune the model that it was made from",
             )
         dtype = opened.product_dtype(dtype)
         if guidance and not opened.config.classes:

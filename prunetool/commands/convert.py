@@ -54,7 +54,7 @@ def convert(
     The direction follows from OUT: a file NAME.gguf, or a directory. From a GGUF (Llama, Mistral,
     Qwen2, Qwen3; for a split one, name any part): dequantises, puts the rows of q and k back in
     order, and rebuilds config.json and tokenizer.json; if killed, the same command resumes after
-    the last finished shard. To a GGUF: from any checkpoint that prunetool reads or wrote, dense or
+    the last finished shard. To a GGUF: from a checkpoint that prunetool reads or wrote, dense or
     pruned; layers of unequal sizes become llama.cpp's architecture deci. Above --max-shard-size it
     is split, between any two tensors. From LlamaGen's weights (a file NAME.pt of a
     class-conditional model, which is read as data: no code in it runs): splits q, k and v. Files

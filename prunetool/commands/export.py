@@ -68,7 +68,8 @@ def _say_next(out: Path, work: Path, form: str) -> None:
         console.log.info("Measure its speed: prunetool bench %s", name)
         console.log.info("%s: prunetool clean %s", clean, shlex.quote(str(work)))
         return
-    model_type = read_json(out / "config.json")["model_type"]
+    config = read_json(out / "config.json")
+    model_type = config["model_type"]
     trust = ", trust_remote_code=True" if model_type == PRUNED else ""
     load = f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})"
     measure, pictures = f"prunetool evaluate {name} --text OTHER.txt", model_type == PICTURES
@@ -79,7 +80,11 @@ def _say_next(out: Path, work: Path, form: str) -> None:
         "Load it": load,
         "Measure it": measure,
         "See what was kept": f"prunetool report {name}",
-        **({} if pictures else {"Take it to llama.cpp": f"prunetool convert {name} {name}.gguf"}),
+        **(
+            {}
+            if pictures or "sliced_from" in config
+            else {"Take it to llama.cpp": f"prunetool convert {name} {name}.gguf"}
+        ),
         "Put it on the Hub": f"prunetool upload {name} OWNER/NAME",
         clean: f"prunetool clean {name}",
     }.items():

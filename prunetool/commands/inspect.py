@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prunetool import console, options
-from prunetool.errors import shown
+from prunetool.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from prunetool.model import Model
@@ -71,12 +71,16 @@ def inspect(
         for layer in range(config.layers)
     ]
     everything = opened.parameters()
+    bases = {"sliced_from": config.size_behind(config.layers - 1)} if config.shortcuts else {}
+    if planned and config.shortcuts:
+        raise ConfigError(model, "is not pruned again (--basis layer)", "leave --plan out")
     result: dict[str, Any] = {
         "model": model,
         "model_type": config.raw["model_type"],
         "dtype": opened.dtype,
         "layers": config.layers,
         "hidden_size": config.hidden_size,
+        **bases,
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "rope": config.rope.type,
@@ -93,7 +97,8 @@ def inspect(
     }  # fmt: skip
     console.table(
         f"{shown(model)}: {result['model_type']}, {everything:,} parameters ({sum(sizes):,} in the "
-        f"layers' matrices), {result['size_bytes'] / 1e6:,.1f} MB, {opened.dtype}",
+        f"layers' matrices), {result['size_bytes'] / 1e6:,.1f} MB, {opened.dtype}"
+        f"{', a basis before each norm' if config.shortcuts else ''}",
         ["layer", "heads", "KV heads", "channels", "parameters", "MB"],
         (
             [i, s.heads, s.kv_heads, s.channels, f"{p:,}", f"{b / 1e6:.2f}"]

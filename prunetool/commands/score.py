@@ -11,6 +11,7 @@ from prunetool import console, options, records
 from prunetool.errors import RecordError
 from prunetool.llama.parts import MATRICES
 from prunetool.methods import (
+    BASES,
     DAMPED,
     HIDDEN,
     HIDDEN_TARGETS,
@@ -63,15 +64,15 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     metavar="LIST",
     help="What to prune: heads (whole KV groups) and channels (of the MLP); single weights of "
     "q, k, v, o, gate, up, down (qk: the first two; weights: all); or hidden: directions of the "
-    "residual stream, in one basis for the whole model, so that OUT has fewer of them; it is a "
-    "stock model, unless it has biases and its number of heads does not divide them.",
+    "residual stream, so that OUT has fewer of them.",
 )
 @click.option(
     "--basis",
-    type=click.Choice(["shared", "layer"]),
-    default="shared",
+    type=click.Choice(BASES),
+    default=BASES[0],
     show_default=True,
-    help="Of --target hidden. shared: one basis for the whole model. layer: one for each norm, and "
+    help="Of --target hidden. shared: one basis for the whole model; OUT is a stock model, unless "
+    "it has biases and its number of heads does not divide them. layer: one for each norm, and "
     "a matrix from each to the next, as SliceGPT, from calibrate --stats residual; OUT needs its "
     "loader. --sparsity is then of all parameters of the layers, these matrices included.",
 )

@@ -177,7 +177,8 @@ PLAIN_ROPE_VALUES: dict[str, tuple[Any, ...]] = {
 class LayerShape:
     """Sizes of a decoder layer: query heads, KV heads (one per KV group), MLP channels.
 
-    ``output`` is the size of the residual stream behind it, if that is not the model's.
+    ``output`` is the size of the residual stream behind it, if that is not the model's: of the last
+    layer where ``shortcuts``.
     """
 
     heads: int
@@ -360,10 +361,10 @@ def parse_config(raw: Mapping[str, Any], where: object) -> LlamaConfig:
     shapes, sliced = _parse_shapes(raw, given, where), None
     if raw["model_type"] == PRUNED:
         sliced = _read(raw, "sliced_from", OPTIONAL_COUNT, where)
-        if sliced and given["tie_word_embeddings"]:
+        if sliced and (sliced < hidden_size or given["tie_word_embeddings"] or family.pictures):
             raise ConfigError(
-                where, "sliced_from with tie_word_embeddings",
-                "its head has another size than the embedding: export it again",
+                where, f"sliced_from = {sliced} does not go with the other keys",
+                "it is at least hidden_size, of a model of text that is not tied; export it again",
             )  # fmt: skip
         shapes = (*shapes[:-1], replace(shapes[-1], output=sliced))
     return LlamaConfig(

@@ -6,7 +6,7 @@
 | equal, otherwise, no biases | ``mistral`` with the window, or none | the same; it does not check |
 | equal, of Qwen2 or Qwen3 | ``qwen2``, ``qwen3`` | the same; MLX-LM's qwen2 knows no head_dim |
 | unequal | ``pruned_llama`` with its own loader files | transformers, vLLM, MLX-LM |
-| a basis of the stream before each norm | ``pruned_llama`` | transformers |
+| a basis of the stream before each norm | ``pruned_llama`` | transformers, MLX-LM |
 | a model of pictures | ``llamagen`` with its own loader file | LlamaGen |
 """
 

@@ -201,7 +201,10 @@ def linear(W: jax.Array, b: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def shortcut(S: jax.Array | None, h: jax.Array) -> jax.Array:
-    """The residual stream h in the basis that a layer's next output is in; h itself without S."""
+    """The residual stream h, (k, B, N), in the basis that the output beside it is in, (k', B, N).
+
+    S is (k', k); None: h itself.
+    """
     return h if S is None else product(S, h)
 
 

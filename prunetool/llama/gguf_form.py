@@ -44,11 +44,10 @@ def choose(config: LlamaConfig) -> Form:
       ConfigError: if llama.cpp has none that computes it.
     """
     if config.classes:
-        what = "llama.cpp computes no models of pictures"
-        raise ConfigError("--type", what, "keep the checkpoint")
+        raise ConfigError("llama.cpp", "computes no models of pictures", "keep the checkpoint")
     if config.shortcuts:
-        what = "llama.cpp computes no model with a basis before each norm"
-        raise ConfigError("--type", what, "give --basis shared to score")
+        what = "computes no model with a basis before each norm"
+        raise ConfigError("llama.cpp", what, "run score with --basis shared, and export again")
     shapes = config.layer_shapes
     rope, factors, warnings = _rope(config)
     architecture = _architecture(config, has_factors=factors is not None)

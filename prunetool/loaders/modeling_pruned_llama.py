@@ -1,8 +1,8 @@
 """Llama whose decoder layers differ in attention heads and MLP width, and related families.
 
 Loaded by transformers (4.48 and later; 4.51 for Qwen3, 4.53 for a sliding window, 4.54 for a basis
-before each norm) with ``trust_remote_code=True``, and by vLLM's Transformers backend. Written by
-prunetool; Apache-2.0.
+before each norm) with ``trust_remote_code=True``, and but for such bases by vLLM's Transformers
+backend. Written by prunetool; Apache-2.0.
 """
 
 from functools import cache, wraps
@@ -37,7 +37,7 @@ class PrunedLayer:
     def __init__(self, config, layer_idx):
         super().__init__(config_of_layer(config, layer_idx), layer_idx)
         self.self_attn.config = config  # shared, so that set_attn_implementation reaches it
-        self.sliced = getattr(config, "sliced_from", None) is not None
+        self.sliced = bool(getattr(config, "sliced_from", None))
         if self.sliced:
             if version < (4, 54):  # whose layers return tuples
                 raise ImportError("a basis before each norm needs transformers 4.54 or later")

@@ -1,4 +1,4 @@
-"""One orthogonal basis of the residual stream for a whole model, cut to its first k directions.
+"""Orthogonal bases of the residual stream, cut to their first k directions.
 
 RMSNorm commutes with an orthogonal Q: with its weights w folded into the matrices that read it, a
 model is the same in the basis Q. SliceGPT (arXiv 2401.15024) takes a Q for every signal, the input
@@ -11,6 +11,10 @@ so that E[u uᵀ] = diag(1/w) E[x xᵀ] diag(1/w) / D from the statistics of the
 Its RMSNorm has k entries for D:
 
     h / √(Σ h²/D + ε) = √(D/k) · h / √(Σ h²/k + ε D/k).
+
+SliceGPT's own form (``--basis layer``) has a Q for every signal, from E[h hᵀ] of the tokens as they
+are, so that those of large norm count more, and Q_bᵀ Q_a, the shortcut, from a signal a to the next
+b. The signal before the final norm is not cut (Q = I): the last layer's output has D entries.
 
 | symbol | is | shape |
 |---|---|---|

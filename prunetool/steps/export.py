@@ -152,7 +152,7 @@ class Export:
         target = model.config.with_shapes(model.config.layer_shapes if dense else shapes)
         if self.header.adds_biases:
             target = target.with_biases()
-        target = cut_config(target, made[0])
+        target = cut_config(target, made)
         stored = target.with_shapes(
             tuple(
                 replace(kept, output=shape.output)

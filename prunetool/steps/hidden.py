@@ -9,14 +9,14 @@ import numpy as np
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, RecordError, naming
 from prunetool.kept import kept_shape, kept_units
+from prunetool.llama.config import LlamaConfig
 from prunetool.llama.parts import NORM_OF
 from prunetool.llama.weights import layer_parameters
-from prunetool.methods import methods_of
+from prunetool.methods import LAYER, methods_of
 from prunetool.pruning import basis, gram
 from prunetool.stats import EVERY, SITES, Stats
 from prunetool.steps.run import Run
 
-SHARED, LAYER = "shared", "layer"  # --basis
 SIGNALS = {  # sites, and the norm whose outputs each sums
     site: NORM_OF[of.matrices[0]]
     for site, of in SITES.items()
@@ -104,20 +104,23 @@ class Slicing:
         target = f"target {self.how['sparsity']:.2%}"
         self.said.append(f"hidden size {D} → {k}")
         if self.how["basis"] == LAYER:
-            removed = self._removed(made, k)
+            removed = self._removed(self._units_kept(made), k)
             self.said.append(f"{removed:.4%} of the layers' parameters ({target})")
         else:
             self.said.append(f"{1 - k / D:.4%} of every matrix ({target})")
         if self.model.config.tied:
             self.said.append("the embedding and the head will be stored apart")
 
-    def _removed(self, made: list[records.LayerRecord], k: int) -> float:
-        """The part of the layers' parameters that bases of k directions remove, less shortcuts."""
+    def _units_kept(self, made: list[records.LayerRecord]) -> LlamaConfig:
+        """The model with the units that earlier scores left."""
         shapes = [
             kept_shape(shape, kept_units(self.work, record, shape))
             for record, shape in zip(made, self.model.config.layer_shapes, strict=True)
         ]
-        before = self.model.config.with_shapes(tuple(shapes))
+        return self.model.config.with_shapes(tuple(shapes))
+
+    def _removed(self, before: LlamaConfig, k: int) -> float:
+        """The part of the layers' parameters that k directions remove, net of the shortcuts."""
         now, was = (
             sum(layer_parameters(config, shape) for shape in config.layer_shapes)
             for config in (before.with_bases(k), before)
@@ -130,21 +133,26 @@ class Slicing:
         Raises:
           ConfigError: if all remove clearly less.
         """
-        step, asked = self.how["multiple_of"], self.how["sparsity"]
-        removed = {
-            k: self._removed(made, k) for k in range(step, self.model.config.hidden_size + 1, step)
-        }
-        k = min(removed, key=lambda k: abs(removed[k] - asked), default=0)
-        if not k or (k == step and asked and asked - removed[k] > 0.01):
-            most = f"at most {removed[k]:.2%} goes" if k else "no size is left"
+        step, asked, D = (
+            self.how["multiple_of"],
+            self.how["sparsity"],
+            self.model.config.hidden_size,
+        )
+        if step > D:
+            raise ConfigError("--multiple-of", f"{step} is above the hidden size, {D}", "lower it")
+        before = self._units_kept(made)
+        removed = {k: self._removed(before, k) for k in range(step, D + 1, step)}
+        k = min(removed, key=lambda k: abs(removed[k] - asked))
+        if k == step and asked and asked - removed[k] > 0.01:
             raise ConfigError(
-                "--sparsity", f"{asked:g} is out of reach: with --multiple-of {step} {most}",
+                "--sparsity",
+                f"{asked:g} is out of reach: --multiple-of {step} removes at most {removed[k]:.2%}",
                 "lower it, or --multiple-of",
-            )  # fmt: skip
+            )
         return k
 
     def _own(self, made: list[records.LayerRecord], k: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Each layer's file of two bases, and the part of the energy that each keeps, (2,)."""
+        """Each layer's file of two bases, (D, k), and the energy that each keeps, of 1, (2,)."""
 
         def bases(record: records.LayerRecord) -> dict[str, np.ndarray]:
             found, kept = {}, []
@@ -164,7 +172,7 @@ class Slicing:
             yield name, arrays["kept"]
 
     def _shared(self, made: list[records.LayerRecord], k: int) -> Iterator[tuple[str, np.ndarray]]:
-        """The file of the one basis, and the part of each layer's energy that it keeps, (2,)."""
+        """The file of the basis, (D, k), and each layer's energy that it keeps, of 1, (2,)."""
         name = f"{self.run.directory}/basis.safetensors"
         arrays = workdir.make_once(self.work, name, lambda: self._basis(made, k))
         for kept in arrays["kept"]:

@@ -20,6 +20,7 @@ from prunetool.kept import (
     kept_units,
     masks,
 )
+from prunetool.llama.config import LlamaConfig
 from prunetool.llama.parts import SHORTCUTS
 from prunetool.llama.weights import part_shapes
 from prunetool.model import Model
@@ -132,7 +133,8 @@ def make_page(
 ) -> tuple[Page, str]:
     """The page for a complete stream, evaluations and speeds; and what to report about it."""
     model, work = reopen(header), Path(header.work)
-    sizes = [_sizes(model, work, r) for r in console.progress(made, header.layers)]
+    config = cut_config(model.config, made)
+    sizes = [_sizes(model, config, work, r) for r in console.progress(made, header.layers)]
     kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
     counts: list[Row] = [["before", f"{dense:,}", _share(dense, dense)]]
     counts.append(["stored", f"{stored:,}", _share(stored, dense)])
@@ -156,7 +158,7 @@ def make_page(
     ]
     units = [of[0] for of in sizes]
     parts: list[Table | Figure] = [
-        Table("Weights of the decoder layers' seven matrices", counts, ("", "weights", "share")),
+        Table("Weights of the decoder layers' matrices", counts, ("", "weights", "share")),
         *(Table(f"Evaluation {of.file}", of.lines, kind="words") for of in evaluations),
         *([speeds] if speeds else []),
         Table(COSTS, list(_costs(header, work)), ("step", "seconds", "peak memory, MB")),
@@ -182,25 +184,35 @@ def make_page(
 
 
 def _sizes(
-    model: Model, work: Path, record: records.LayerRecord
+    model: Model, config: LlamaConfig, work: Path, record: records.LayerRecord
 ) -> tuple[Columns, Columns, list[int]]:
-    """What a layer keeps: units; weights; numbers of kept weights, of kept units, and before."""
+    """What a layer keeps: units; weights; numbers of kept weights, of kept units, and before.
+
+    Args:
+      model: before pruning.
+      config: of the result, but for its units (`cut_config`).
+      work: the work directory.
+      record: the layer's.
+    """
     shape, weights = model.config.layer_shapes[record.index], {}
     units, masked = kept_units(work, record, shape), masks(model, work, record)
-    config = cut_config(model.config, record)
     left = part_shapes(config, kept_shape(config.layer_shapes[record.index], units))
     for part, extent in extents(units, shape, model.config).items():
         stored = math.prod(left[part])
         kept = int(extent.of(masked[part].kept).sum()) if part in masked else stored
         weights[part] = [kept, stored, extent.rows.size * extent.columns.size]
     between = sum(math.prod(left[part]) for part in SHORTCUTS if part in left)
-    every = [*weights.values(), [between, between, 0]]
-    weights["all"] = [sum(counts) for counts in zip(*every, strict=True)]
+    if between:
+        weights["between bases"] = [between, between, 0]
+    weights["all"] = [sum(counts) for counts in zip(*weights.values(), strict=True)]
     groups, channels = int(units[GROUPS].sum()), int(units[CHANNELS].sum())
     now = (groups * shape.group_size, groups, channels)
     of = zip(COLUMNS, now, (shape.heads, shape.kv_heads, shape.channels), strict=True)
     cells = {unit: _share(kept, before, f"{kept} / {before}") for unit, kept, before in of}
-    shares = {part: _share(kept, dense) for part, (kept, _, dense) in weights.items()}
+    shares = {
+        part: _share(kept, dense) if dense else Cell(f"{kept:,}")
+        for part, (kept, _, dense) in weights.items()
+    }
     return cells, shares, weights["all"]
 
 

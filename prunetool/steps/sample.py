@@ -6,6 +6,7 @@ is asked for. Its random numbers come from the seed, its class, and its number w
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,5 +137,7 @@ def write(pictures: Pictures, per_class: int, out: Path, *, overwrite: bool) -> 
         with atomic(out) as partial, partial.open("wb") as file:
             np.save(file, ids)
         workdir.clear(work)
-    console.log.info("Calibrate on them: prunetool calibrate MODEL --tokens %s", out)
+    console.log.info(
+        "Calibrate on them: prunetool calibrate MODEL --tokens %s", shlex.quote(str(out))
+    )
     return [f"{count:,} pictures of {pictures.model.config.codes} codes in {out}"]

@@ -718,9 +718,9 @@ def test_flipped_bytes_of_a_header_give_one_line_or_a_checkpoint(tmp_path):
 
 def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(tmp_path, run):
     os.mkfifo(tmp_path / "fifo.gguf")
-    for path in (tmp_path / "fifo.gguf", tmp_path):
+    for path, what in (tmp_path / "fifo.gguf", "not a regular file"), (tmp_path, "a directory"):
         line = error_of(run("convert", path, tmp_path / "out", ok=False))
-        assert f"{path}: is not a regular file" in line
+        assert f"{path}: is {what}" in line
 
 
 # --- tokenizers

@@ -186,7 +186,8 @@ def test_it_can_be_compared_inspected_and_reported(cut, call, text, tmp_path):
     found = json.loads(said)
     assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert found["against"]["kl"] > 0
-    assert json.loads(call("inspect", out))["hidden_size"] < D
+    shown = json.loads(call("inspect", out))
+    assert shown["hidden_size"] < D == shown["sliced_from"]
     page = call("report", out, "--evaluation", "said.json", "--format", "markdown", "-o", "-")
     assert "Energy of the residual stream that is kept" in page
     now, before = in_layers(out), in_layers(dense)
@@ -223,6 +224,31 @@ def test_an_evaluation_goes_on_behind_the_last_layer(cut, monkeypatch, tmp_path)
     assert mean_loss(open_model(str(out)), tokens, "float32", work) == due
 
 
+def test_records_whose_layers_disagree_are_refused(cut, run, tmp_path):
+    cut(0.25)
+    lines = (tmp_path / "kept.jsonl").read_text().splitlines()
+    layer = json.loads(lines[2])
+    for changed in (
+        layer | {"files": {k: v for k, v in layer["files"].items() if k != "basis"}},
+        layer | {"values": layer["values"] | {"hidden": layer["values"]["hidden"] | {"kept": 32}}},
+        layer | {"values": layer["values"] | {"hidden": layer["values"]["hidden"] | {"of": 65}}},
+    ):
+        text = "\n".join([*lines[:2], json.dumps(changed), *lines[3:], ""])
+        (tmp_path / "mixed.jsonl").write_text(text)
+        said = error_of(run("export", "mixed", "mixed.jsonl", ok=False))
+        assert "layer 1: has another basis of the stream than layer 0; run the last score" in said
+
+
+def test_a_config_that_contradicts_itself_is_refused(cut, run, tmp_path):
+    out, *_ = cut(0.25)
+    config = json.loads((out / "config.json").read_text())
+    for change in ({"sliced_from": 8}, {"tie_word_embeddings": True}, {"family": "llamagen"}):
+        (out / "config.json").write_text(json.dumps(config | change))
+        said = error_of(run("inspect", out, ok=False))
+        assert "config.json" in said
+        assert "family" in change or "sliced_from = " in said
+
+
 def test_bad_input_has_one_clear_line(cut, call, run, calibrated, text, tmp_path):
     out, *_ = cut(0.25)
     calibrated("few", stats="all", gradients=0)
@@ -230,15 +256,29 @@ def test_bad_input_has_one_clear_line(cut, call, run, calibrated, text, tmp_path
         "--basis layer: needs the sums of the residual stream, and calibrate kept none; run "
         "calibrate with --stats residual"
     )
-    far = "--sparsity: 0.99 is out of reach: with --multiple-of 8 at most "
-    again = "its norms read a basis each; prune the model that it was made from"
-    gguf = "llama.cpp computes no model with a basis before each norm"
+    far = "--sparsity: 0.99 is out of reach: --multiple-of 8 removes at most "
+    again = "has a basis of the stream before each norm, and is not pruned again; prune the model"
+    gguf = (
+        "llama.cpp: computes no model with a basis before each norm; run score with --basis shared"
+    )
     for words, said in {
         ("score", "few.jsonl", *LAYER, "--sparsity", ".2"): needs,
         ("score", "dense.jsonl", *LAYER, "--sparsity", ".99"): far,
         ("calibrate", out, "--text", text, "--samples", 4): again,
         ("export", "other.gguf", "kept.jsonl", "--format", "gguf"): gguf,
+        ("convert", out, "other.gguf"): gguf,
+        ("inspect", out, "--plan"): "is not pruned again (--basis layer); leave --plan out",
+        (
+            "score",
+            "dense.jsonl",
+            *LAYER,
+            "--sparsity",
+            ".2",
+            "--multiple-of",
+            65,
+        ): "above the hidden",
     }.items():
         assert said in error_of(run(*words, ok=False))
+    assert "llama.cpp" not in run("export", "again", "kept.jsonl").stderr
     done = run("score", "dense.jsonl", "--basis", "layer", "--sparsity", ".2", ok=False)
     assert "--basis goes with --target hidden" in done.stderr
