@@ -35,6 +35,7 @@ OWN = "self"  # --text of calibrate: the model's own
 OTHER = Path("demo/topics.calibrate.txt")  # of OTHER_TEXT's kind, from `make demo`
 
 MASKED = ["--target", "weights"]
+NO_REFIT = ", no refit"
 
 
 class Setting(NamedTuple):
@@ -51,7 +52,7 @@ class Setting(NamedTuple):
 
 def plain(rows: dict[str, Setting]) -> dict[str, Setting]:
     """The settings, and each without compensate."""
-    return rows | {f"{name}, no refit": how._replace(compensate=None) for name, how in rows.items()}
+    return rows | {name + NO_REFIT: how._replace(compensate=None) for name, how in rows.items()}
 
 
 def both(name: str, setting: Setting) -> dict[str, Setting]:
@@ -148,8 +149,12 @@ COLUMNS = [
 ]  # fmt: skip
 SECONDS, PEAK = COLUMNS.index("seconds"), COLUMNS.index("peak MB")
 SHORT = ("--samples", 128, "--sequence-length", 128)
-# Of the lines of a plot, in turn.
-COLOURS = ("#3070b0", "#c05020", "#308050", "#8040a0", "#a08020", "#c03070", "#208090", "#707070")
+# Of the lines of a plot, in turn; a setting has one colour with and without a refit.
+COLOURS = (
+    "#3070b0", "#c05020", "#308050", "#8040a0", "#a08020", "#c03070", "#208090", "#707070",
+    "#6060e0", "#e09060", "#80b050", "#604020", "#d060d0",
+)  # fmt: skip
+MOST = 2.5  # nats of the highest point of a plot
 DENSE = "dense"  # its row has the windows for a seed
 DTYPE = ("--dtype", "float32")
 
@@ -296,9 +301,13 @@ def most(rows: list[list[str]], column: int) -> str:
 
 
 def plot(rows: Csv, table: str) -> str:
-    """An SVG of the loss that every setting adds to the dense model's, by what was removed."""
+    """An SVG of the loss that every setting adds to the dense model's, by what was removed.
+
+    Without a refit a line is dashed; it ends before a loss above `MOST`.
+    """
     dense = float(dense_row(rows)[3])
-    lines = []
+    lines: list[tuple[str, str, list[picture.Point]]] = []
+    colour_of: dict[str, str] = {}
     for setting in TABLES[table]:
         every = ((float(s), of_seeds(rows, setting, s)) for s in TENTHS)
         points = [
@@ -306,10 +315,15 @@ def plot(rows: Csv, table: str) -> str:
             for s, of in every
             if of
         ]
-        if points:
-            lines.append((setting, COLOURS[len(lines) % len(COLOURS)], [(0.0, 0.0), *points]))
+        shown = [*itertools.takewhile(lambda point: point[1] <= MOST, points)]
+        if shown:
+            next_one = COLOURS[len(colour_of) % len(COLOURS)]
+            colour = colour_of.setdefault(setting.removesuffix(NO_REFIT), next_one)
+            lines.append((setting, colour, [(0.0, 0.0), *shown]))
     caption = "Loss added on the test text, nats a token, by the fraction of the layers removed"
-    return picture.lines(lines, caption, ("removed", "nats a token"))
+    dashed = [name for name in TABLES[table] if name.endswith(NO_REFIT)]
+    height = picture.HEIGHT + 14 * len(lines)
+    return picture.lines(lines, caption, ("removed", "nats a token"), dashed=dashed, height=height)
 
 
 def print_prediction(rows: Csv) -> None:

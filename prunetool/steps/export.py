@@ -215,11 +215,8 @@ class Export:
         """The embedding, the final norm's weight or the head, in its basis if there is one."""
         Q = None
         if "basis" in made[0].files:
-            first, last = 0, self.model.layers - 1
-            if name == EMBEDDING:
-                Q = bases_of(self.work, made, first).attention
-            else:
-                Q = bases_of(self.work, made, last).behind
+            bases = bases_of(self.work, made, 0 if name == EMBEDDING else self.model.layers - 1)
+            Q = bases.attention if name == EMBEDDING else bases.behind
         if name == FINAL_NORM:
             norm = pruned_norm(self.model, self.work, made)
             return norm if Q is None else np.ones(Q.shape[1], norm.dtype)

@@ -133,11 +133,8 @@ class Slicing:
         Raises:
           ConfigError: if all remove clearly less.
         """
-        step, asked, D = (
-            self.how["multiple_of"],
-            self.how["sparsity"],
-            self.model.config.hidden_size,
-        )
+        step, asked = self.how["multiple_of"], self.how["sparsity"]
+        D = self.model.config.hidden_size
         if step > D:
             raise ConfigError("--multiple-of", f"{step} is above the hidden size, {D}", "lower it")
         before = self._units_kept(made)

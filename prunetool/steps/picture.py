@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 WIDTH, HEIGHT, MARGIN = 480, 260, 44
 TICKS = 5  # of each axis, at most
@@ -88,6 +88,8 @@ def lines(
     caption: str,
     axes: tuple[str, str],
     x_format: str = ".0%",
+    dashed: Collection[str] = (),
+    height: int = HEIGHT,
 ) -> str:
     """An SVG of several lines of points from 0 on; empty if no line has a point.
 
@@ -96,6 +98,8 @@ def lines(
       caption: what it shows.
       axes: what stands along x and y.
       x_format: how numbers stand along the x axis.
+      dashed: names of the lines that are dashed.
+      height: of the picture; a name of the legend takes 14.
     """
     every = [point for *_, points in named for point in points]
     if not every:
@@ -104,10 +108,10 @@ def lines(
     right, top = across[-1], up[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        left, high = (WIDTH - 2 * MARGIN) * x / right, (HEIGHT - 2 * MARGIN) * y / top
-        return round(MARGIN + left, 1), round(HEIGHT - MARGIN - high, 1)
+        left, high = (WIDTH - 2 * MARGIN) * x / right, (height - 2 * MARGIN) * y / top
+        return round(MARGIN + left, 1), round(height - MARGIN - high, 1)
 
-    parts = [_begin(WIDTH, HEIGHT, caption)]
+    parts = [_begin(WIDTH, height, caption)]
     for y in up:
         left, high = place(0, y)
         parts += [
@@ -117,29 +121,29 @@ def lines(
         ]
     middle = 'text-anchor="middle"'
     parts += [
-        f'<text x="{place(x, 0)[0]}" y="{HEIGHT - MARGIN + 14}" {middle}>{x:{x_format}}</text>'
+        f'<text x="{place(x, 0)[0]}" y="{height - MARGIN + 14}" {middle}>{x:{x_format}}</text>'
         for x in across
     ]
     x_label, y_label = map(html.escape, axes)
     parts += [
-        f'<text x="{WIDTH // 2}" y="{HEIGHT - 12}" {middle}>{x_label}</text>',
-        f'<text x="12" y="{HEIGHT // 2}" {middle} transform="rotate(-90 12 {HEIGHT // 2})">'
+        f'<text x="{WIDTH // 2}" y="{height - 12}" {middle}>{x_label}</text>',
+        f'<text x="12" y="{height // 2}" {middle} transform="rotate(-90 12 {height // 2})">'
         f"{y_label}</text>",
     ]
     for number, (name, colour, points) in enumerate(named):
-        parts += _line(name, colour, [place(*point) for point in points], number)
+        dash = ' stroke-dasharray="4"' if name in dashed else ""
+        parts += _line(name, colour, [place(*point) for point in points], number, dash)
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _line(name: str, colour: str, places: Iterable[Point], number: int) -> list[str]:
-    """A line with its dots, and its name in the legend."""
-    places = list(places)
+def _line(name: str, colour: str, places: Sequence[Point], number: int, dash: str) -> list[str]:
+    """A line with its dots, and its name in the legend; ``dash`` is an SVG attribute, if any."""
     if not places:
         return []
     joined = " ".join(f"{x},{y}" for x, y in places)
     dots = [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in places]
     return [
-        f'<polyline points="{joined}" fill="none" stroke="{colour}"/>',
+        f'<polyline points="{joined}" fill="none" stroke="{colour}"{dash}/>',
         *dots,
         f'<text x="{MARGIN + 8}" y="{16 + 14 * number}" fill="{colour}">{html.escape(name)}</text>',
     ]
