@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from prunetool.llama.weights import input_sizes, part_shapes
-from prunetool.methods import SHARED
 from prunetool.model import Model
 from prunetool.pruning.compensation import CHOICE_OUTPUTS
 from prunetool.pruning.unstructured import BINS
@@ -92,9 +91,9 @@ def masks_bytes(model: Model, parts: tuple[str, ...], *, by_loss: bool) -> int:
     return total
 
 
-def basis_bytes(model: Model, basis: str) -> int:
-    """Upper bound on the bytes of the bases of the hidden dimensions, ``shared`` or ``layer``."""
-    count = 1 if basis == SHARED else 2 * model.layers
+def basis_bytes(model: Model, *, by_norm: bool) -> int:
+    """Upper bound on the bytes of the basis of the hidden dimensions, or of one for each norm."""
+    count = 2 * model.layers if by_norm else 1
     return count * (4 * model.config.hidden_size**2 + FILE_BYTES) + 16 * model.layers
 
 

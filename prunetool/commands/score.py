@@ -15,6 +15,7 @@ from prunetool.methods import (
     DAMPED,
     HIDDEN,
     HIDDEN_TARGETS,
+    LAYER,
     NAMES,
     PATTERNS,
     PUBLISHED,
@@ -260,7 +261,7 @@ def score(
             if targets[0] in UNIT_TARGETS:
                 job, need = Scoring(run, targets, own), plan.units_bytes(run.model)
             elif targets == HIDDEN_TARGETS:
-                need = plan.basis_bytes(run.model, own["basis"])
+                need = plan.basis_bytes(run.model, by_norm=own["basis"] == LAYER)
                 job = Slicing(run, targets, own)
             else:
                 by_loss = own["allocation"] == "loss"
