@@ -454,7 +454,12 @@ class TestOverwrite:
 
 
 class TestFiles:
-    def test_interrupted_at_any_call_a_write_leaves_nothing_beside_the_file(self, tmp_path):
+    def test_interrupted_at_any_call_a_write_leaves_nothing_beside_the_file(
+        self, tmp_path, request
+    ):
+        gc.freeze()  # what other tests left would be looked through a hundred times
+        request.addfinalizer(gc.unfreeze)
+
         class Stop(BaseException):
             pass
 
