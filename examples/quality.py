@@ -90,6 +90,11 @@ TABLES = {
             "newton, published": Setting(["--published"]),
             "flap, global": Setting(FLAP),
             "wanda-sp, uniform": Setting(["--method", "wanda-sp", "--allocation", "uniform"]),
+            # As published it removes less than is asked where KV groups are few.
+            "taylor second, uniform": Setting(
+                ["--method", "taylor", "--taylor", "second", "--allocation", "uniform"],
+                calibrate=("--labels", "text"),
+            ),
         }
         | {
             f"taylor {which}, published": Setting(
