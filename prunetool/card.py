@@ -20,7 +20,6 @@ from prunetool.records import Header
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-TRANSFORMERS = "transformers 4.54 or later"  # for a basis before each norm
 HISTORY_SHOWN = 2000  # characters of a step in the history
 FIELD_SHOWN = 200  # characters of a field of the base's front matter; longer ones are dropped
 ID_PLACE = '"OUT"'  # placeholder for the repository's name
@@ -259,13 +258,11 @@ def _how_to_load(form: str, pruned: LlamaConfig) -> list[str]:
     if known:
         note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
         return [f"{note}Loads like the base model:", "", *code]
-    of = dict(LOADERS[PRUNED])
-    why = "Layers differ in size"
+    files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADERS[PRUNED].items())
+    said = f"Layers differ in size, so a loader is included: {files}. Read it, then:"
     if pruned.shortcuts:
-        why = "Each norm has its own basis of the stream"
-        of = {
-            file: programs.replace("transformers, vLLM", TRANSFORMERS)
-            for file, programs in of.items()
-        }
-    files = ", ".join(f"`{file}` ({programs})" for file, programs in of.items())
-    return [f"{why}, so a loader is included: {files}. Read it, then:", "", *code]
+        said = (
+            "Each norm has its own basis of the stream, so a loader is included, for transformers "
+            "4.54 or later and for MLX-LM. Read it, then:"
+        )
+    return [said, "", *code]

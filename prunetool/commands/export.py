@@ -73,6 +73,7 @@ def _say_next(out: Path, work: Path, form: str) -> None:
     trust = ", trust_remote_code=True" if model_type == PRUNED else ""
     load = f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})"
     measure, pictures = f"prunetool evaluate {name} --text OTHER.txt", model_type == PICTURES
+    to_gguf = not pictures and "sliced_from" not in config  # llama.cpp computes neither
     if pictures:
         load = f"see README.md in {name}"
         measure = f"prunetool evaluate {name} --tokens OTHER.npy --against MODEL"
@@ -80,11 +81,7 @@ def _say_next(out: Path, work: Path, form: str) -> None:
         "Load it": load,
         "Measure it": measure,
         "See what was kept": f"prunetool report {name}",
-        **(
-            {}
-            if pictures or "sliced_from" in config
-            else {"Take it to llama.cpp": f"prunetool convert {name} {name}.gguf"}
-        ),
+        **({"Take it to llama.cpp": f"prunetool convert {name} {name}.gguf"} if to_gguf else {}),
         "Put it on the Hub": f"prunetool upload {name} OWNER/NAME",
         clean: f"prunetool clean {name}",
     }.items():

@@ -273,7 +273,7 @@ def test_bad_input_has_one_clear_line(cut, call, run, calibrated, text, tmp_path
             "dense.jsonl",
             *LAYER,
             "--sparsity",
-            ".2",
+            "0",
             "--multiple-of",
             65,
         ): "above the hidden",
