@@ -98,8 +98,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         return print_tables(given.csv)
+    done = read(given.csv, keys=2)
+    todo = [row for row in ROWS if row not in done]
     stats = {}
-    for sequences, samples in SEQUENCES.items():
+    for sequences, samples in SEQUENCES.items() if todo else ():
         base = given.csv.with_suffix(f".{sequences}.prunetool")
         stats[sequences] = given.csv.with_suffix(f".{sequences}.jsonl")
         prunetool(
@@ -107,9 +109,7 @@ def main() -> None:
             "--stats", "all", "--attention-samples", sequences, "--attention-length", 256,
             "--gradients", 0, "--work", base, "-o", stats[sequences],
         )  # fmt: skip
-    for row in ROWS:
-        if row in read(given.csv, keys=2):
-            continue
+    for row in todo:
         with tempfile.TemporaryDirectory() as directory:
             result = measure(stats, row, given, Path(directory))
         append(given.csv, COLUMNS, [*row, *cells(result)])

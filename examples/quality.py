@@ -62,12 +62,12 @@ def both(name: str, setting: Setting) -> dict[str, Setting]:
 
 DEFAULT = "default (greedy, by loss)"
 TENTHS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
-# 128 windows to score and refit on, and 8 more that only choose the damping.
-PUBLISHED = ("--samples", 136, "--sequence-length", 2048)
+# 128 windows to score and refit on, and 8 more that only choose the damping; no gradients.
+PUBLISHED = ("--samples", 136, "--sequence-length", 2048, "--gradients", 0)
 FLAP = ["--method", "flap", "--allocation", "global"]
 LLM_PRUNER = ("--labels", "text", "--held-out", 0)
 OWN_BASES = ["--target", "hidden", "--basis", "layer"]
-RESIDUAL = ("--stats", "residual", "--gradients", 0)
+RESIDUAL = ("--stats", "residual")
 FEW = ("0.2", "0.5")
 TABLES = {
     "methods": {
@@ -108,7 +108,9 @@ TABLES = {
         "flap, its own bias": Setting(FLAP, ["--bias", "mean"]),
         "greedy, refit with a bias": Setting(compensate=["--bias", "refit"]),
         "pca": Setting(["--target", "hidden"], compensate=None),
-        "pca, a basis for each norm": Setting(OWN_BASES, None, calibrate=RESIDUAL),
+        "pca, a basis for each norm": Setting(
+            OWN_BASES, None, calibrate=(*RESIDUAL, "--gradients", 0)
+        ),
     },
     # arXiv 2412.12441: tables 1, 4 to 7 and 10, and figure 2.
     "published": {
