@@ -62,8 +62,9 @@ def both(name: str, setting: Setting) -> dict[str, Setting]:
 
 DEFAULT = "default (greedy, by loss)"
 TENTHS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
-# 128 windows to score and refit on, and 8 more that only choose the damping; no gradients.
-PUBLISHED = ("--samples", 136, "--sequence-length", 2048, "--gradients", 0)
+# 128 windows to score and refit on, and 2 more that only choose the damping (WikiText-2's
+# validation split has 130); no gradients.
+PUBLISHED = ("--samples", 130, "--held-out", 2, "--sequence-length", 2048, "--gradients", 0)
 FLAP = ["--method", "flap", "--allocation", "global"]
 LLM_PRUNER = ("--labels", "text", "--held-out", 0)
 OWN_BASES = ["--target", "hidden", "--basis", "layer"]
