@@ -164,7 +164,7 @@ def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
 def _option(option: str, value: Any) -> list[str]:
     """A history entry's option as command-line words."""
     match option, value:
-        case "tokens", _:  # the ids' checksum
+        case "tokens" | "calibration", _:  # checksums
             return []
         case "bos", _:
             return ["--bos", "never" if value is None else "always"]

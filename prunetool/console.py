@@ -112,6 +112,11 @@ def write(sink: IO[str], text: str) -> None:
         sink.flush()
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 step, 1,000 steps."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def is_pipe(stream: IO[str]) -> bool:
     """Whether a stream is one end of a pipe."""
     try:

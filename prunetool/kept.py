@@ -112,8 +112,8 @@ def masks(model: Model, work: Path, record: records.LayerRecord) -> dict[str, Ma
     return found
 
 
-def used_weight(model: Model, layer: int, matrix: str) -> np.ndarray:
-    """W of ``o`` or ``down`` as output = X W, (D, D'), float64."""
+def output_weight(model: Model, layer: int, matrix: str) -> np.ndarray:
+    """The dense model's W of ``o`` or ``down``, as output = X W, (D, D'), float64."""
     return np.ascontiguousarray(model.part(layer, matrix).T, np.float64)
 
 

@@ -124,7 +124,7 @@ QK = {
     "attention-gd": Method(
         "steps.attention:learned_by_descent",
         ("lam", "learning_rate", "iterations", "published"),
-        published={"lam": None, "learning_rate": None},
+        published={"lam": None, "learning_rate": None, "iterations": 100},
     ),
 }
 # Of taylor: the sums over a unit's weights in a matrix, and how the matrices are merged.

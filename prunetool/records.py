@@ -71,6 +71,12 @@ class Header:
         return any(step["command"] in commands for step in self.history)
 
     @property
+    def removes_units(self) -> bool:
+        """Whether a score had heads or channels as its target."""
+        targets = (str(step["options"].get("target")) for step in self.history[1:])
+        return any({"heads", "channels"} & set(target.split(",")) for target in targets)
+
+    @property
     def cuts_hidden(self) -> bool:
         """Whether a score had ``--target hidden``."""
         return any(step["options"].get("target") == "hidden" for step in self.history[1:])

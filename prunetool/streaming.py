@@ -143,13 +143,9 @@ def paths(work: Path, suffix: str = "") -> list[Path]:
     return sorted(path for path in found if path.is_symlink() or path.is_file())
 
 
-def layers_done(first: HiddenStates, layers: int, suffix: str = "") -> int:
-    """Number of layers that a killed run completed, by its last intact stream file."""
-    for path in reversed(paths(first.path.parent, suffix)):
-        done = int(path.name[len("hidden-") :][:5])
-        if done <= layers and first.at(path).is_whole():
-            return done
-    return 0
+def layers_done(before: Callable[[int], HiddenStates], layers: int) -> int:
+    """How many of the layers a killed run completed, by the last whole stream ``before`` one."""
+    return next((n for n in range(layers, 0, -1) if before(n).is_whole()), 0)
 
 
 def keep_only(path: Path, suffix: str = "") -> None:

@@ -127,6 +127,19 @@ def test_every_command_has_help_and_an_example(command):
                 ): "goes with --method newton or taylor or attention-gd, not fisher of v",
             }.items()
         ),
+        *(
+            (["score", "--sparsity", ".2", *more], words)
+            for more, words in {
+                ("--seed", "1"): "--seed goes with --method random",
+                ("--method", "flap", "--damping", "1"): "--damping goes with --method greedy or",
+                ("--target", "qk", "--method", "wanda", "--iterations", "9"): "with --method atten",
+                ("--target", "qk", "--published", "--iterations", "9"): "sets --iterations itself",
+            }.items()
+        ),
+        (
+            ["score", "--sparsity", ".1,.2", "-o", "k{sparsity}", "--profile", "p"],
+            "several sparsities need --profile with {sparsity} in its name",
+        ),
         (
             ["calibrate", "m", "--text", "a", "--samples", "8", "--attention-samples", "5"],
             "need --samples 10",
@@ -307,6 +320,19 @@ class TestOutput:
         assert done.exit_code == 2
         assert f"Error: {output} is an input of this command: write to another" in done.output
         assert Path(output).read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["bench", "dense", "--plot"],
+            ["calibrate", "dense", "--text", "a", "--profile"],
+            ["score", "a", "--sparsity", ".2", "-o"],
+            ["compensate", "a", "--profile"],
+        ],
+    )
+    def test_the_directory_of_an_output_is_there_before_any_work(self, run, words):
+        done = run(*words, "absent/file", ok=False)
+        assert error_of(done) == "Error: absent: no such directory; make it, or name another"
 
     def test_the_files_of_a_streams_model_are_inputs_too(self, calibrated, tmp_path):
         model, stream = calibrated()

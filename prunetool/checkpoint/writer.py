@@ -50,6 +50,16 @@ WRITTEN = re.compile(
 )
 
 
+def need_directory(path: Path) -> None:
+    """Refuse a file to write whose directory is not there.
+
+    Raises:
+      WorkError: if it is not.
+    """
+    if not path.parent.is_dir():
+        raise WorkError(path.parent, "no such directory", "make it, or name another")
+
+
 @contextmanager
 def atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a path to write to; on success, flush the file to disk and rename it to ``path``.
@@ -65,8 +75,7 @@ def atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
     Raises:
       WorkError: if the directory does not exist, or the disk is full.
     """
-    if not path.parent.is_dir():
-        raise WorkError(path.parent, "no such directory", "make it, or name another")
+    need_directory(path)
     made = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}{PARTIAL}")
     partial = made / "file"
     try:

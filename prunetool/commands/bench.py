@@ -32,7 +32,7 @@ from prunetool import console, options
     default=5,
     show_default=True,
     type=click.IntRange(1),
-    help="How often; the table has medians and ranges.",
+    help="How often to measure; the table has medians, and half the range as ±.",
 )
 @click.option(
     "--threads",
@@ -45,7 +45,7 @@ from prunetool import console, options
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
     show_default=True,
-    help="In which transformers loads a checkpoint. auto: as stored.",
+    help="Dtype in which transformers loads a checkpoint; auto: as stored. A GGUF has its own.",
 )
 @click.option(
     "--plot",
@@ -78,11 +78,12 @@ def bench(
     from prunetool.checkpoint.writer import write_bytes
     from prunetool.steps import bench as step
 
+    threads = threads or step.cores()
     how = {
         "prompt": prompt,
         "generate": generate,
         "repeats": repeats,
-        "threads": threads or step.cores(),
+        "threads": threads,
         "dtype": dtype,
     }
     with console.summary("bench") as said:
@@ -92,4 +93,4 @@ def bench(
         console.write(sys.stdout, json.dumps([each.as_json() for each in found]) + "\n")
         if plot:
             write_bytes(plot, step.plot(found).encode())
-        said += [f"{len(found)} models", f"{how['threads']} threads"]
+        said += [console.counted(len(found), "model"), console.counted(threads, "thread")]

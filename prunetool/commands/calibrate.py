@@ -225,7 +225,11 @@ def calibrate(
             Profile(profile), chosen, labels, overwrite,
         )  # fmt: skip
         job.write(model, partial(options.open_sink, sink))
-        said += [f"{opened.layers} layers", f"{tokens.size:,} tokens", f"work in {work}"]
+        said += [
+            console.counted(opened.layers, "layer"),
+            f"{tokens.size:,} tokens",
+            f"work in {work}",
+        ]
 
 
 def split(

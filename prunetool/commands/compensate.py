@@ -59,21 +59,30 @@ def compensate(
     from prunetool.steps import compensate as step
     from prunetool.steps.run import Run
 
-    grid = dampings or step.DAMPING_GRID
+    if bias == "mean" and dampings:
+        raise click.UsageError("--damping is for a refit, which --bias mean leaves out")
+    grid = () if bias == "mean" else dampings or step.DAMPING_GRID
     with console.summary("compensate") as said, options.open_source(source) as stream:
         header, layers = records.read(stream)
         options.keep_inputs([sink, profile], [header.source])
         if header.had("recover"):
             raise RecordError(source, "was already recovered", "run compensate before recover")
+        if header.had("compensate"):
+            raise RecordError(source, "was already refitted", "give the records of score")
+        if bias and not header.removes_units:
+            raise RecordError(
+                source, "removed no heads or channels", "leave --bias out: it would be zero"
+            )
         tokens = step.Tokens.of(header, other)
-        own = {} if bias is None else {"bias": bias}
-        header = header.after("compensate", damping=list(grid), **own, **tokens.said)
+        own: dict[str, Any] = {"damping": list(grid)} if grid else {}
+        own |= {"bias": bias} if bias else {}
+        header = header.after("compensate", **own, **tokens.said)
         run = Run.of(header, profile, discard)
         if bias:
             step.check_biases(run.model.config)
         rows: list[tuple[Any, ...]] = []
         need = plan.refit_bytes(run.model, layers=1 if discard else run.model.layers)
-        refitted = step.refit_layers(run, layers, tokens, grid, rows, bias)
+        refitted = step.refit_layers(run, layers, tokens, grid, rows, biased=bool(bias))
         run.write(partial(options.open_sink, sink), refitted, need)
         console.table(
             "Relative output error of the refits",
@@ -84,7 +93,7 @@ def compensate(
             ],
             by=[refitted for _, _, _, refitted, *_ in rows],
         )
-        said += [f"{header.layers} layers"]
+        said += [console.counted(header.layers, "layer")]
 
 
 def _shown(*values: float | None) -> str:

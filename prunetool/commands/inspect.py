@@ -71,7 +71,7 @@ def inspect(
         for layer in range(config.layers)
     ]
     everything = opened.parameters()
-    bases = {"sliced_from": config.size_behind(config.layers - 1)} if config.shortcuts else {}
+    bases = {"sliced_from": config.size_before(config.layers)} if config.shortcuts else {}
     if planned and config.shortcuts:
         raise ConfigError(model, "is not pruned again (--basis layer)", "leave --plan out")
     result: dict[str, Any] = {

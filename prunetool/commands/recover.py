@@ -101,7 +101,7 @@ def recover(
             raise RecordError(source, "was already recovered", "give --epochs to train for longer")
         if header.adds_biases:
             raise RecordError(
-                source, "has biases that the model has not", "run compensate without --bias"
+                source, "has biases, and the dense model none", "run compensate without --bias"
             )
         if header.cuts_hidden:
             raise RecordError(
@@ -113,4 +113,4 @@ def recover(
         )  # fmt: skip
         job.run.write(partial(options.open_sink, sink), job.layers(), job.needed_bytes)
         (_, before), (steps, after) = job.kl[0], job.best
-        said += [f"held-out KL {before:.4f} → {after:.4f} nats", f"{steps} steps"]
+        said += [f"held-out KL {before:.4f} → {after:.4f} nats", console.counted(steps, "step")]

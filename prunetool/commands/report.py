@@ -21,7 +21,8 @@ from prunetool import console, options, records
     type=click.Choice(["html", "markdown", "csv", "json"]),
     default="html",
     show_default=True,
-    help="html: one page with tables and pictures. The others: the tables, of csv a line a cell.",
+    help="html: one page with tables and pictures. The others: the tables alone; csv has a line "
+    "per cell.",
 )
 @click.option(
     "--plots",
@@ -96,4 +97,8 @@ def report(
             sys.stdout.reconfigure(encoding="utf-8")
         with options.open_sink(sink) as out:
             console.write(out, format_of.render(found))
-        said += [f"{len(made)} layers", sizes, "page on stdout" if sink == "-" else sink]
+        said += [
+            console.counted(len(made), "layer"),
+            sizes,
+            "page on stdout" if sink == "-" else sink,
+        ]

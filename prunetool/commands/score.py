@@ -29,9 +29,12 @@ from prunetool.methods import (
     methods_of,
 )
 
-OF_TAYLOR = ("taylor", "reduce")
-OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations", *OF_TAYLOR)
+OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations", "taylor", "reduce")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
+# What only some methods take: of the others it is refused, and left out of the history.
+OF_METHODS = {
+    "lam", "newton_iterations", "taylor", "reduce", "damping", "iterations", "learning_rate", "seed"
+}  # fmt: skip
 PLACE = "{sparsity}"  # in the name of an output, for each of several
 OF_HIDDEN = ("method", "multiple_of", "basis")
 OTHER_SIZE = 8  # --multiple-of of hidden dimensions
@@ -73,9 +76,9 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     default=BASES[0],
     show_default=True,
     help="Of --target hidden. shared: one basis for the whole model; OUT is a stock model, unless "
-    "it has biases and its number of heads does not divide them. layer: one for each norm, and "
-    "a matrix from each to the next, as SliceGPT, from calibrate --stats residual; OUT needs its "
-    "loader. --sparsity is then of all parameters of the layers, these matrices included.",
+    "it has biases and the hidden size left is no multiple of its heads. layer: one for each norm, "
+    "and a matrix from each to the next, as SliceGPT, from calibrate --stats residual; OUT needs "
+    "its loader. --sparsity is then of all parameters of the layers, these matrices included.",
 )
 @click.option(
     "--allocation",
@@ -108,7 +111,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     default=32,
     show_default=True,
     type=click.IntRange(1),
-    help="A pruned layer keeps a multiple of this many channels; hidden: of dimensions, default 8.",
+    help="A pruned layer keeps a multiple of this many channels (layers of unequal size are stored "
+    "in multiples of 32); hidden: of dimensions, default 8.",
 )
 @click.option(
     "--min-channels",
@@ -136,7 +140,7 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     type=click.Choice(TAYLOR),
     default=TAYLOR[0],
     show_default=True,
-    help="Of --method taylor, what counts for a row or column of weights w, with the loss's slope "
+    help="For --method taylor: the score of a row or column of weights w, from the loss's slope "
     "g and its mean square F: first: Σ |w g|; vector: |Σ w g|; second: Σ w² F; mix: Σ |w g − ½ w² "
     "F|.",
 )
@@ -145,7 +149,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     type=click.Choice(REDUCE),
     default=REDUCE[0],
     show_default=True,
-    help="Of --method taylor, how the matrices of a unit are merged; first: q or gate alone.",
+    help="For --method taylor: how the scores of a unit's matrices are combined; first: q or gate "
+    "alone.",
 )
 @click.option(
     "--damping",
@@ -228,6 +233,8 @@ def score(
     how = _resolved(targets, how)
     if len(sparsities) > 1 and PLACE not in sink:
         raise click.UsageError(f"several sparsities need -o with {PLACE}, as in kept-{PLACE}.jsonl")
+    if len(sparsities) > 1 and profile and PLACE not in str(profile):
+        raise click.UsageError(f"several sparsities need --profile with {PLACE} in its name")
     sinks = [sink.replace(PLACE, typed) for typed, _ in sparsities]
     options.keep_inputs([*sinks, profile], [source])
 
@@ -253,10 +260,13 @@ def score(
             )
         # One sparsity streams: a mask of weights goes on as soon as it is made.
         source_of = list(layers) if len(sinks) > 1 else layers
-        for number, ((_, sparsity), place) in enumerate(zip(sparsities, sinks, strict=True), 1):
+        for number, ((typed, sparsity), place) in enumerate(zip(sparsities, sinks, strict=True), 1):
             own = how | {"sparsity": sparsity}
-            after = header.after("score", target=",".join(targets), **own)
-            run = Run.of(after, profile, discard and number == len(sinks))
+            row = methods_of(targets)[how["method"]]
+            said_of = {k: v for k, v in own.items() if k in row.options or k not in OF_METHODS}
+            after = header.after("score", target=",".join(targets), **said_of)
+            trace = Path(str(profile).replace(PLACE, typed)) if profile else None
+            run = Run.of(after, trace, discard and number == len(sinks))
             job: Scoring | Slicing | Masking
             if targets[0] in UNIT_TARGETS:
                 job, need = Scoring(run, targets, own), plan.units_bytes(run.model)
@@ -327,9 +337,11 @@ def _check(targets: tuple[str, ...], how: dict[str, Any], sparsities: list[float
         "newton_iterations" not in takes or how["lam"] == float("inf")
     ):
         raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
-    for option in OF_TAYLOR:
-        if _given(option) and option not in takes:
-            raise click.UsageError(f"--{option} goes with --method taylor")
+    for option in OF_METHODS - {*takes}:
+        if _given(option):
+            rows = {**UNITS, **WEIGHTS, **QK}.items()
+            those = " or ".join(name for name, row in rows if option in row.options)
+            raise click.UsageError(f"{_flag(option)} goes with --method {those}")
     if how["refine"] and targets != SHORTHANDS["qk"]:
         raise click.UsageError("--refine goes with --target qk")
     if how["pattern"] == "2:4" and sparsities != [0.5]:
@@ -360,12 +372,10 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
             )
         how.pop(key)
     method = methods_of(targets)[how["method"]]
-    for key in set(OF_TAYLOR) - set(method.options):
-        how.pop(key, None)
     if method.needs_slopes and how["allocation"] == "loss":
         raise click.UsageError(
-            f"--allocation loss needs other gradients than --method {how['method']}; give share, "
-            "uniform or global"
+            f"--allocation loss needs calibrate --labels model, but --method {how['method']} needs "
+            "--labels text; give share, uniform or global"
         )
     if units and how["lam"] is None:
         how["lam"] = 1.0

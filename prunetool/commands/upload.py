@@ -55,7 +55,7 @@ def upload(
         files = step.contents(out, repository, metrics)
         total = sum(map(step.size_bytes, files.values()))
         step.say_licence(out, repository, list(files))
-        said += [f"{len(files)} files, {total / 1e6:,.1f} MB"]
+        said += [f"{console.counted(len(files), 'file')}, {total / 1e6:,.1f} MB"]
         if dry_run:
             for name, content in files.items():
                 click.echo(f"{step.size_bytes(content):>15,}  {name}")

@@ -243,11 +243,11 @@ class LlamaConfig:
     @property
     def final_eps(self) -> float:
         """ε of the final norm, whose input may have another size than the other norms'."""
-        return self.rms_norm_eps * self.hidden_size / self.size_behind(self.layers - 1)
+        return self.rms_norm_eps * self.hidden_size / self.size_before(self.layers)
 
-    def size_behind(self, layer: int) -> int:
-        """The size of the residual stream behind a layer."""
-        return self.layer_shapes[layer].output or self.hidden_size
+    def size_before(self, layer: int) -> int:
+        """The size of the residual stream before a layer, or after the last if as many."""
+        return (self.layer_shapes[layer - 1].output if layer else None) or self.hidden_size
 
     @property
     def ids(self) -> int:

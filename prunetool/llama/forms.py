@@ -86,10 +86,16 @@ def families(config: LlamaConfig) -> list[str]:
     ]
 
 
-def normalised(shape: LayerShape) -> LayerShape:
-    """The shape to which a layer of an unequal model is zero-padded (exact, and loadable)."""
-    channels = max(-(-shape.channels // WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
-    return replace(shape, channels=channels)
+def normalised(config: LlamaConfig) -> LlamaConfig:
+    """The model with its layers zero-padded, if its form has a loader (exact, and loadable)."""
+    if choose_form(config) not in LOADERS:
+        return config
+
+    def widened(shape: LayerShape) -> LayerShape:
+        channels = max(-(-shape.channels // WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
+        return replace(shape, channels=channels)
+
+    return config.with_shapes(tuple(map(widened, config.layer_shapes)))
 
 
 def config_json(config: LlamaConfig, form: str) -> dict[str, Any]:
@@ -147,7 +153,7 @@ def _pruned_keys(config: LlamaConfig) -> dict[str, Any]:
     if config.window is not None:
         raw["sliding_window"] = config.window
     if config.shortcuts:
-        raw["sliced_from"] = config.size_behind(config.layers - 1)
+        raw["sliced_from"] = config.size_before(config.layers)
     raw["auto_map"] = AUTO_MAP
     raw["model_file"] = "mlx_pruned_llama.py"
     return raw | _per_layer(config)

@@ -102,7 +102,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     for layer, shape in enumerate(config.layer_shapes):
         for part, extent in part_shapes(config, shape).items():
             shapes[tensor_name(layer, part)] = extent
-    D = config.size_behind(config.layers - 1)
+    D = config.size_before(config.layers)
     shapes[FINAL_NORM] = (D,)
     if config.classes:
         shapes[CLASS_EMBEDDING] = (config.classes, D)

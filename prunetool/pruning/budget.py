@@ -243,7 +243,7 @@ def _exchange(
 
 
 def _fill(channels: Sequence[_Curve], left: int) -> int:
-    """Step by step, remove or return the cheapest channels until no step ends nearer to 0.
+    """Step by step, remove or return the cheapest channels until the next ends no nearer to 0.
 
     Args:
       channels: the curves at their places.

@@ -94,6 +94,18 @@ def output_energy(A: np.ndarray, W: np.ndarray) -> float:
     return float(np.vdot(W, A @ W))
 
 
+def energy_of_both(A: Partition, W_k: np.ndarray, W_p: np.ndarray) -> float:
+    """`output_energy` of kept and pruned rows together."""
+    both = 2 * float(np.vdot(W_k, A.kp @ W_p))
+    return output_energy(A.kk, W_k) + both + output_energy(A.pp, W_p)
+
+
+def outputs_to_choose_by(count: int) -> np.ndarray:
+    """Evenly spaced numbers of outputs, at most `CHOICE_OUTPUTS`."""
+    some = min(count, CHOICE_OUTPUTS)
+    return np.unique(np.linspace(0, count - 1, some).round().astype(int))
+
+
 def centred(
     A: Partition, total: np.ndarray, tokens: int, about: np.ndarray, kept: np.ndarray
 ) -> Partition:

@@ -139,13 +139,13 @@ class Calibration:
         back, layers = self._backward(), self.model.layers
         done, whole = self.team.least(self._done()), bool(self.team.least(self.whole))
         there = done == 0 or whole or back.has_streams(done)
-        there = there and (done in (0, layers) or self._stream(self._hidden(done)).is_whole())
+        there = there and (done in (0, layers) or self._before(done).is_whole())
         done = self.team.least(done if there else 0)
         if not (whole and done):
             self._whole.unlink(missing_ok=True)
             if self.team.index == 0:
                 (self.work / workdir.STREAM_NAME).unlink(missing_ok=True)
-        streaming.keep_only(self._hidden(done), self.team.suffix)
+        streaming.keep_only(self._before(done).path, self.team.suffix)
         if done == 0:
             (self.work / workdir.DISCARDED_NAME).unlink(missing_ok=True)
         if done < layers:
@@ -195,8 +195,9 @@ class Calibration:
             self.labels,
         )
 
-    def _stream(self, path: Path) -> streaming.HiddenStates:
-        """This process's part of the residual stream, in a file."""
+    def _before(self, layer: int) -> streaming.HiddenStates:
+        """This process's part of the residual stream before a layer, or after the last."""
+        path = streaming.path_before(self.work, layer, self.team.suffix)
         mine = sum(stop - start for start, stop in self._shares().values())
         size = self.model.config.hidden_size
         return streaming.HiddenStates(path, size, mine, self.tokens.shape[1])
@@ -215,7 +216,7 @@ class Calibration:
 
     def _write_last(self) -> None:
         """Write ``gram``, Σ u uᵀ of the stream after the last layer, u of norm 1 (`basis`)."""
-        size, stream = self.model.config.hidden_size, self._stream(self._hidden(self.model.layers))
+        size, stream = self.model.config.hidden_size, self._before(self.model.layers)
         total = np.zeros((size, size))
         for batch in streaming.batches(0, stream.samples, self.batch):
             total += np.asarray(_of_norm_1(jnp.asarray(stream.read(batch))))
@@ -239,7 +240,7 @@ class Calibration:
             return
         parts, back = self._shares(), self._backward()
         mine = [n for start, stop in parts.values() for n in range(start, stop)]
-        stream = self._stream(self._hidden(done))
+        stream = self._before(done)
         if done == 0:
             streaming.embed(self.model, self.tokens[mine], stream)
             if len(back.mine):
@@ -263,7 +264,7 @@ class Calibration:
                 del layer
             read = [EMBEDDING] * (number == 0) + names(self.model, number)
             refuse_other_weights(self.team, self.model, f"layer {number}", read)
-            behind = stream.at(self._hidden(number + 1))
+            behind = self._before(number + 1)
             samples = self._no_samples()
             with behind.writing() as write, back.keeping(number + 1) as keep:
                 place = 0  # of the part's first sequence in this process's stream
@@ -343,9 +344,6 @@ class Calibration:
         attention = ["attention"] if self.attention.samples else []
         return [*self._splits(), *attention, *(["gradients"] if self.gradients else [])]
 
-    def _hidden(self, layer: int) -> Path:
-        return streaming.path_before(self.work, layer, self.team.suffix)
-
     @property
     def _whole(self) -> Path:
         """The file that marks all layers as done; their stats may have been deleted since."""
@@ -358,8 +356,7 @@ class Calibration:
         """Number of layers that this process has done, with intact files."""
         done = self.model.layers
         if not self.whole:
-            first = self._stream(self._hidden(0))
-            done = streaming.layers_done(first, self.model.layers, self.team.suffix)
+            done = streaming.layers_done(self._before, self.model.layers)
         if done and self.team.index == 0:
             known = recall_weights(self.model, self.work, overwrite=self.overwrite)
             return done if known and self._are_intact(done) else 0

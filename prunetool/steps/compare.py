@@ -30,8 +30,9 @@ class Comparison(NamedTuple):
       loss, dense_loss: mean -log p of the predicted tokens, nats, for both models.
       divergence: mean KL(dense‖pruned) of the next-token distributions, nats.
       own, same_input: ‖P̃ − P‖_F/‖P‖_F of every query head, (layers, H); NaN for heads that are
-        gone, and for a whole layer if its heads differ. own: each model on its own residual
-        stream, so errors of earlier layers count. same_input: both on the dense model's.
+        gone or beyond the dense layer's own, and for a whole layer if its heads differ. own: each
+        model on its own residual stream, so errors of earlier layers count. same_input: both on
+        the dense model's.
       null_divergence, guided_divergence: of a model of pictures, the same KL with the null class,
         and of classifier-free guidance's mixture of both (`decode.guided`); None if not asked for.
     """
@@ -138,7 +139,8 @@ def _errors(
     attend = _compiled_attention(config, epsilons)
     for model, stream in zip(models, streams, strict=True):
         streaming.embed(model, tokens, stream)
-    rows: list[np.ndarray] = []
+    most = max(shape.heads for shape in dense.config.layer_shapes)
+    rows = np.full((2, dense.layers, most), np.nan)
     size = streaming.batch_size(tokens.shape[1])
     ends = (0, measured, len(tokens))
     batches = [batch for two in pairwise(ends) for batch in streaming.batches(*two, size)]
@@ -153,7 +155,7 @@ def _errors(
         )
         sums = np.zeros((3, heads))
         after = [
-            stream.at(stream.path, model.config.size_behind(number))
+            stream.at(stream.path, model.config.size_before(number + 1))
             for model, stream in zip(models, streams, strict=True)
         ]
         with after[0].writing() as write, after[1].writing() as write_dense:
@@ -173,11 +175,9 @@ def _errors(
         if comparable:
             by_head = np.asarray(pruned_layer.q[: heads * config.head_dim], np.float32)
             sums[:, ~by_head.reshape(heads, -1).any(axis=1)] = np.nan
-        else:
-            sums[:] = np.nan
-        rows.append(np.sqrt(sums[:2] / sums[2]))
+            rows[:, number, :heads] = np.sqrt(sums[:2] / sums[2])
         streams[:] = after
-    own, same_input = np.swapaxes(rows, 0, 1)
+    own, same_input = rows
     return own, same_input
 
 

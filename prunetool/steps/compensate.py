@@ -11,7 +11,7 @@ from prunetool import console, overlap, records, workdir
 from prunetool.checkpoint import checksum
 from prunetool.checkpoint import writer as files
 from prunetool.errors import ConfigError, RecordError, naming
-from prunetool.kept import Extent, extents, kept_units, masks, used_weight
+from prunetool.kept import Extent, extents, kept_units, masks, output_weight
 from prunetool.llama import forms
 from prunetool.llama.config import LlamaConfig
 from prunetool.llama.parts import UNIT_MATRICES
@@ -19,7 +19,7 @@ from prunetool.methods import UPDATED
 from prunetool.model import Model
 from prunetool.pruning import compensation, gram, unstructured
 from prunetool.pruning.gram import Partition
-from prunetool.stats import GIVEN, Stats
+from prunetool.stats import EVERY, GIVEN, Stats
 from prunetool.steps.run import Run, reopen
 
 # Decades: the held-out error is flat around its minimum.
@@ -58,8 +58,9 @@ class Tokens(NamedTuple):
     @property
     def said(self) -> dict[str, str]:
         """What the history says of them, if they are others."""
-        tokens = self.header.calibration["tokens"]
-        return {} if self.layers is None else {"refit_on": "FILE", "tokens": tokens}
+        if self.layers is None:
+            return {}
+        return {"refit_on": "FILE", "calibration": workdir.digest(self.header.history)}
 
     def stats(self, model: Model, record: records.LayerRecord, *splits: tuple[str, ...]) -> Stats:
         """A layer's sums."""
@@ -78,7 +79,8 @@ def refit_layers(
     tokens: Tokens,
     grid: tuple[float, ...],
     rows: list[tuple[Any, ...]],
-    bias: str | None = None,
+    *,
+    biased: bool = False,
 ) -> Iterator[records.LayerRecord]:
     """Refit every layer of a stream, and add a row to ``rows`` for each refit.
 
@@ -86,33 +88,39 @@ def refit_layers(
       run: the run.
       source: the records.
       tokens: whose sums to take.
-      grid: dampings to choose from.
+      grid: dampings to choose from; none: only biases change.
       rows: receives layer, matrix, and the numbers of `_REPORT`.
-      bias: ``mean``: change only the bias; ``refit``: that too; None: one only if the model has it.
+      biased: whether every matrix gets a bias, or only those that have one.
 
     Raises:
       RecordError: before the first layer, if no tokens were held out to choose the damping on.
     """
-    if bias == "mean":
-        grid = ()
-    elif len(grid) > 1 and not tokens.header.calibration.get("held_out"):
+    calibration = tokens.header.calibration
+    if len(grid) > 1 and not calibration.get("held_out"):
         raise RecordError(
             "--damping",
             "no tokens were held out to choose it with",
             "give one number, such as 0.01, or calibrate with 2 samples or more",
         )
-    return _refitted(run, source, tokens, grid, rows, biased=bias is not None)
+    masked = any(step["options"].get("method") in UPDATED for step in run.header.history)
+    if tokens.layers is not None and masked and calibration.get("stats") not in EVERY:
+        raise RecordError(
+            "--refit-on",
+            "that calibration kept no sums for the matrices that are masked",
+            "run it with --stats all",
+        )
+    return _refitted(run, source, tokens, grid, rows, biased=biased)
 
 
 def check_biases(config: LlamaConfig) -> None:
     """Refuse a model that cannot have biases in all its matrices.
 
     Raises:
-      ConfigError: if no architecture is its own with them.
+      ConfigError: if no architecture that programs load is the model's with biases.
     """
     if not forms.families(config.with_biases()):
         raise ConfigError(
-            "--bias", "no architecture that programs load is this one with biases", "leave it out"
+            "--bias", "no program loads a model of this architecture with biases", "leave it out"
         )
 
 
@@ -177,7 +185,7 @@ def _refit(
             continue
         with naming(f"{matrix}_proj"):
             with run.profile.phase("read"):
-                W = used_weight(model, record.index, matrix)
+                W = output_weight(model, record.index, matrix)
                 sums = [
                     _Sums.of(tokens.stats(model, record, (split,)), matrix, rows)
                     for split in stats.splits
@@ -282,16 +290,14 @@ def _refit_matrix(
       energy: output energy of all tokens.
       grid: dampings to choose from; none: only the bias changes.
     """
-    if len(sums) == 1 and len(grid) > 1:
-        raise RecordError(
-            "--damping",
-            "no tokens were held out to choose it with",
-            "give one number, or calibrate with --held-out",
-        )
     gone = ~kept
     removed = sum(compensation.output_energy(part.gram.pp, W[gone]) for part in sums)
-    chosen = W[:, _outputs_to_choose_by(W.shape[1])]
-    held_energy = _energy(sums[1].gram, chosen[kept], chosen[gone]) if len(sums) == 2 else 0.0
+    chosen = W[:, compensation.outputs_to_choose_by(W.shape[1])]
+    held_energy = (
+        compensation.energy_of_both(sums[1].gram, chosen[kept], chosen[gone])
+        if len(sums) == 2
+        else 0.0
+    )
     about = sums[0].total / sums[0].tokens
     if bias is not None:
         # A bias absorbs the mean, and the weights are refitted to the variation around it.
@@ -321,21 +327,6 @@ def _refit_matrix(
     # b = b + m_pᵀ W_p − m_kᵀ δW_k
     new_bias = None if bias is None else bias + mean[gone] @ W[gone] - mean[kept] @ dW_k
     return _parts(W[kept] + dW_k, new_bias, report)
-
-
-def _outputs_to_choose_by(count: int) -> np.ndarray:
-    """Evenly spaced outputs, at most ``CHOICE_OUTPUTS``, used to choose the damping."""
-    some = min(count, compensation.CHOICE_OUTPUTS)
-    return np.unique(np.linspace(0, count - 1, some).round().astype(int))
-
-
-def _energy(A: Partition, W_k: np.ndarray, W_p: np.ndarray) -> float:
-    """‖X W‖² of kept and pruned rows together."""
-    return (
-        compensation.output_energy(A.kk, W_k)
-        + 2 * float(np.vdot(W_k, A.kp @ W_p))
-        + compensation.output_energy(A.pp, W_p)
-    )
 
 
 def _parts(W: np.ndarray, bias: np.ndarray | None, report: list[float]) -> dict[str, np.ndarray]:

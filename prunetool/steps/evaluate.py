@@ -117,16 +117,17 @@ def final_stream(
     """The residual stream after the last layer, of all sequences; arguments as in `mean_loss`."""
     samples, length = tokens.shape
     config = model.config
-    first = streaming.HiddenStates(
-        streaming.path_before(work, 0), config.hidden_size, samples, length
-    )
-    last = first.at(streaming.path_before(work, model.layers), config.size_behind(model.layers - 1))
-    done = model.layers if last.is_whole() else streaming.layers_done(first, model.layers - 1)
+
+    def before(layer: int) -> streaming.HiddenStates:
+        path = streaming.path_before(work, layer)
+        return streaming.HiddenStates(path, config.size_before(layer), samples, length)
+
+    done = streaming.layers_done(before, model.layers)
     if done and not recall_weights(model, work, overwrite=overwrite):
         done = 0
     if done < model.layers:
-        need_room(work, 2 * first.size_bytes - workdir.size_bytes(work, *workdir.CALIBRATED))
-    stream = last if done == model.layers else first.at(streaming.path_before(work, done))
+        need_room(work, 2 * before(0).size_bytes - workdir.size_bytes(work, *workdir.CALIBRATED))
+    stream = before(done)
     streaming.keep_only(stream.path)
     if done == 0:
         streaming.embed(model, tokens, stream)
@@ -135,8 +136,7 @@ def final_stream(
     layers = console.progress(model.padded_layers(done), model.layers, done)
     for number, layer in layers:
         weights = streaming.to_device(layer, dtype)
-        path = streaming.path_before(work, number + 1)
-        behind = stream.at(path, config.size_behind(number))
+        behind = before(number + 1)
         with behind.writing() as write:
             for batch in streaming.batches(0, samples, streaming.batch_size(length)):
                 h = np.asarray(step(jnp.asarray(stream.read(batch)), weights, rope)[0])

@@ -162,8 +162,7 @@ class Export:
         if self.format.check:
             load(self.format.check)(target)
         kind = forms.choose_form(target)
-        if kind in forms.LOADERS:
-            target = target.with_shapes(tuple(map(forms.normalised, target.layer_shapes)))
+        target = forms.normalised(target)
         chunks = [
             {
                 name: TensorSpec(dtype_of(model.index[stored_name(model, name)]), shape)

@@ -95,9 +95,9 @@ def prepare(
     else:
         tokens, _ = read_text(model, text, samples + held_out)
         tokens = as_fed(model, tokens, "class")
-    if not any(name.startswith(("kept.", "mask.")) for record in made for name in record.files):
-        raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
     removed = _removed(model, Path(header.work), made)
+    if not removed:
+        raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
     if peak is None:
         peak = RATE_OF_NORMS if how["what"] == "norms" else RATE_OF_REMOVED * removed
     random = np.random.default_rng(how["seed"])
@@ -245,12 +245,12 @@ class Recovery:
         steps = console.progress(range(done, len(self.order)), len(self.order), done, "step")
         self._measure(done, dense, ends)
         try:
+            self._check_loss()  # a killed run may have measured it
             for step in steps:
                 self._step(step, last, dense, ends)
                 last = None
                 self._measure(step + 1, dense, ends)
-                if not self.kl[-1][1] < WORSE * self.kl[0][1]:
-                    raise NumericalError("recover", f"diverged after {step + 1} steps", "")
+                self._check_loss()
         except NumericalError as error:
             console.log.warning(
                 "%s: %s; what was best before is kept; try a lower --learning-rate",
@@ -262,6 +262,12 @@ class Recovery:
         for path in self._directory.iterdir():
             if workdir.FILES.fullmatch(path.name):
                 path.unlink()
+
+    def _check_loss(self) -> None:
+        """Refuse to go on from a held-out loss that diverged."""
+        count, loss = self.kl[-1]
+        if count and not loss < WORSE * self.kl[0][1]:
+            raise NumericalError("recover", f"diverged after {console.counted(count, 'step')}", "")
 
     def _is_finished(self) -> bool:
         """Whether an earlier run did all, and its files are as written; reads what it measured."""

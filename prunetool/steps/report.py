@@ -20,6 +20,7 @@ from prunetool.kept import (
     kept_units,
     masks,
 )
+from prunetool.llama import forms
 from prunetool.llama.config import LlamaConfig
 from prunetool.llama.parts import SHORTCUTS
 from prunetool.llama.weights import part_shapes
@@ -33,6 +34,7 @@ COSTS = "Time and memory of each step (of its longest run that reached the end)"
 SCORED = {CHANNELS: "MLP channels", GROUPS: "KV heads"}
 TINY = 1e-12  # nats; less is nothing to draw
 WIDEST = 200  # bars of a histogram
+CHECKSUMS = ("tokens", "calibration")  # in the history of records
 COLUMNS = ("query heads", "KV heads", "MLP channels")
 MAPS = {"own": "each model's own input", "same_input": "the dense model's input"}
 SUMMARY = "mean {mean:.4g}, worst {worst:.4g} (layer {worst_layer} head {worst_head})"
@@ -133,20 +135,25 @@ def make_page(
 ) -> tuple[Page, str]:
     """The page for a complete stream, evaluations and speeds; and what to report about it."""
     model, work = reopen(header), Path(header.work)
-    config = cut_config(model.config, made)
-    sizes = [_sizes(model, config, work, r) for r in console.progress(made, header.layers)]
+    shapes = [
+        kept_shape(shape, kept_units(work, record, shape))
+        for shape, record in zip(model.config.layer_shapes, made, strict=True)
+    ]
+    config = cut_config(model.config.with_shapes(tuple(shapes)), made)
+    configs = (config, forms.normalised(config))
+    sizes = [_sizes(model, configs, work, r) for r in console.progress(made, header.layers)]
     kept, stored, dense = (sum(of[2][i] for of in sizes) for i in range(3))
     counts: list[Row] = [["before", f"{dense:,}", _share(dense, dense)]]
     counts.append(["stored", f"{stored:,}", _share(stored, dense)])
     if kept < stored:
-        counts.append(["of these, not masked", f"{kept:,}", _share(kept, dense)])
+        counts.append(["of these, not zero", f"{kept:,}", _share(kept, dense)])
     asked = [
         [
             shown(step["command"]),
             ", ".join(
                 f"{shown(name)} {shown(value)}"
                 for name, value in step["options"].items()
-                if name != "tokens" and not any(value is no for no in (None, False))
+                if name not in CHECKSUMS and not any(value is no for no in (None, False))
             ),
         ]
         for step in header.history
@@ -184,22 +191,23 @@ def make_page(
 
 
 def _sizes(
-    model: Model, config: LlamaConfig, work: Path, record: records.LayerRecord
+    model: Model, configs: tuple[LlamaConfig, LlamaConfig], work: Path, record: records.LayerRecord
 ) -> tuple[Columns, Columns, list[int]]:
     """What a layer keeps: units; weights; numbers of kept weights, of kept units, and before.
 
     Args:
       model: before pruning.
-      config: of the result, but for its units (`cut_config`).
+      configs: of the result, and as export pads it.
       work: the work directory.
       record: the layer's.
     """
     shape, weights = model.config.layer_shapes[record.index], {}
     units, masked = kept_units(work, record, shape), masks(model, work, record)
-    left = part_shapes(config, kept_shape(config.layer_shapes[record.index], units))
+    left, padded = (part_shapes(config, config.layer_shapes[record.index]) for config in configs)
     for part, extent in extents(units, shape, model.config).items():
-        stored = math.prod(left[part])
-        kept = int(extent.of(masked[part].kept).sum()) if part in masked else stored
+        kept, stored = math.prod(left[part]), math.prod(padded[part])
+        if part in masked:
+            kept = int(extent.of(masked[part].kept).sum())
         weights[part] = [kept, stored, extent.rows.size * extent.columns.size]
     between = sum(math.prod(left[part]) for part in SHORTCUTS if part in left)
     if between:
@@ -260,7 +268,7 @@ def _sweep(
         for parameters, added in (found.point for found in evaluations if found.point)
         if math.isfinite(added)
     ]
-    predicted = sweep.predicted(header, Path(header.work))
+    predicted = sweep.predicted(header, model)
     expected = [(removed, curve.INTERACTION * nats) for removed, nats in predicted]
     if len(expected) + len(measured) < 2:
         return
@@ -293,7 +301,7 @@ def _scores(made: Sequence[records.LayerRecord]) -> Iterator[Figure]:
                 total[name] = before[0] + stay, before[1] + go
         known = sorted(int(name) for name in total if name != "least")
         stay, go = total.get("least", (0, 0))
-        bars = [("0", stay, go)] if "least" in total else []
+        bars = [("≤ 0", stay, go)] if "least" in total else []
         if known and known[-1] - known[0] < WIDEST:
             every = range(known[0], known[-1] + 1)
             for n in every:

@@ -144,7 +144,7 @@ def chosen_layers(how: Mapping[str, Any], count: int) -> np.ndarray:
     chosen = np.zeros(count, bool)
     chosen[start:stop] = True
     if not chosen.any():
-        where = "--published" if how["published"] else f"--layers {layers}"
+        where = "--published" if how["published"] else f"--layers {layers!r}"
         raise ConfigError(where, f"leaves none of {count} layers to prune", "give other --layers")
     return chosen
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
-from prunetool.kept import BINS, CHANNELS, GROUPS, extents, kept_units, used_weight
+from prunetool.kept import BINS, CHANNELS, GROUPS, extents, kept_units, output_weight
+from prunetool.llama import forms
+from prunetool.llama.config import LayerShape
 from prunetool.llama.parts import UNIT_MATRICES
 from prunetool.methods import methods_of
 from prunetool.pruning import budget, compensation, curve, gram, structural, units
@@ -95,7 +97,7 @@ class Scoring:
                 kept = {t: units[t].keep(int(lost[t][record.index])) for t in self.targets}
             return kept | self._lost(record, before | kept)
 
-        rows, worst, predicted = [], [], 0.0
+        rows, worst, left, predicted, unknown = [], [], [], 0.0, False
         records_in = [layer.record for layer in scored]
         for record, name, arrays in self.run.layers(records_in, make, "loss of layer"):
             layer, shape = scored[record.index], self.model.config.layer_shapes[record.index]
@@ -113,14 +115,18 @@ class Scoring:
                 for t in self.targets
                 if self._by_loss and self._chosen[record.index]
             }
-            predicted += sum(nats.values())
+            left.append(shape.keeping(groups, channels))
+            in_nats = self._with_earlier(record, nats)
+            found = in_nats.get("nats", {})
+            predicted += sum(found.values())
+            unknown |= any(not masks[t].all() and m not in found for t, m in MATRIX_OF.items())
             errors = [f"{losses[m]:.4f}" for m in OUTPUT_MATRICES]
             rows.append([record.index, *ratios, *errors, *(f"{x:.5f}" for x in nats.values())])
             yield record.adding(
                 {f"kept.{t}": name for t in self.targets},
                 {"kept": now, "loss": losses, "energy": layer.energy, **layer.seconds}
                 | {"scores": self._histograms(layer.units, masks)}
-                | self._with_earlier(record, nats),
+                | in_nats,
             )
         columns = ["layer", "heads", "channels", *OUTPUT_MATRICES]
         title = "Relative output error by plain removal"
@@ -128,11 +134,15 @@ class Scoring:
             columns += [f"{MATRIX_OF[t]} nats" for t in self.targets]
             title = "Error if removed; nats after the refit"
         console.table(title, columns, rows, by=worst)
-        self._say_ratio(counts)
+        self._say_ratio(counts, left)
         if self._by_loss:
             self.said.append(f"predicted loss {predicted:.3g} nats a token")
+            if unknown:  # an earlier step had no prediction
+                self.said[-1] += " for this step"
+                return
             times = math.exp(min(curve.INTERACTION * predicted, MOST_NATS))
-            self.said.append(f"expect {self._about} {times:.3g} x the perplexity")
+            factor = f"{times:.3g}" if times > 1.01 else f"{times:.5f}"
+            self.said.append(f"expect {self._about} {factor} x the perplexity")
 
     @property
     def _about(self) -> str:
@@ -284,7 +294,7 @@ class Scoring:
             (GROUPS, "o", shape.kv_heads, group_costs[record.index]),
             (CHANNELS, "down", 0, channel_cost),
         ):
-            W = used_weight(self.model, record.index, matrix)
+            W = output_weight(self.model, record.index, matrix)
             where, root = f"layer {record.index}, {matrix}_proj", None
             with naming(where), self.run.profile.phase(f"rank {matrix}_proj"):
                 if self._by_loss:
@@ -354,13 +364,13 @@ class Scoring:
         extent = extents(kept, shape, self.model.config)
         lost = {}
         for matrix in UNIT_MATRICES:
-            W = used_weight(self.model, record.index, matrix)
+            W = output_weight(self.model, record.index, matrix)
             stays = extent[matrix].columns
             A_pp = gram.block(stats[f"{matrix}.gram"], ~stays)
             lost[f"{matrix}_proj.lost"] = np.array([compensation.output_energy(A_pp, W[~stays])])
         return lost
 
-    def _say_ratio(self, counts: budget.Counts) -> None:
+    def _say_ratio(self, counts: budget.Counts, left: list[LayerShape]) -> None:
         group_costs, channel_cost, total = self._costs
         removed = int(
             counts.groups @ np.asarray(group_costs) + counts.channels.sum() * channel_cost
@@ -373,8 +383,21 @@ class Scoring:
         self.said += [
             f"removes {removed:,} of {total:,} layer parameters",
             f"{removed / total:.4%} (target {self.how['sparsity']:.2%})",
-            f"{removed / self.model.parameters():.2%} of all parameters",
         ]
+        size = self.model.layer_parameters
+        gone = total - sum(map(size, left))
+        if gone != removed:
+            self.said.append(f"{gone / total:.4%} with those of earlier steps")
+        self.said.append(f"{gone / self.model.parameters():.2%} of all parameters")
+        stored = forms.normalised(self.model.config.with_shapes(tuple(left))).layer_shapes
+        if padding := sum(map(size, stored)) - sum(map(size, left)):
+            console.log.warning(
+                "export pads layers of unequal size to a multiple of %d channels, by %.2f%% of "
+                "the layers' parameters; --multiple-of %d avoids that",
+                forms.WIDTH_MULTIPLE,
+                100 * padding / total,
+                forms.WIDTH_MULTIPLE,
+            )
 
 
 def _curve(

@@ -7,12 +7,17 @@ from typing import Any
 
 from prunetool import records, workdir
 from prunetool.errors import PrunetoolError
+from prunetool.model import Model
 
 Point = tuple[float, float]  # fraction of the layers' parameters removed; loss added, nats a token
 
 
-def predicted(header: records.Header, work: Path) -> list[Point]:
+def predicted(header: records.Header, model: Model) -> list[Point]:
     """The points of all sparsities that were scored from the same calibration in the same way.
+
+    Args:
+      header: of the stream.
+      model: before pruning.
 
     Returns:
       In order of the fraction removed; empty if the stream's last score predicted no loss.
@@ -22,12 +27,18 @@ def predicted(header: records.Header, work: Path) -> list[Point]:
         return []  # of other targets than heads and channels
     wanted = _but_sparsity(header.history[: steps[-1] + 1])
     points = set()
-    for path in work.glob(f"score-*/{workdir.RECORDS_NAME}"):
+    dense, size = model.config.layer_shapes, model.layer_parameters
+    for path in Path(header.work).glob(f"score-*/{workdir.RECORDS_NAME}"):
         try:
             with path.open(encoding="utf-8") as stream:
                 other, layers = records.read(stream)
-                nats = sum(sum(record.values.get("nats", {}).values()) for record in layers)
-            point = float(other.history[-1]["options"]["sparsity"]), nats
+                values = [record.values for record in layers]
+            nats = sum(sum(of.get("nats", {}).values()) for of in values)
+            left = [
+                size(shape.keeping(of["kept"]["kv_heads"], of["kept"]["channels"]))
+                for shape, of in zip(dense, values, strict=True)
+            ]
+            point = 1 - sum(left) / sum(map(size, dense)), nats
         except (PrunetoolError, OSError, UnicodeError, KeyError, TypeError, ValueError):
             continue  # an older version's, or damaged: not what this page is about
         if _but_sparsity(other.history) == wanted and nats and all(map(math.isfinite, point)):

@@ -89,7 +89,8 @@ def test_each_explains_more(calibrated, run, tmp_path):
     found = {}
     for bias in ("mean", "refit", None):
         run("score", stats, "-o", "k.jsonl", "--sparsity", 0.3)
-        words = ["--damping", 1e-4] + (["--bias", bias] if bias else [])
+        words = ["--damping", 1e-4] if bias != "mean" else []
+        words += ["--bias", bias] if bias else []
         run("compensate", "k.jsonl", "-o", "c.jsonl", *words)
         _, layers = read(tmp_path / "c.jsonl")
         found[bias] = [
@@ -108,11 +109,25 @@ def test_families_that_have_no_biases(calibrated, run, family):
     _, stats = calibrated(**{**ABSENT, **FAMILIES[family], **changes})
     run("score", stats, "-o", "k.jsonl", "--sparsity", 0.3)
     done = run("compensate", "k.jsonl", "-o", "c.jsonl", "--bias", "mean", ok=False)
-    assert "--bias: no architecture that programs load" in error_of(done)
+    assert "--bias: no program loads a model of this architecture with biases" in error_of(done)
+
+
+def test_what_would_be_lost_or_ignored_is_refused(calibrated, run):
+    _, stats = calibrated()
+    pruned(run, stats, "refit", "P")
+    line = error_of(run("compensate", "P.c.jsonl", ok=False))
+    assert line == "Error: P.c.jsonl: was already refitted; give the records of score"
+    done = run("compensate", "P.k.jsonl", "--bias", "mean", "--damping", "0.1", ok=False)
+    assert "--damping is for a refit, which --bias mean leaves out" in done.stderr
+    run(
+        "score", stats, "--target", "v", "--method", "magnitude", "--sparsity", 0.3, "-o", "m.jsonl"
+    )
+    line = error_of(run("compensate", "m.jsonl", "--bias", "mean", ok=False))
+    assert "m.jsonl: removed no heads or channels; leave --bias out" in line
 
 
 def test_recover_takes_none(calibrated, run):
     _, stats = calibrated()
     pruned(run, stats, "refit", "P")
     done = run("recover", "P.c.jsonl", ok=False)
-    assert "has biases that the model has not" in done.stderr
+    assert "has biases, and the dense model none" in done.stderr

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from contextlib import contextmanager
 
@@ -212,6 +213,28 @@ def test_what_diverges_keeps_what_was_before_and_says_so(tmp_path, run, kept):
     assert "without training" in (tmp_path / "out/README.md").read_text()
 
 
+def test_what_diverged_is_not_gone_on_with(tmp_path, call, run, kept, monkeypatch):
+    kept()
+    words = ["recover", "kept.jsonl", "--learning-rate", "1e3", "-o"]
+    said = run(*words, "whole.jsonl").stderr
+    write = step.Recovery._write_progress
+    for done in tmp_path.glob("w/recover-*"):
+        shutil.rmtree(done)
+
+    def killed(self, *, finished):
+        if finished:
+            raise Killed
+        write(self, finished=finished)
+
+    monkeypatch.setattr(step.Recovery, "_write_progress", killed)
+    with pytest.raises(Killed):
+        call(*words, "again.jsonl")
+    monkeypatch.setattr(step.Recovery, "_write_progress", write)
+    (after,) = re.findall(r"diverged after \d+ steps?", said)
+    assert after in run(*words, "again.jsonl").stderr
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
 def test_gradients_that_overflow_name_their_layer(tmp_path, run, kept, monkeypatch):
     kept()
 
@@ -245,6 +268,19 @@ def test_what_it_refuses(tmp_path, call, run, kept):
 
     kept()
     assert "nothing was pruned" in refused("recover", "stats.jsonl")
+    call(
+        "score",
+        "stats.jsonl",
+        "--sparsity",
+        "0",
+        "--method",
+        "magnitude",
+        "--allocation",
+        "global",
+        "-o",
+        "all.jsonl",
+    )
+    assert "nothing was pruned" in refused("recover", "all.jsonl")
     call("recover", "kept.jsonl", "--learning-rate", "1e-3", "-o", "recovered.jsonl")
     assert "was already recovered" in refused("recover", "recovered.jsonl")
     assert "compensate" in refused("compensate", "recovered.jsonl")

@@ -75,6 +75,25 @@ def test_evaluate_knows_both_texts(two, call, run, tmp_path):
     assert "--refit-on FILE" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_another_part_held_out_is_another_refit(two, call):
+    two()
+    words = ["--tokens", "b.npy", "--samples", 7, "--sequence-length", 32, "--stats", "all"]
+    call("calibrate", "dense", *words, "--held-out", 3, "--work", "c.work", "-o", "c.jsonl")
+    by_b, by_c = (refits(call("compensate", "a.kept", "--refit-on", f"{n}.jsonl")) for n in "bc")
+    held = [[of["down_proj"]["held_out_removed"] for of in found[0]] for found in (by_b, by_c)]
+    assert held[0] != held[1], "the same tokens, but others choose the damping"
+
+
+def test_masks_need_sums_of_the_other_tokens(two, call, run):
+    two()
+    masks = ["--target", "up", "--method", "sparsegpt", "--sparsity", ".5"]
+    call("score", "a.jsonl", *masks, "-o", "a.masked")
+    words = ["--tokens", "b.npy", "--samples", 7, "--sequence-length", 32]
+    call("calibrate", "dense", *words, "--work", "c.work", "-o", "c.jsonl")
+    line = error_of(run("compensate", "a.masked", "--refit-on", "c.jsonl", ok=False))
+    assert line.endswith("no sums for the matrices that are masked; run it with --stats all")
+
+
 def test_another_checkpoint_is_refused(two, call, run, checkpoint, tmp_path):
     two()
     path = checkpoint("other", seed=1)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from prunetool.errors import plain
 from prunetool.llama.parts import MATRICES
 from prunetool.llama.weights import tensor_name
+from prunetool.model import open_model
 from prunetool.records import Header
 from prunetool.steps import picture, report, sweep
 from tests.conftest import error_of
@@ -249,6 +250,43 @@ def test_a_perplexity_too_large_for_a_number_is_said(tmp_path):
     assert found.lines[0] == ("perplexity", "too large for a number")
 
 
+def removed(layers):
+    """The fraction of the layers' parameters that a stream's records say is gone."""
+    kept = [layer["values"]["kept"] for layer in layers]
+    sizes = [(2 * of["heads"] + 2 * of["kv_heads"]) * 16 + 3 * of["channels"] for of in kept]
+    return 1 - sum(sizes) / (LAYERS * ((2 * HEADS + 2 * 2) * 16 + 3 * 96))
+
+
+def test_a_sweep_after_another_score_counts_what_both_remove(calibrated, run, tmp_path):
+    _, records = calibrated(gradients=2)
+    run("score", records, "--target", "heads", "--sparsity", ".1", "-o", "heads.jsonl")
+    some = ("--target", "channels", "--multiple-of", 8, "--min-channels", 8)
+    done = run("score", "heads.jsonl", *some, "-o", "kept-{sparsity}.jsonl", "--sparsity", ".1,.2")
+    header, *layers, _ = map(json.loads, (tmp_path / "kept-.2.jsonl").read_text().splitlines())
+    nats = sum(sum(layer["values"]["nats"].values()) for layer in layers)
+    assert f"predicted loss {nats:.3g} nats a token" in done.stderr, "of both"
+    assert f"{removed(layers):.4%} with those of earlier steps" in done.stderr
+    dense = open_model(str(tmp_path / "dense"))
+    found = sweep.predicted(Header(**{k: header[k] for k in FIELDS}), dense)
+    assert found[-1] == (pytest.approx(removed(layers)), nats)
+    run("export", "out", "kept-.2.jsonl")
+    shards = map(load_file, (tmp_path / "out").glob("*.safetensors"))
+    weights = {name: array for shard in shards for name, array in shard.items()}
+    stored = sum(array.size for name, array in weights.items() if "_proj" in name)
+    page = page_of(run, tmp_path, (tmp_path / "kept-.2.jsonl").read_text())
+    rows = {row[0][0]: row[1][0] for row in page.tables["Weights of the decoder layers' matrices"]}
+    assert rows["stored"] == f"{stored:,}", "as export pads them"
+    left = (1 - removed(layers)) * LAYERS * ((2 * HEADS + 2 * 2) * 16 + 3 * 96) * 64
+    assert rows["of these, not zero"] == f"{round(left):,}"
+    assert stored > left
+    assert "export pads layers of unequal size to a multiple of 32 channels" in done.stderr
+    whole = ("--target", "heads", "--sparsity", ".1", "--allocation", "global")
+    run("score", records, *whole, "-o", "other.jsonl")
+    said = run("score", "other.jsonl", *some, "--sparsity", ".1", "-o", "both.jsonl").stderr
+    assert "nats a token for this step" in said
+    assert "perplexity" not in said, "an earlier step did not predict"
+
+
 def test_a_sweep_is_drawn_with_what_was_measured(calibrated, run, text, tmp_path):
     _, records = calibrated(gradients=2)
     words = ["score", records, "--multiple-of", 8, "-o"]
@@ -268,9 +306,10 @@ def test_a_sweep_is_drawn_with_what_was_measured(calibrated, run, text, tmp_path
     assert len([tag for tag in page.every if tag == "circle"]) == 3 + 1
     header, *layers, _ = map(json.loads, stream.splitlines())
     nats = sum(sum(layer["values"]["nats"].values()) for layer in layers)
-    found = sweep.predicted(Header(**{k: header[k] for k in FIELDS}), tmp_path / "dense.work")
-    assert [sparsity for sparsity, _ in found] == [0.1, 0.2, 0.4]
-    assert found[1][1] == nats
+    dense = open_model(str(tmp_path / "dense"))
+    found = sweep.predicted(Header(**{k: header[k] for k in FIELDS}), dense)
+    assert len(found) == 3
+    assert found[1] == (pytest.approx(removed(layers)), nats)
     measured = json.loads(compared)
     point = report.read_evaluation(tmp_path / "e.json").point
     assert point == (measured["parameters"], measured["loss"] - measured["against"]["loss"])
