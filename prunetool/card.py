@@ -34,6 +34,7 @@ def model_card(
     parameters: int,
     densities: Sequence[dict[str, tuple[int, int]]],
     *,
+    zeros: bool = False,
     recovered: bool = False,
 ) -> str:
     """README.md for the Hub: front matter, sizes, how to load, and how it was made.
@@ -43,11 +44,12 @@ def model_card(
     Args:
       header: of the records that were exported.
       dense: the original checkpoint.
-      form: what config.json calls it, or ``dense``.
+      form: what config.json calls it.
       pruned: config of the result, with what each layer keeps.
       parameters: stored in the result.
       densities: nonzero and all weights of each layer's matrices; none if no weights were
         masked.
+      zeros: it has the original shapes.
       recovered: recover changed the weights.
     """
     before = [dense.layer_parameters(shape) for shape in dense.config.layer_shapes]
@@ -71,7 +73,7 @@ def model_card(
         f"| parameters stored | {dense.parameters():,} | {parameters:,} "
         f"({_change(dense.parameters(), parameters)}) |",
         *([f"| hidden size | {D} | {k} |"] if k < D else []), "",
-        *(_how_to_load_pictures() if dense.config.classes else _how_to_load(form, pruned)), "",
+        *_how_to_load(form, pruned, zeros), "",
         "## What each layer keeps", "",
         "| layer | query heads | KV heads | MLP channels |", "|---:|---:|---:|---:|",
     ]  # fmt: skip
@@ -152,10 +154,13 @@ def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
         words = ["prunetool", step["command"]]
         if step["command"] == "calibrate":
             named = {"text", "dataset"} & step["options"].keys()
-            words += [model, *([] if named else ["--text", "TEXT"])]
+            source = ["--tokens", "FILE"] if "guidance" in step["options"] else ["--text", "TEXT"]
+            words += [model, *([] if named else source)]
         if step["command"] == "export":
             words.append("OUT")
         for option, value in step["options"].items():
+            if option == "sequence_length" and "guidance" in step["options"]:
+                continue  # a picture has its own
             words += _option(option, value)
         steps.append(" ".join(shlex.quote(shown(word)) for word in words))
     return " \\\n  | ".join(steps).split("\n")
@@ -244,7 +249,9 @@ def _how_to_load_pictures() -> list[str]:
     ]
 
 
-def _how_to_load(form: str, pruned: LlamaConfig) -> list[str]:
+def _how_to_load(form: str, pruned: LlamaConfig, zeros: bool) -> list[str]:
+    if form == PICTURES:
+        return _how_to_load_pictures()
     known = form != PRUNED
     more = "" if known else ", trust_remote_code=True"
     code = [
@@ -256,7 +263,7 @@ def _how_to_load(form: str, pruned: LlamaConfig) -> list[str]:
         "```",
     ]
     if known:
-        note = "Pruned weights are zeros in the original shapes. " if form == "dense" else ""
+        note = "Pruned weights are zeros in the original shapes. " if zeros else ""
         return [f"{note}Loads like the base model:", "", *code]
     files = ", ".join(f"`{file}` ({programs})" for file, programs in LOADERS[PRUNED].items())
     said = f"Layers differ in size, so a loader is included: {files}. Read it, then:"

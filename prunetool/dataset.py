@@ -140,7 +140,7 @@ class Dataset:
         # Names come from outside: none may lead out of the cache.
         files = sorted(n for n in names if SUFFIX.search(n) and ".." not in n.split("/"))
         of_config = [name for name in files if name.startswith(f"{known.config}/")]
-        of_split = re.compile(rf"(^|[/_.-]){re.escape(self.split)}([/_.-])")
+        of_split = re.compile(rf"(^|[/_.-]){re.escape(self.split)}([/.-]|_\d)")
         found = [n for n in (of_config if known.config else files) if of_split.search(n)]
         places = {Path(name).parent for name in found}
         if not found or (len(places) > 1 and not known.config):

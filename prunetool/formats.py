@@ -14,8 +14,9 @@ class Format(NamedTuple):
       help: what it is.
       dense: the original shapes, with zeros.
       suffix: OUT is a file whose name ends so; empty: the directory of a checkpoint.
-      check: ``module:function`` in prunetool of the config to be written, which raises ConfigError
-        if the format cannot hold it; called before anything is written.
+      check: ``module:function`` in prunetool of the model, whose tokenizer goes along, and of the
+        config to be written. It raises ConfigError if the format cannot hold them; called before
+        anything is written.
       finish: the function that makes OUT of the checkpoint, which is written beside it first. It
         takes the model and OUT; a name, the limit of a file's bytes, and whether to overwrite.
     """
@@ -42,11 +43,11 @@ FORMATS = {
     "auto": Format(
         "smaller matrices, as a stock architecture if the layers are alike, else with a loader file"
     ),
-    "dense": Format("the original shapes with zeros, loadable everywhere", dense=True),
+    "dense": Format("the original shapes with zeros, which loads as MODEL does", dense=True),
     "gguf": Format(
         "a file OUT.gguf for llama.cpp, f16; convert has other types",
         suffix=".gguf",
-        check="llama.gguf_form:choose",
+        check="steps.gguf:check",
         finish="steps.gguf:convert_checkpoint",
     ),
 }

@@ -226,6 +226,8 @@ def text_options(
         source = click.get_current_context().get_parameter_source
         if source("split") is ParameterSource.COMMANDLINE and not dataset:
             raise click.UsageError("--split is for --dataset")
+        if text_field and (tokens_path or SELF in texts):
+            raise click.UsageError("--text-field is for --text FILE or --dataset")
         if chat and (tokens_path or SELF in texts or not given):
             raise click.UsageError("--chat is for conversations in --text or --dataset")
         if SELF in texts and not by_model:
@@ -268,8 +270,8 @@ overwrite_opt = click.option(
 )
 max_shard_size_opt = click.option(
     "--max-shard-size", "max_shard_bytes", metavar="SIZE", callback=_size_bytes, default="5GB",
-    show_default=True, help="Maximum shard size, such as 5GB, 2GiB or 1000000. No layer is split: "
-    "a larger one gets its own shard, as does a larger embedding or head.",
+    show_default=True, help="Maximum shard size, such as 5GB, 2GiB or 1000000. No layer of a "
+    "checkpoint is split: a larger one gets its own shard, as does a larger embedding or head.",
 )  # fmt: skip
 damping_opt = click.option(
     "--damping",

@@ -143,6 +143,18 @@ def test_what_is_not_there_is_one_line(checkpoint, run, tmp_path, server, monkey
     assert "no answer from http://127.0.0.1:9" in refused("--dataset", "alpaca")
 
 
+def test_a_split_is_not_another_that_begins_with_its_name(checkpoint, call, run, server):
+    server.publish("me/sft", {
+        f"data/train_{what}-00000-of-00001.parquet": table([f"{what} " * 500])
+        for what in ("gen", "sft")
+    })  # fmt: skip
+    checkpoint()
+    words = ["calibrate", "dense", "--dataset", "me/sft", *WORDS, "-o", "a"]
+    assert "has no Parquet or JSON-lines file of this split" in error_of(run(*words, ok=False))
+    call(*words, "--split", "train_gen")
+    assert not asked(server, "train_sft")
+
+
 def test_a_parquet_file_is_text(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(table(["a", None, "b\n", "", "c"], n=pyarrow.array(range(5))))

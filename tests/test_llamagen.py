@@ -694,6 +694,8 @@ def test_its_card_says_how_to_load_it(converted, pictures, run, tmp_path):
     assert "- llamagen\n" in card
     assert "transformers" not in card
     assert "--guidance both" in card
+    assert "prunetool calibrate M --tokens FILE" in card
+    assert "--sequence-length" not in card, "a picture has its own"
 
 
 @pytest.mark.parametrize(

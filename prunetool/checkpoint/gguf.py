@@ -6,6 +6,7 @@ for qwen2 and qwen3), and turns rope scaling into a tensor.
 Keys and their defaults are read as llama.cpp reads them (src/llama-model.cpp, load_hparams).
 """
 
+import glob
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -572,6 +573,12 @@ def _open(path: Path, todo: str) -> _Reader:
         what = f"cannot be read as GGUF ({error})"
         raise ConfigError(path, what, "download it again") from error
     return reader
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The file of this name, or the parts of it if it was split; empty if there is neither."""
+    parts = path.parent.glob(f"{glob.escape(path.stem)}-?????-of-?????{path.suffix}")
+    return [path] if path.exists() else sorted(parts)
 
 
 def _open_parts(path: Path) -> dict[Path, _Reader]:

@@ -36,6 +36,7 @@ LLAMA3_SPLIT = (
 QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
 SPACE = "\u2581"  # SentencePiece's mark for a space
 ENDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # a GGUF's name, ours
+TEMPLATE = "tokenizer.chat_template"  # of the default one; .NAME of others
 
 
 class Vocabulary(NamedTuple):
@@ -97,8 +98,16 @@ def tokenizer_config(model: GGUFModel) -> dict[str, Any]:
         number = model.special_id(theirs)
         if number is not None:
             config[f"{ours}_token"] = texts[number]
-    template = model.value("tokenizer.chat_template", str)
-    return {**config, "chat_template": template} if template else config
+    named = {}
+    if template := model.value(TEMPLATE, str):
+        named["default"] = template
+    if model.has(f"{TEMPLATE}s"):
+        for name in model.values(f"{TEMPLATE}s", str):
+            named[name] = model.required(f"{TEMPLATE}.{name}", str)
+    if not named:
+        return config
+    listed = [{"name": name, "template": text} for name, text in named.items()]
+    return {**config, "chat_template": template if [*named] == ["default"] else listed}
 
 
 def _ends_added(model: GGUFModel) -> tuple[int | None, int | None]:

@@ -74,6 +74,8 @@ def vocabulary_fields(
         raise ConfigError(where, f"is a tokenizer of type {model['type']}", WITHOUT)
     _refuse_odd(where, document)
     merges = [tuple(m.split(" ", 1) if isinstance(m, str) else m) for m in model["merges"]]
+    if not merges:
+        raise ConfigError(where, "has no merges of its BPE", WITHOUT)
     vocabulary = _vocabulary(where, document, vocab_size)
     if model.get("byte_fallback"):
         fields = _sentencepiece(where, document, vocabulary, merges)

@@ -20,8 +20,13 @@ def clean(place: Path) -> None:
       prunetool clean OUT
     """
     from prunetool import workdir
+    from prunetool.checkpoint import writer
 
     with console.summary("clean") as said:
+        made_in = writer.work_of(place)
+        if made_in and not Path(made_in).exists():
+            said += [f"{made_in} is gone already"]
+            return
         work = workdir.of(place)
         with workdir.lock(work):
             before = workdir.size_bytes(work, *workdir.EVERYTHING)

@@ -67,9 +67,9 @@ def convert(
       prunetool convert c2i_XXL_384.pt XXL
     """
     to_gguf, torch = out.suffix == SUFFIX, source.suffix.lower() in TORCH
-    only_for = {"--image-size": "LlamaGen's .pt files", "--heads": "LlamaGen's .pt files"}
-    only_for = {} if torch and not to_gguf else only_for
-    only_for |= {"--dtype": "a checkpoint"} if to_gguf else {"--type": "a GGUF"}
+    only_for = {"--dtype": "a checkpoint"} if to_gguf else {"--type": "a GGUF"}
+    if to_gguf or not torch:
+        only_for |= dict.fromkeys(("--image-size", "--heads"), "LlamaGen's .pt files")
     context = click.get_current_context()
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE

@@ -59,13 +59,15 @@ def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: b
 def _say_next(out: Path, work: Path, form: str) -> None:
     """Suggest what to do next."""
     from prunetool import workdir
+    from prunetool.checkpoint.gguf import parts_of
     from prunetool.checkpoint.index import read_json
     from prunetool.llama.config import PICTURES, PRUNED
 
     size = workdir.size_bytes(work, *workdir.EVERYTHING)
     name, clean = shlex.quote(str(out)), f"Delete {size / 1e6:,.1f} MB of work files"
     if FORMATS[form].suffix:
-        console.log.info("Measure its speed: prunetool bench %s", name)
+        first = shlex.quote(str(parts_of(out)[0]))
+        console.log.info("Measure its speed: prunetool bench %s", first)
         console.log.info("%s: prunetool clean %s", clean, shlex.quote(str(work)))
         return
     config = read_json(out / "config.json")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from prunetool import console, options
 from prunetool.errors import ConfigError, shown
@@ -60,6 +61,11 @@ def inspect(
     Example:
       prunetool inspect SmolLM2-135M --plan --samples 32
     """
+    context = click.get_current_context()
+    for option in ("samples", "length", "sparsity", "dtype"):
+        if not planned and context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            name = "sequence-length" if option == "length" else option
+            raise click.UsageError(f"--{name} goes with --plan")
     from prunetool.model import open_model
 
     opened = open_model(model, revision)
@@ -106,6 +112,7 @@ def inspect(
         ),
     )
     if planned:
+        length = config.codes or length
         result["plan"] = _plan(opened, samples, length, sparsity, dtype)
     console.write(sys.stdout, json.dumps(result) + "\n")
 
@@ -160,7 +167,7 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     total = sum(need.disk for step, need in needs.items() if step != OPTIONAL)
     if total > free:
         console.log.warning(
-            "%s: %.1f GB of disk are needed and %.1f are free; see --discard",
+            "%s: %.1f GB of disk are needed and %.1f are free; see compensate --discard",
             here,
             total / 1e9,
             free / 1e9,

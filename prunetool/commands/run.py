@@ -48,12 +48,21 @@ class Run(options.Command):
         form = FORMATS[ctx.params["form"]]
         if wrong := form.wrong_name(out):
             raise click.UsageError(wrong)
+        if ctx.params["gradients"] == 0 and ctx.params["allocation"] in (None, "loss"):
+            raise click.UsageError("--gradients 0 goes with --allocation global, uniform or share")
+        if ctx.params["samples"] == 1:
+            raise click.UsageError("--samples 1 leaves none to choose a damping on: give 2 or more")
+        from prunetool.methods import load
+        from prunetool.model import open_model
         from prunetool.steps.export import refuse_taken, refuse_taken_file
 
         if form.suffix:
             refuse_taken_file(out, overwrite=ctx.params["overwrite"])
         elif not ctx.params["overwrite"]:
             refuse_taken(out, ctx.params["sparsities"])
+        if form.check:
+            model = open_model(ctx.params["model"], ctx.params["revision"])
+            load(form.check)(model, model.config)
         made = "-"
         with TemporaryDirectory(prefix="prunetool-") as directory:
             for step in STEPS:

@@ -11,7 +11,11 @@ from prunetool import console, options
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
 @click.option("--private", is_flag=True, help="Make a repository that nobody else can see.")
-@click.option("--revision", metavar="BRANCH", help="Upload to this branch; created if missing.")
+@click.option(
+    "--revision",
+    metavar="BRANCH",
+    help="Upload to this branch; created if missing, but not with --create-pr.",
+)
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option("--dry-run", is_flag=True, help="List what would be uploaded, offline.")
 @click.option(
@@ -71,5 +75,7 @@ def upload(
         )
         click.echo(done.url)
         said += [f"{'in' if done.changed else 'already in'} {repository}"]
+    if create_pr:
+        return
     at = f" --revision {revision}" if revision else ""
     console.log.info("Next: prunetool evaluate %s%s --text TEXT", repository, at)

@@ -28,7 +28,7 @@ class Form(NamedTuple):
       architecture: its name.
       fields: keys without the architecture's name; an int, a float, a str or a list of ints each.
       rope_factors: what llama.cpp divides the frequencies by, (d/2,), float32; None if nothing.
-      warning: what llama.cpp computes otherwise; empty if nothing.
+      warning: what llama.cpp computes differently; empty if nothing.
     """
 
     architecture: str
@@ -85,8 +85,8 @@ def _architecture(config: LlamaConfig, *, has_factors: bool) -> str:
         lacking = lacking or "llama3 rope scaling" * has_factors
         if lacking:
             raise ConfigError(
-                "--type",
-                f"llama.cpp has no architecture with norms of the heads and {lacking}",
+                "llama.cpp",
+                f"has no architecture with norms of the heads and {lacking}",
                 "keep the checkpoint" if alike else "score with --allocation uniform",
             )
         return "qwen3"

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from prunetool import console
+from prunetool.checkpoint.index import tokenizer_path
 from prunetool.errors import CorpusError, shown
 from prunetool.llama import forward
 from prunetool.model import Model
@@ -127,6 +128,10 @@ class Choices:
           CorpusError: see `read_items` and `bos_id`; or if a choice has no token of its own, or
             nothing before it, or a token is outside the vocabulary.
         """
+        if not tokenizer_path(model.directory).exists():
+            raise CorpusError(
+                model.directory, "has no tokenizer", "--choices needs the model's own"
+            )
         items, vocab_size = read_items(path), model.config.vocab_size
         bos = bos_id(model.directory, vocab_size, how)
         pairs = [(item.context, item.context + choice) for item in items for choice in item.choices]

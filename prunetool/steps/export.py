@@ -13,6 +13,7 @@ import numpy as np
 from prunetool import console, overlap, records, workdir
 from prunetool.card import model_card
 from prunetool.checkpoint import checksum
+from prunetool.checkpoint.gguf import parts_of
 from prunetool.checkpoint.index import read_json
 from prunetool.checkpoint.reader import dtype_of
 from prunetool.checkpoint.shards import TensorSpec
@@ -160,7 +161,7 @@ class Export:
             )
         )
         if self.format.check:
-            load(self.format.check)(target)
+            load(self.format.check)(model, target)
         kind = forms.choose_form(target)
         target = forms.normalised(target)
         chunks = [
@@ -200,11 +201,10 @@ class Export:
                 densities.append(_densities(tensors, n, sizes))
 
         self._put_files(target, kind)
-        label = "dense" if dense else kind
         recovered = any("recover" in record.files for record in made)
         card = model_card(
-            self.header, model, label, stored, writer.parameters, densities,
-            recovered=recovered,
+            self.header, model, kind, stored, writer.parameters, densities,
+            zeros=dense, recovered=recovered,
         )  # fmt: skip
         writer.put("README.md", card.encode())
         writer.close(sketches)
@@ -267,8 +267,8 @@ def refuse_taken_file(out: Path, *, overwrite: bool) -> None:
     """
     if out.is_dir():
         raise WorkError(out, "is a directory", "name a file")
-    if out.exists() and not overwrite:
-        raise WorkError(out, "exists", "name another file or give --overwrite")
+    if (there := parts_of(out)) and not overwrite:
+        raise WorkError(there[0], "exists", "name another file or give --overwrite")
 
 
 def refuse_taken(out: Path, sparsity: float) -> None:

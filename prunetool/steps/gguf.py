@@ -26,6 +26,20 @@ TURNED = ("q_proj", "k_proj")  # whose rows the rotary embedding pairs
 QUANTIZATION_VERSION = 2  # of the layouts of the quantised types
 
 
+def check(model: Model, config: LlamaConfig) -> None:
+    """Refuse what llama.cpp does not compute, before anything is written.
+
+    Args:
+      model: the checkpoint whose tokenizer goes along.
+      config: of the checkpoint to be written.
+
+    Raises:
+      ConfigError: see `convert_checkpoint`.
+    """
+    gguf_form.choose(config)
+    _tokenizer_fields(model.directory, config, warns=False)
+
+
 def convert_checkpoint(
     model: Model,
     out: Path,
@@ -95,7 +109,9 @@ def convert_checkpoint(
     return [f"{form.architecture}, {kind}", f"{size / 1e6:,.1f} MB in {where}"]
 
 
-def _tokenizer_fields(directory: Path, config: LlamaConfig) -> dict[str, Any]:
+def _tokenizer_fields(
+    directory: Path, config: LlamaConfig, *, warns: bool = True
+) -> dict[str, Any]:
     """The header's fields of a checkpoint's tokenizer."""
     where = tokenizer_path(directory)
     if not where.exists():
@@ -104,10 +120,13 @@ def _tokenizer_fields(directory: Path, config: LlamaConfig) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
     said = read_json(path) if path.exists() else {}
     document, ends = json.loads(tokenizer.to_str()), _ends(tokenizer, said, config)
-    start = bos_id(directory, config.vocab_size, "auto")  # refuses more than one
+    before, _ = template_ends(tokenizer)
+    if len(before) > 1:
+        raise ConfigError(where, f"puts {len(before)} tokens before a text", "llama.cpp adds one")
+    start = bos_id(directory, config.vocab_size, "auto")
     if start is not None:
         ends = ends._replace(bos=start, adds_bos=True)
-    if '"Metaspace"' in json.dumps(document.get("pre_tokenizer")):
+    if warns and '"Metaspace"' in json.dumps(document.get("pre_tokenizer")):
         console.log.warning(
             "%s: llama.cpp also puts a space after special tokens, and before a text that begins "
             "with one",

@@ -103,7 +103,7 @@ class Sampler:
             return self.load_locked(work, samples)
 
     def load_locked(self, work: Path, samples: int) -> np.ndarray:
-        """The same for who holds the directory's lock."""
+        """`load` for a caller that holds the directory's lock."""
         ids = self._kept(work)
         if len(ids) < samples:
             self._need_memory()

@@ -37,7 +37,7 @@ class Done(NamedTuple):
 def contents(out: Path, repository: str, metrics: Sequence[Path]) -> dict[str, Path | bytes]:
     """What goes to the Hub: the checkpoint's files by name, README.md in its published form.
 
-    All files in the checkpoint's manifest, and any licence or notice added beside them.
+    All files in the checkpoint's manifest, and any card, licence or notice added beside them.
 
     Args:
       out: the checkpoint.
@@ -49,7 +49,7 @@ def contents(out: Path, repository: str, metrics: Sequence[Path]) -> dict[str, P
       RecordError: if a file of ``metrics`` is something else, or for another model.
     """
     names = whole_files(out)
-    beside = [out / name for name in LICENSE_FILES if name not in names]
+    beside = [out / name for name in (CARD, *LICENSE_FILES) if name not in names]
     names += [path.name for path in beside if path.is_file() and not path.is_symlink()]
     files: dict[str, Path | bytes] = {name: out / name for name in sorted(names)}
     model = open_model(str(out))
@@ -98,6 +98,8 @@ def read_metrics(path: Path, model: Model) -> "list[EvalResult]":
         measured = {"loss": ("Loss, nats per token", value["loss"])}
     if "against" in value:
         measured["kl_divergence"] = ("KL divergence from the base, nats", value["against"]["kl"])
+    if "accuracy" in value:
+        measured["accuracy"] = ("Accuracy of choices", value["accuracy"])
     how = {
         key: value.get(key)
         for key in ("samples", "sequence_length", "bos", "dtype", "token_ids", "version")
@@ -121,7 +123,8 @@ def say_licence(out: Path, repository: str, names: Sequence[str]) -> None:
         said.append((out / name).read_text(encoding="utf-8", errors="replace")[:300])
     if not (found := next(filter(None, map(LLAMA_LICENCE.search, said)), None)):
         return
-    card = (out / CARD).read_text(encoding="utf-8", errors="replace")
+    page = out / CARD
+    card = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     duties = {
         "a copy of the licence": any(name.startswith("LICENSE") for name in texts),
         "a Notice file": any(name.lower().startswith("notice") for name in texts),

@@ -58,9 +58,10 @@ def test_clean_deletes_what_the_steps_made_and_nothing_else(finished, call, tmp_
 
 
 def test_clean_takes_the_work_directory_itself(finished, call, tmp_path):
-    _, work = finished
+    out, work = finished
     call("clean", work)
     assert not work.exists()
+    call("clean", out)  # nothing is left to do
     assert not (tmp_path / "w.lock").exists()
 
 

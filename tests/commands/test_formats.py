@@ -70,7 +70,8 @@ def test_a_killed_run_goes_on(kept, run, tmp_path, monkeypatch):
 def test_what_cannot_be_written_is_refused_before_anything_is(kept, run, tmp_path):
     records = kept("global", model_type="qwen3", attention_bias="absent", mlp_bias="absent")
     done = run("export", "out.gguf", records, "--format", "gguf", ok=False)
-    assert "no architecture with norms of the heads and layers of unequal sizes" in error_of(done)
+    line = error_of(done)
+    assert "llama.cpp: has no architecture with norms of the heads and layers of unequal" in line
     assert not list(tmp_path.glob("out*"))
     for command in (["export", "out", records], ["run", "dense", "out", "--text", "text.txt",
                                                  "--sparsity", ".2"]):  # fmt: skip
@@ -89,6 +90,24 @@ def test_run_writes_it_too(checkpoint, text, run, tmp_path):
     done = run("run", "dense", "out.gguf", *words, "--format", "gguf", ok=False)
     assert "out.gguf: exists; name another file" in error_of(done)
     assert "calibrate: " not in done.stderr
+
+
+def test_run_refuses_what_it_cannot_write_before_it_begins(checkpoint, text, run, tmp_path):
+    checkpoint()  # its BPE has no merges
+    words = ["--text", text, "--samples", 4, "--sequence-length", 32, "--sparsity", ".2"]
+    done = run("run", "dense", "out.gguf", *words, "--format", "gguf", ok=False)
+    assert "tokenizer.json: has no merges" in error_of(done)
+    assert not (tmp_path / "dense.prunetool").exists()
+
+
+def test_a_split_file_is_taken_too(kept, run):
+    records = kept("uniform")
+    words = ["export", "out.gguf", records, "--format", "gguf", "--max-shard-size", 100_000]
+    first = "out-00001-of-0000"
+    assert f"prunetool bench {first}" in run(*words).stderr
+    line = error_of(run(*words, ok=False))
+    assert line.startswith(f"Error: {first}")
+    assert "exists; name another file" in line
 
 
 def test_every_row_names_functions_that_are_there():

@@ -48,6 +48,17 @@ def test_a_wrong_option_and_a_failing_step_are_one_line(checkpoint, text, run, t
     assert "calibrate: " not in quiet.stderr
 
 
+def test_what_would_fail_after_calibrating_is_refused_before(checkpoint, text, run, tmp_path):
+    model = checkpoint()
+    for more, says in {
+        ("--gradients", 0): "--gradients 0 goes with --allocation global, uniform or share",
+        ("--samples", 1): "--samples 1 leaves none to choose a damping on: give 2 or more",
+    }.items():
+        words = ["--text", text, *WORDS, "--sparsity", ".2"]
+        assert says in run("run", model, "out", *words, *more, ok=False).stderr
+    assert not (tmp_path / "dense.prunetool").exists()
+
+
 def test_a_taken_out_is_refused_before_the_steps(checkpoint, text, run, tmp_path):
     words = ["--text", text, *WORDS, "--sparsity"]
     model = checkpoint()

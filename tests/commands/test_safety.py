@@ -662,6 +662,14 @@ class TestCard:
         header = records.Header(directory, source, "f", "/w", 3, [])
         return model_card(header, model, "llama", model.config, 10, ()).splitlines()
 
+    def test_zeros_in_unequal_layers_need_the_loader_too(self, checkpoint):
+        model = open_model(str(checkpoint()))
+        header = records.Header("/m", "tiny", "f", "/w", 3, [])
+        for form, trust in (("llama", False), ("pruned_llama", True)):
+            card = model_card(header, model, form, model.config, 10, (), zeros=True)
+            assert ("trust_remote_code=True" in card) == trust
+            assert ("zeros in the original shapes" in card) != trust
+
     @pytest.mark.parametrize("source", [".", "..", "./", "models/..", "/models/tiny"])
     def test_a_path_without_a_name_gives_the_name_of_the_directory(self, checkpoint, source):
         card = self.card(open_model(str(checkpoint())), source, "/models/tiny")

@@ -14,6 +14,7 @@ from prunetool.checkpoint import writer
 from prunetool.errors import LONGEST, HubError, RecordError, WorkError
 from tests import hub
 from tests.conftest import tiny_config, until, write_checkpoint
+from tests.loaders.test_llamacpp import with_merges
 
 # The client's own, of the library that it sends by.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -421,6 +422,18 @@ class TestMetrics:
         assert not server.asked
 
 
+def test_a_card_beside_a_converted_checkpoint_goes_along(made, upload, server, tmp_path):
+    model = with_merges(shutil.copytree(made / "tiny", tmp_path / "tiny"))
+    prunetool("convert", model, tmp_path / "a.gguf")
+    prunetool("convert", tmp_path / "a.gguf", tmp_path / "plain")
+    (tmp_path / "plain/LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE")
+    upload(tmp_path / "plain", "me/plain")
+    assert "LICENSE" in server.files("me/plain"), "a page is not needed"
+    (tmp_path / "plain/README.md").write_text("---\nlicense: mit\n---\nmine")
+    upload(tmp_path / "plain", "me/with-page")
+    assert b"mine" in server.files("me/with-page")["README.md"]
+
+
 class TestLicence:
     def said(self, upload, out, name):
         return [
@@ -486,7 +499,7 @@ class TestCard:
     def test_its_commands_make_the_same_again(self, made, call, tmp_path):
         """The pipe of the card, step by step, gives the history that it was made from."""
         scores = [
-            ["--sparsity", ".2", "--multiple-of", "8", "--lambda", "inf"],
+            ["--sparsity", ".2", "--multiple-of", "8", "--method", "newton", "--lambda", "inf"],
             ["--target", "gate,up", "--method", "wanda", "--pattern", "2:4", "--sparsity", ".5"],
         ]
         call("calibrate", made / "tiny", "--text", made / "text.txt", "--samples", 8,

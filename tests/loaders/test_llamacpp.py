@@ -10,6 +10,7 @@ import sentencepiece
 from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from prunetool.chat import chat_templates
 from prunetool.checkpoint.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT
 from prunetool.checkpoint.gguf_vocabulary import Ends, vocabulary_fields
 from prunetool.checkpoint.gguf_writer import KINDS
@@ -138,6 +139,16 @@ def test_a_dense_model_is_the_same_in_llama_cpp_and_comes_back(tmp_path, call, c
     for name in there.index:
         assert (read_tensor(there.index, name) == read_tensor(back.index, name)).all()
     assert worst(tmp_path / "back", Judge(tmp_path / "dense.gguf"))[0] < 2e-5 * size
+
+
+def test_named_chat_templates_come_back(tmp_path, call):
+    directory = build(tmp_path, {})
+    named = [{"name": n, "template": f"{n} {{{{ x }}}}"} for n in ("default", "rag")]
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    call("convert", "dense", "dense.gguf")
+    call("convert", "dense.gguf", "back")
+    assert chat_templates(tmp_path / "back") == chat_templates(directory)
+    assert len(chat_templates(directory)) == 2
 
 
 def test_unequal_layers_are_the_same_in_llama_cpp(unequal, request, run, tmp_path):
