@@ -143,7 +143,7 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     }
     seconds = {
         step: need.products / measured.products
-        + need.solves / measured.solves
+        + need.solves / (measured.solves * need.speed)
         + need.disk / measured.disk
         for step, need in needs.items()
     }

@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.blas import dgemm
 
 from prunetool.errors import NumericalError
 from prunetool.pruning import gram
@@ -177,14 +178,21 @@ def greedy(
         order.append(left[p])
         losses.append(loss[p])
         gone[p] = True
-        Q_p, (X, Y) = Q[p], _solved(Q[np.ix_(p, p)], Q[p], WC[p])
-        for rows in gram.blocks_of_rows(len(Q)):
-            Q[rows] -= Q_p[:, rows].T @ X
-            WC[rows] -= Q_p[:, rows].T @ Y
+        Q_p = Q[p]
+        X, Y = _solved(Q[np.ix_(p, p)], Q_p, WC[p])
+        _subtract(Q, Q_p, X)
+        _subtract(WC, Q_p, Y)
         if gone.mean() > COMPACT:
             Q, WC, left = Q[np.ix_(~gone, ~gone)], WC[~gone], left[~gone]
             gone = np.zeros(len(Q), bool)
     return np.concatenate(order), np.concatenate(losses)
+
+
+def _subtract(C: np.ndarray, A: np.ndarray, B: np.ndarray) -> None:
+    """C −= Aᵀ B in place, without a product beside it, which would be as large as C."""
+    made = dgemm(-1.0, B, A.T, 1.0, C.T, trans_a=True, trans_b=True, overwrite_c=True)
+    if not np.shares_memory(made, C):
+        raise AssertionError("C is not a whole float64 array by rows")
 
 
 def _inverse(A: np.ndarray, damping: float) -> np.ndarray:
