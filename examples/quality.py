@@ -257,21 +257,21 @@ class Rows:
             for row in itertools.product(names, given.seed or SEEDS, given.sparsity or TENTHS)
             if row not in self.done and row[2] in SETTINGS[row[0]].sparsities
         ]
-        stats: dict[object, Future[Path]] = {}
+        needs: dict[tuple[str, str, str], list[tuple[Setting, str]]] = {}
+        for row in todo:
+            how = SETTINGS[row[0]]
+            every = [options for options in (how.calibrate, how.refit_on) if options is not None]
+            needs[row] = [(Setting(calibrate=each, text=how.text), row[1]) for each in every]
         with ThreadPoolExecutor(given.jobs) as pool:
-            made = []
-            for row in todo:
-                how = SETTINGS[row[0]]
-                needed = []
-                for options in (how.calibrate, how.refit_on):
-                    key = (how.text, options, row[1])
-                    if options is not None and key not in stats:
-                        own = how._replace(calibrate=options)
-                        stats[key] = pool.submit(self.calibrated, own, row[1])
-                    needed += [stats[key]] if options is not None else []
-                made.append(pool.submit(self.make, row, needed))
-        for each in made:
-            each.result()
+            # All calibrations first: a row that waits for one would hold a job.
+            each = dict.fromkeys(itertools.chain.from_iterable(needs.values()))
+            stats = {need: pool.submit(self.calibrated, *need) for need in each}
+            made = [
+                pool.submit(self.make, row, [stats[need] for need in of])
+                for row, of in needs.items()
+            ]
+        for row in made:
+            row.result()
 
 
 Csv = dict[tuple[str, ...], list[str]]
