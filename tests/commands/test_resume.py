@@ -175,7 +175,7 @@ def test_a_score_waits_for_a_layer_that_another_makes(calibrated, call, tmp_path
         "--allocation",
         "global",
         "--multiple-of",
-        4,
+        32,
         records,
         "--sparsity",
     ]

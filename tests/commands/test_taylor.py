@@ -303,7 +303,7 @@ def test_bad_input_has_one_clear_line(checkpoint, call, run, ids, calibrated):
             "global"
         ),
         ("w.jsonl", *taylor, "--layers", "7:"): (
-            "--layers 7:: leaves none of 3 layers to prune; give other --layers"
+            "--layers '7:': leaves none of 3 layers to prune; give other --layers"
         ),
         ("w.jsonl", *taylor, "--published"): "--published: leaves none of 3 layers to prune",
         ("w.jsonl", *taylor, "--allocation", "loss"): (
