@@ -307,8 +307,8 @@ def test_bad_input_has_one_clear_line(checkpoint, call, run, ids, calibrated):
         ),
         ("w.jsonl", *taylor, "--published"): "--published: leaves none of 3 layers to prune",
         ("w.jsonl", *taylor, "--allocation", "loss"): (
-            "--allocation loss needs other gradients than --method taylor; give share, uniform or "
-            "global"
+            "--allocation loss needs calibrate --labels model, but --method taylor needs --labels "
+            "text; give share, uniform or global"
         ),
         ("w.jsonl", *taylor, "--layers", "2"): "'2' is not a slice, as 4:-2 is",
         ("w.jsonl", "--method", "obs", "--sparsity", ".2", "--reduce", "max"): (
