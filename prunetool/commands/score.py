@@ -263,8 +263,8 @@ def score(
         for number, ((typed, sparsity), place) in enumerate(zip(sparsities, sinks, strict=True), 1):
             own = how | {"sparsity": sparsity}
             row = methods_of(targets)[how["method"]]
-            said_of = {k: v for k, v in own.items() if k in row.options or k not in OF_METHODS}
-            after = header.after("score", target=",".join(targets), **said_of)
+            recorded = {k: v for k, v in own.items() if k in row.options or k not in OF_METHODS}
+            after = header.after("score", target=",".join(targets), **recorded)
             trace = Path(str(profile).replace(PLACE, typed)) if profile else None
             run = Run.of(after, trace, discard and number == len(sinks))
             job: Scoring | Slicing | Masking
