@@ -264,8 +264,8 @@ class Rows:
             needs[row] = [(Setting(calibrate=each, text=how.text), row[1]) for each in every]
         with ThreadPoolExecutor(given.jobs) as pool:
             # All calibrations first: a row that waits for one would hold a job.
-            each = dict.fromkeys(itertools.chain.from_iterable(needs.values()))
-            stats = {need: pool.submit(self.calibrated, *need) for need in each}
+            unique = dict.fromkeys(itertools.chain.from_iterable(needs.values()))
+            stats = {need: pool.submit(self.calibrated, *need) for need in unique}
             made = [
                 pool.submit(self.make, row, [stats[need] for need in of])
                 for row, of in needs.items()

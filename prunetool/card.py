@@ -15,7 +15,7 @@ from prunetool.llama.config import PICTURES, PRUNED, LlamaConfig
 from prunetool.llama.forms import LOADERS
 from prunetool.llama.weights import layer_parameters
 from prunetool.model import Model
-from prunetool.records import Header
+from prunetool.records import CHECKSUMS, Header
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -169,7 +169,7 @@ def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
 def _option(option: str, value: Any) -> list[str]:
     """A history entry's option as command-line words."""
     match option, value:
-        case "tokens" | "calibration", _:  # checksums
+        case _ if option in CHECKSUMS:
             return []
         case "bos", _:
             return ["--bos", "never" if value is None else "always"]

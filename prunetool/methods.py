@@ -139,6 +139,11 @@ PATTERNS = ("unstructured", "per-output", "2:4")
 UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)
 PUBLISHED = tuple(n for n, row in (UNITS | QK | WEIGHTS).items() if row.published is not None)
 DAMPED = tuple(n for n, row in (UNITS | WEIGHTS).items() if "damping" in row.options)
+# Options that only some methods take: of the others they are refused, and not recorded.
+OF_METHODS = {
+    name for table in (UNITS, WEIGHTS, QK) for row in table.values() for name in row.options
+}
+OF_METHODS -= {"sparsity", "pattern", "published"}
 NAMES = tuple(dict.fromkeys((*UNITS, *WEIGHTS, *QK, *HIDDEN)))
 
 

@@ -199,6 +199,12 @@ TEXT = (
 )  # fmt: skip
 
 
+def given(option: str) -> bool:
+    """Whether an option, by its parameter's name, stands on the command line."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is ParameterSource.COMMANDLINE
+
+
 def text_options(
     command: Callable[..., None],
     *,
@@ -220,15 +226,14 @@ def text_options(
         *, texts: tuple[str, ...], text_field: str | None, tokens_path: Path | None, length: int,
         bos: str, dataset: str | None, split: str, chat: bool, **others: Any,
     ) -> None:  # fmt: skip
-        given = sum(map(bool, (texts, tokens_path, dataset)))
-        if given > 1 or (required and not given):
+        sources = sum(map(bool, (texts, tokens_path, dataset)))
+        if sources > 1 or (required and not sources):
             raise click.UsageError("give either --text or --tokens or --dataset")
-        source = click.get_current_context().get_parameter_source
-        if source("split") is ParameterSource.COMMANDLINE and not dataset:
+        if given("split") and not dataset:
             raise click.UsageError("--split is for --dataset")
         if text_field and (tokens_path or SELF in texts):
             raise click.UsageError("--text-field is for --text FILE or --dataset")
-        if chat and (tokens_path or SELF in texts or not given):
+        if chat and (tokens_path or SELF in texts or not sources):
             raise click.UsageError("--chat is for conversations in --text or --dataset")
         if SELF in texts and not by_model:
             raise click.UsageError(
@@ -243,7 +248,7 @@ def text_options(
         column = text_field or ("messages" if chat else None)
         named = Dataset(dataset, split, column) if dataset else None
         text = Text(paths, column or "text", tokens_path, length, bos, SELF in texts, named, chat)
-        command(text=text if given else None, **others)
+        command(text=text if sources else None, **others)
 
     text_opt = click.option(
         "--text", "texts", multiple=True, metavar="FILE", type=click.Path(),

@@ -26,6 +26,7 @@ from prunetool import __version__, console
 from prunetool.errors import RecordError, StepFailed, shown
 
 FORMAT = 1
+CHECKSUMS = ("tokens", "calibration")  # in the history; the other options are the user's
 AGAIN = "run the previous step again; its own message says what happened"
 
 # The only files that a record may name: those of the steps. A stream is untrusted input.

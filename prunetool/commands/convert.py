@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from prunetool import console, options
 
@@ -70,9 +69,8 @@ def convert(
     only_for = {"--dtype": "a checkpoint"} if to_gguf else {"--type": "a GGUF"}
     if to_gguf or not torch:
         only_for |= dict.fromkeys(("--image-size", "--heads"), "LlamaGen's .pt files")
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    for parameter in click.get_current_context().command.params:
+        given = options.given(parameter.name or "")
         if given and (option := parameter.opts[-1]) in only_for:
             raise click.UsageError(f"{option} is for {only_for[option]} only")
     with console.summary("convert") as said:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from prunetool import console, options
 from prunetool.errors import ConfigError, shown
@@ -61,9 +60,8 @@ def inspect(
     Example:
       prunetool inspect SmolLM2-135M --plan --samples 32
     """
-    context = click.get_current_context()
     for option in ("samples", "length", "sparsity", "dtype"):
-        if not planned and context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+        if not planned and options.given(option):
             name = "sequence-length" if option == "length" else option
             raise click.UsageError(f"--{name} goes with --plan")
     from prunetool.model import open_model

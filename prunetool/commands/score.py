@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from prunetool import console, options, records
 from prunetool.errors import RecordError
@@ -17,6 +16,7 @@ from prunetool.methods import (
     HIDDEN_TARGETS,
     LAYER,
     NAMES,
+    OF_METHODS,
     PATTERNS,
     PUBLISHED,
     QK,
@@ -31,10 +31,6 @@ from prunetool.methods import (
 
 OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations", "taylor", "reduce")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
-# What only some methods take: of the others it is refused, and left out of the history.
-OF_METHODS = {
-    "lam", "newton_iterations", "taylor", "reduce", "damping", "iterations", "learning_rate", "seed"
-}  # fmt: skip
 PLACE = "{sparsity}"  # in the name of an output, for each of several
 OF_HIDDEN = ("method", "multiple_of", "basis")
 OTHER_SIZE = 8  # --multiple-of of hidden dimensions
@@ -297,11 +293,6 @@ def _flag(option: str) -> str:
     return "--lambda" if option == "lam" else f"--{option.replace('_', '-')}"
 
 
-def _given(option: str) -> bool:
-    source = click.get_current_context().get_parameter_source(option)
-    return source is ParameterSource.COMMANDLINE
-
-
 def _publish(targets: tuple[str, ...], how: dict[str, Any]) -> None:
     """Set the method and options that ``--published`` stands for.
 
@@ -309,7 +300,7 @@ def _publish(targets: tuple[str, ...], how: dict[str, Any]) -> None:
       click.UsageError: if none of the targets' methods has such options, or another was given.
     """
     rows = {n: row.published for n, row in methods_of(targets).items() if row.published is not None}
-    if not _given("method"):
+    if not options.given("method"):
         how["method"] = next(iter(rows), next(iter(methods_of(targets))))
     if how["method"] not in rows:
         raise click.UsageError(
@@ -317,7 +308,7 @@ def _publish(targets: tuple[str, ...], how: dict[str, Any]) -> None:
             f"{','.join(targets)}"
         )
     for option, value in rows[how["method"]].items():
-        if _given(option) and how[option] != value:
+        if options.given(option) and how[option] != value:
             raise click.UsageError(
                 f"--published sets {_flag(option)} itself: leave out one of them"
             )
@@ -337,8 +328,8 @@ def _check(targets: tuple[str, ...], how: dict[str, Any], sparsities: list[float
         "newton_iterations" not in takes or how["lam"] == float("inf")
     ):
         raise click.UsageError("--newton-iterations goes with --method newton and a finite λ")
-    for option in OF_METHODS - {*takes}:
-        if _given(option):
+    for option in sorted(OF_METHODS - {*takes}):
+        if options.given(option):
             rows = {**UNITS, **WEIGHTS, **QK}.items()
             those = " or ".join(name for name, row in rows if option in row.options)
             raise click.UsageError(f"{_flag(option)} goes with --method {those}")
@@ -355,16 +346,16 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
       click.UsageError: if an option was given that does not matter.
     """
     if targets == HIDDEN_TARGETS:
-        if wrong := [key for key in how if _given(key) and key not in OF_HIDDEN]:
+        if wrong := [key for key in how if options.given(key) and key not in OF_HIDDEN]:
             raise click.UsageError(f"{_flag(wrong[0])} is not for --target hidden")
-        multiple = how["multiple_of"] if _given("multiple_of") else OTHER_SIZE
+        multiple = how["multiple_of"] if options.given("multiple_of") else OTHER_SIZE
         return {"method": how["method"], "multiple_of": multiple, "basis": how["basis"]}
-    if _given("basis"):
+    if options.given("basis"):
         raise click.UsageError("--basis goes with --target hidden")
     how.pop("basis")
     units = targets[0] in UNIT_TARGETS
     for key in OF_WEIGHTS if units else OF_UNITS:
-        if _given(key):
+        if options.given(key):
             raise click.UsageError(
                 f"{_flag(key)} is only for "
                 f"{'weights' if units else 'heads and channels'}, "

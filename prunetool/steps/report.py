@@ -34,7 +34,6 @@ COSTS = "Time and memory of each step (of its longest run that reached the end)"
 SCORED = {CHANNELS: "MLP channels", GROUPS: "KV heads"}
 TINY = 1e-12  # nats; less is nothing to draw
 WIDEST = 200  # bars of a histogram
-CHECKSUMS = ("tokens", "calibration")  # in the history of records
 COLUMNS = ("query heads", "KV heads", "MLP channels")
 MAPS = {"own": "each model's own input", "same_input": "the dense model's input"}
 SUMMARY = "mean {mean:.4g}, worst {worst:.4g} (layer {worst_layer} head {worst_head})"
@@ -153,7 +152,7 @@ def make_page(
             ", ".join(
                 f"{shown(name)} {shown(value)}"
                 for name, value in step["options"].items()
-                if name not in CHECKSUMS and not any(value is no for no in (None, False))
+                if name not in records.CHECKSUMS and not any(value is no for no in (None, False))
             ),
         ]
         for step in header.history
