@@ -10,14 +10,13 @@ MEASURE.txt; units kept are compared with those of the first row.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from methods import prunetool
 
 from prunetool import cli, console, records
 from prunetool.kept import kept_units
@@ -73,10 +72,6 @@ def main() -> None:
     given = parser.parse_args()
     console.setup_logging(-1)
 
-    def run(*words: object) -> str:
-        command = [sys.executable, "-m", "prunetool", "-q", *map(str, words)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
     print("| forward | Gram matrix | stored | KV groups changed | channels changed | perplexity |")
     print("|---|---|---|---:|---:|---:|", flush=True)
     first = None
@@ -95,12 +90,17 @@ def main() -> None:
             ]  # fmt: skip
             cli.group.main([str(word) for word in words], standalone_mode=False)
             score, refit = place / "kept.jsonl", place / "refit.jsonl"
-            run("score", place / "stats.jsonl", "--sparsity", given.sparsity, "-o", score)
-            run("compensate", score, "-o", refit)
-            run("export", place / "out", refit)
+            prunetool(
+                "score", place / "stats.jsonl", "--method", "newton", "--allocation", "global",
+                "--sparsity", given.sparsity, "-o", score,
+            )  # fmt: skip
+            prunetool("compensate", score, "-o", refit)
+            prunetool("export", place / "out", refit)
             loss = json.loads(
-                run("evaluate", place / "out", "--text", given.measure, "--samples", given.samples,
-                    "--dtype", "float32")
+                prunetool(
+                    "evaluate", place / "out", "--text", given.measure,
+                    "--samples", given.samples, "--sequence-length", LENGTH, "--dtype", "float32",
+                )
             )  # fmt: skip
             masks = kept(given.model, score)
         first = first or masks

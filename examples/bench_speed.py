@@ -2,8 +2,8 @@
 
     python examples/bench_speed.py [--tokens 8192] [--directory DIR]
 
-On a random checkpoint of three layers of Llama-2-7B's shape: arithmetic per second of calibrate,
-score and compensate, start and compilation left out, over the machine's own matrix products, which
+On a random checkpoint of three layers of Llama-2-7B's shape: arithmetic per second of calibrate
+(start and compilation left out), score and compensate over the machine's own matrix products, which
 are measured between the layers or right before and after. Then the paper's Algorithm 1 against its
 closed form, checksums, and the growth of calibrate with tokens, layers and width on small shapes.
 """
@@ -20,22 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
+from methods import prunetool
 from synthetic import SHAPES, make_checkpoint
 
-from prunetool import console, devices, plan, records, streaming, workdir
+from prunetool import console, devices, plan, streaming
 from prunetool.model import Model, open_model
 from prunetool.profiling import Profile
 from prunetool.pruning import newton
-from prunetool.steps import compensate
 from prunetool.steps.calibrate import AttentionSamples, Calibration, Precision
-from prunetool.steps.run import Run
-from prunetool.steps.score import Scoring
 
-HOW = {
-    "method": "newton", "lam": 1.0, "newton_iterations": None, "damping": 1e-4, "seed": 0,
-    "weighting": "none", "sparsity": 0.2, "allocation": "uniform", "multiple_of": 32,
-    "min_channels": 32,
-}  # fmt: skip
+LENGTH = 2048
+SPARSITY, DAMPING = 0.2, 0.1
 
 
 def best(work: Callable[[], object], rounds: int = 5) -> float:
@@ -88,19 +83,18 @@ def calibration(model: Model, samples: int, length: int, work: Path) -> Calibrat
     return Calibration(
         model, tokens, samples // 4, "structural", Precision("bfloat16", "float32", "bfloat16"),
         work, AttentionSamples(0, 0), streaming.batch_size(length), 0, devices.start("auto"),
-        Profile(None), {},
+        Profile(None), {}, "model",
     )  # fmt: skip
 
 
 def achieved(directory: Path, tokens: int) -> None:
     """Arithmetic a second of the steps over the machine's own."""
-    length = 2048
     make_checkpoint(
         directory / "wide", {**SHAPES["llama-2-7b"], "num_hidden_layers": 3, "vocab_size": 1024}
     )
     model = open_model(str(directory / "wide"))
     work, layers = directory / "work", model.layers
-    job = calibration(model, tokens // length, length, work)
+    job = calibration(model, tokens // LENGTH, LENGTH, work)
 
     def line(step: str, arithmetic: float, seconds: list[float], *peaks: list[float]) -> None:
         rate = arithmetic / layers / statistics.mean(seconds)
@@ -125,31 +119,31 @@ def achieved(directory: Path, tokens: int) -> None:
         wide.append(bfloat16_peak())
         narrow.append(bfloat16_peak(2048))
 
-    made: list[records.LayerRecord] = []
-    seconds = seconds_a_layer(map(made.append, job.layers()), measure_peaks)
-    need = plan.calibrate(model, tokens // length, length, job.batch, "structural", "float32")
+    seconds = seconds_a_layer(job.layers(), measure_peaks)
+    need = plan.calibrate(model, tokens // LENGTH, LENGTH, job.batch, "structural", "float32")
     line("calibrate", need.products, seconds, wide, narrow)  # as wide as the model, the fastest
 
-    header = records.Header(str(model.directory), "", "", str(work), layers)
-    history = [{"command": "calibrate"}, {"command": "score", "options": HOW}]
-    header = records.Header(**{**vars(header), "history": history})
-    before = float64_peak()
-
-    def run() -> Run:
-        return Run(header, model, work, workdir.step_directory(header), Profile(None), False)
-
-    started = time.perf_counter()
-    scored = list(Scoring(run(), ("heads", "channels"), HOW).layers(iter(made)))
-    seconds = [(time.perf_counter() - started) / layers]
-    line("score", plan.score(model, "float32").solves, seconds, [before, float64_peak()])
-
-    header = records.Header(**{**vars(header), "history": [*history, {"command": "compensate"}]})
-    before, grid = float64_peak(), (0.1,)
-    started = time.perf_counter()
-    list(compensate.refit_layers(run(), iter(scored), grid, []))
-    seconds = [(time.perf_counter() - started) / layers]
-    need = plan.compensate(model, HOW["sparsity"], len(grid))
-    line("compensate", need.solves, seconds, [before, float64_peak()])
+    # The other steps cost the same whatever the tokens, and compile nothing: as a user runs them.
+    stats, kept, refitted = (directory / f"{name}.jsonl" for name in ("stats", "kept", "refitted"))
+    few = np.random.default_rng(1).integers(0, model.config.vocab_size, (3, 256), np.int32)
+    np.save(directory / "few.npy", few)
+    prunetool(
+        "calibrate", model.directory, "--tokens", directory / "few.npy", "--samples", 3,
+        "--held-out", 1, "--sequence-length", 256, "--work", directory / "few.prunetool",
+        "-o", stats,
+    )  # fmt: skip
+    for step, arithmetic, words in (
+        ("score", plan.score(model, "float32").solves, [stats, "-o", kept, "--sparsity", SPARSITY]),
+        (
+            "compensate",
+            plan.compensate(model, SPARSITY, 1).solves,
+            [kept, "-o", refitted, "--damping", DAMPING],
+        ),
+    ):
+        before, started = float64_peak(), time.perf_counter()
+        prunetool(step, *words)
+        seconds = [(time.perf_counter() - started) / layers]
+        line(step, arithmetic, seconds, [before, float64_peak()])
 
 
 def closed_form(size: int = 4096) -> None:

@@ -20,6 +20,8 @@ def items(text: str, count: int, seed: int) -> list[dict]:
     """Up to ``count`` items from paragraphs that are long enough."""
     paragraphs = [line.split() for line in text.splitlines()]
     paragraphs = [words for words in paragraphs if len(words) >= CONTEXT + CHOICE]
+    if len(paragraphs) <= WRONG:
+        raise SystemExit(f"{len(paragraphs)} paragraphs of {CONTEXT + CHOICE} words: too few")
     draw = random.Random(seed)
     places = list(range(len(paragraphs)))
     draw.shuffle(places)

@@ -21,7 +21,7 @@ BY = "0.2"  # the sparsity that the table is sorted by
 SPARSITIES = ("0.1", "0.2", "0.3", "0.5")
 # (method, allocation, weighting)
 SETTINGS = [
-    *((method, "global", "none") for method in UNITS),
+    *((name, "global", "none") for name, method in UNITS.items() if not method.needs_slopes),
     *((method, "global", "token") for method in ("newton", "obs", "wanda-sp")),
     ("newton", "uniform", "none"),
 ]

@@ -36,6 +36,14 @@ def shell(tmp_path):
     return call
 
 
+@pytest.fixture
+def other(tmp_path):
+    """A text that is not the calibration's."""
+    path = tmp_path / "other.txt"
+    path.write_text("".join(chr(97 + n * n % 26) for n in range(999)))
+    return path
+
+
 def test_makefile_and_pipe_give_the_same_bytes_at_every_setting(checkpoint, text, shell, tmp_path):
     model = checkpoint()
     few = {"SAMPLES": "8", "LENGTH": "32"}
@@ -97,7 +105,7 @@ def test_the_check_of_a_gpu_compares_every_step(checkpoint, text, call, monkeypa
         gpu_check.compare(near, far, "gpu")
 
 
-def test_the_table_of_quality_is_made_once(checkpoint, text, call, monkeypatch, tmp_path):
+def test_the_table_of_quality_is_made_once(checkpoint, text, other, call, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     quality = importlib.import_module("quality")
     said = []
@@ -109,10 +117,8 @@ def test_the_table_of_quality_is_made_once(checkpoint, text, call, monkeypatch, 
     monkeypatch.setattr(quality, "prunetool", prunetool)
     for name, value in {"SAMPLES": 10, "HELD_OUT": 2, "LENGTH": 32}.items():
         monkeypatch.setattr(quality, name, value)
-    (tmp_path / "other.txt").write_text("".join(chr(97 + n * n % 26) for n in range(999)))
     rows = ["pca", "taylor mix, published", "flap, no refit", "refitted on 8 x 1024 tokens",
             "flap, its own bias", "pca, a basis for each norm"]  # fmt: skip
-    other = tmp_path / "other.txt"
     words = ["quality.py", checkpoint(num_hidden_layers=9), text, other, other, tmp_path / "q.csv"]
     words += ["--seed", 1, "--sparsity", "0.2", "--windows", "2x32"]
     words += [word for row in rows for word in ("--setting", row)]
@@ -132,6 +138,77 @@ def test_the_table_of_quality_is_made_once(checkpoint, text, call, monkeypatch, 
     assert (
         quality.plot(quality.read(tmp_path / "q.csv", keys=3), "every method").count("<poly") == 5
     )
+
+
+@pytest.fixture
+def example(call, monkeypatch):
+    """Import a script of examples/ with other constants; its commands run in this process.
+
+    What it prints comes as a list of lines, its attribute ``said``.
+    """
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name, **constants):
+        module, said = importlib.import_module(name), []
+        given = {"prunetool": lambda *words: call("-q", *words), "said": said, **constants}
+        given["print"] = lambda *words, **_: said.append(" ".join(map(str, words)))
+        for key, value in given.items():
+            monkeypatch.setattr(module, key, value, raising=False)
+        return module
+
+    return load
+
+
+def test_the_speed_of_every_step_is_measured(example, tmp_path):
+    small = {
+        "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+    }  # fmt: skip
+    peaks = {name: lambda *_: 1e9 for name in ("bfloat16_peak", "float64_peak")}
+    bench = example("bench_speed", LENGTH=64, SHAPES={"llama-2-7b": small}, **peaks)
+    bench.achieved(tmp_path, tokens=512)
+    said = [line.split() for line in bench.said if " TFLOP a layer in " in line]
+    assert [words[0] for words in said] == ["calibrate", "score", "compensate"]
+    assert all("% of 1" in " ".join(words) for words in said)
+
+
+def test_precisions_are_compared(example, checkpoint, text, other, monkeypatch):
+    rows = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
+    accuracy = example("accuracy", LENGTH=32, ROWS=rows)
+    words = ["accuracy.py", checkpoint(), text, other, "--samples", 8]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    accuracy.main()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy.said[2:]]
+    assert [tuple(row[:3]) for row in cells] == rows
+    assert cells[0][3].startswith("0 of ")
+    assert all(1 < float(row[5]) < 1e4 for row in cells)
+
+
+def test_every_setting_of_the_table_without_gradients_can_be_made(
+    example, checkpoint, text, other, monkeypatch, tmp_path
+):
+    methods = example("methods", SPARSITIES=("0.2",))
+    real = methods.prunetool
+
+    def short(*words):
+        if words[0] == "calibrate":
+            return real(*words[:-6], "--sequence-length", 32, *words[-6:], "--samples", 8)
+        return real(*words, *(["--sequence-length", 32] if words[0] == "evaluate" else []))
+
+    monkeypatch.setattr(methods, "prunetool", short)
+    words = ["methods.py", checkpoint(), text, other, tmp_path / "made.csv"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    methods.main()
+    assert len(methods.read(tmp_path / "made.csv")) == len(methods.SETTINGS) > 10
+
+
+def test_items_with_choices_need_enough_paragraphs(example, text):
+    cloze = example("cloze")
+    paragraph = " ".join(map(str, range(50)))
+    made = cloze.items("\n".join(f"{n} {paragraph}" for n in range(4)), 9, 0)
+    assert len(made) == 4
+    with pytest.raises(SystemExit, match=r"3 paragraphs of 40 words: too few"):
+        cloze.items("\n".join([paragraph] * 3), 9, 0)
 
 
 def test_no_paragraph_of_the_language_reference_is_in_both_halves(shell, tmp_path):
