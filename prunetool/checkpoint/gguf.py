@@ -227,7 +227,7 @@ class GGUFModel:
             numbers = [self.value(key, int, default)] * self.layers
         for number in numbers:
             if not 0 < number < 2**31:
-                raise ConfigError(self.path, f"{key} = {number}", "it must be positive")
+                raise ConfigError(self.path, f"{key} = {number}", "it must be from 1 to 2**31 - 1")
         return [int(number) for number in numbers]
 
     def _number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
@@ -305,7 +305,7 @@ class GGUFModel:
             not computed here.
         """
         theta = self._number("rope.freq_base", 10000.0)
-        biased = {name.split(".")[2] for name in self._tensors if name.endswith(".bias")}
+        biased = {name.split(".")[-2] for name in self._tensors if name.endswith(".bias")}
         three = {"attn_q", "attn_k", "attn_v"}
         qwen2 = self.architecture == "qwen2"  # no key names its biases of q, k and v
         if self.architecture == UNEQUAL and three <= biased and "attn_output" not in biased:
@@ -576,9 +576,9 @@ def _open(path: Path, todo: str) -> _Reader:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The file of this name, or the parts of it if it was split; empty if there is neither."""
+    """The file of this name, then the parts of it if it was split; empty if there is neither."""
     parts = path.parent.glob(f"{glob.escape(path.stem)}-?????-of-?????{path.suffix}")
-    return [path] if path.exists() else sorted(parts)
+    return [*([path] if path.exists() else []), *sorted(parts)]
 
 
 def _open_parts(path: Path) -> dict[Path, _Reader]:

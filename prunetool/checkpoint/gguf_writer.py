@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from prunetool.checkpoint.gguf import gguf_name
+from prunetool.checkpoint.gguf import gguf_name, parts_of
 from prunetool.checkpoint.writer import atomic, need_room, sweep
 from prunetool.errors import ConfigError, WorkError
 
@@ -127,7 +127,8 @@ def write_gguf(
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.size_bytes, tensor.type
         )
     paths = _paths(path, len(writer.tensors))
-    for there in paths:
+    old = [each for each in parts_of(path) if each not in paths]  # of another number of parts
+    for there in (*paths, *old):
         if there.resolve() in {other.resolve() for other in needed}:
             raise WorkError(there, "is read by this command", "name another file")
         if there.exists() and not overwrite:
@@ -151,8 +152,9 @@ def write_gguf(
                 writer.write_tensor_data(_stored(array, tensor))
         if next(expected, None):
             raise AssertionError("tensors are missing")
-        if len(paths) > 1:  # no old first part may stand before new ones
-            paths[0].unlink(missing_ok=True)
+        # No old first part may stand before new ones, and no other old file beside them.
+        for each in (*old, *(paths[:1] if len(paths) > 1 else [])):
+            each.unlink(missing_ok=True)
     return paths
 
 

@@ -15,7 +15,7 @@ def read_tensor(index: Index, name: str) -> np.ndarray:
     The file is read, not mapped: mapped pages would count in the peak memory.
 
     Raises:
-      CheckpointError: if the tensor is absent, unreadable, or contains NaN or infinity.
+      CheckpointError: if the tensor is unreadable, or contains NaN or infinity.
     """
     info = index[name]
     try:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from prunetool.checkpoint.hub import HUB_ID, asking, cached_id, without_secrets
+from prunetool.checkpoint.hub import HUB_ID, asking, cached_id, hub_id, without_secrets
 from prunetool.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json, read_weight_map
 from prunetool.checkpoint.writer import DATA_FILES, LICENSE_FILES, TEMPLATES, TOKENIZER_FILES
 from prunetool.errors import CheckpointError, ConfigError, HubError
@@ -230,6 +230,6 @@ def _original(directory: Path) -> str:
     base = base[0] if isinstance(base, list) and base else base
     if isinstance(base, str):
         return f": {base}, as its card says"
-    name = (cached_id(directory.parent.parent) or directory.name).rsplit("/")[-1]
+    name = (hub_id(directory) or directory.name).rsplit("/")[-1]
     plain = QUANTISED_NAME.sub("", name)
     return f": probably {plain}" if plain != name else ", which its card may name"

@@ -26,6 +26,7 @@ UNFINISHED = ".unfinished"  # in a checkpoint being written: its run, and checks
 # The same for a complete checkpoint, index included; and the work directory it was made from.
 MANIFEST = ".prunetool.json"
 PARTIAL = ".prunetool-partial"
+RANDOM_BYTES = 8  # in the name of a temporary file
 # Names of temporary files left by version 0.1 and by safetensors.
 OLD_LEFTOVER = re.compile(r"\.tmp\w{6}|\.(hidden-[\w.]+|[\w.-]+\.(json|safetensors))\.partial")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -76,7 +77,7 @@ def atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
       WorkError: if the directory does not exist, or the disk is full.
     """
     need_directory(path)
-    made = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}{PARTIAL}")
+    made = path.with_name(f"{_prefix(path)}{secrets.token_hex(RANDOM_BYTES)}{PARTIAL}")
     partial = made / "file"
     try:
         made.mkdir(0o700)  # in here: a signal may come at any moment
@@ -121,7 +122,8 @@ def sweep(path: Path) -> None:
 
     Call it only while nobody else writes there.
     """
-    found = path.parent.glob(f"{glob.escape(_prefix(path))}*{PARTIAL}")
+    digits = "[0-9a-f]" * 2 * RANDOM_BYTES  # so not those of x.gguf beside x
+    found = path.parent.glob(f"{glob.escape(_prefix(path))}{digits}{PARTIAL}")
     inside = path.glob(f".*{PARTIAL}") if path.is_dir() else ()
     for entry in (*found, *inside):
         if _is_leftover(entry):
@@ -269,8 +271,8 @@ class CheckpointWriter:
             if not overwrite:
                 raise WorkError(
                     directory / damaged[0],
-                    "is damaged or missing",
-                    "give --overwrite to write it again",
+                    "has changed since it was written, or is missing",
+                    "give --overwrite to write it as it was",
                 )
         elif not overwrite:
             raise WorkError(directory, "is not empty", "name another directory or give --overwrite")
@@ -356,7 +358,11 @@ class CheckpointWriter:
         specs = [spec for chunk in chunks for spec in chunk.values()]
         self.size_bytes = sum(spec.size_bytes for spec in specs)
         self.parameters = sum(spec.size for spec in specs)
-        there = [self.directory / name for name in names] if self.state == "begun" else []
+        there: list[Path] = []  # written already, or removed before the first is written
+        if self.state == "begun":
+            there = [self.directory / name for name in names]
+        elif self.state == "replaced":
+            there = [self.directory / name for name in _owned(self.directory)]
         need_room(
             self.directory, self.size_bytes - sum(p.stat().st_size for p in there if p.is_file())
         )

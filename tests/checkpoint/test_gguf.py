@@ -453,6 +453,12 @@ def test_a_kind_of_tensor_that_is_not_read_is_refused_before_anything_is_written
     assert "output.weight is F64; convert from another quantisation" in refusal(tmp_path / "a.gguf")
 
 
+def test_a_bias_that_no_layer_has_is_refused_by_name(tmp_path):
+    bias = np.ones(64, np.float32)
+    write_gguf(tmp_path / "a.gguf", tiny_config(), tensors=[("output_norm.bias", bias)])
+    assert "output_norm.bias" in refusal(tmp_path / "a.gguf")
+
+
 # --- keys
 
 SCALED = [("llama.rope.scaling.factor", 4.0)]
@@ -553,7 +559,7 @@ def test_keys_and_their_defaults_are_read_as_llama_cpp_reads_them(tmp_path, valu
         ([("llama.block_count", None)], "has no llama.block_count"),
         ([("llama.embedding_length", True)], "embedding_length = True; it must be of type integer"),
         ([("llama.context_length", None)], "has no llama.context_length"),
-        ([("llama.context_length", -1)], "llama.context_length = -1; it must be positive"),
+        ([("llama.context_length", -1)], "context_length = -1; it must be from 1 to 2**31 - 1"),
         ([("llama.attention.layer_norm_rms_epsilon", None)], "has no llama.attention.layer_norm"),
         ([("llama.rope.scaling.type", b"\xff")], "rope.scaling.type cannot be read"),
         ([("general.architecture", 7)], "general.architecture = 7; it must be of type string"),

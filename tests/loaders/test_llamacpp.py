@@ -208,6 +208,19 @@ def test_a_split_model_is_the_same(tmp_path, call):
     assert difference < 2e-5 * size
 
 
+def test_no_file_of_another_number_of_parts_stays(tmp_path, call, run):
+    build(tmp_path, {})
+    left = []
+    for size in ("5GB", "200KB", "100KB", "5GB"):
+        words = ["convert", "dense", "out.gguf", "--max-shard-size", size]
+        if left:
+            assert "exists; give --overwrite" in error_of(run(*words, ok=False))
+        call(*words, "--overwrite")
+        old, left = left, sorted(path.name for path in tmp_path.glob("*.gguf"))
+        assert not {*old} & {*left}
+        assert len({name.partition("-of-")[2] for name in left}) == 1
+
+
 def byte_level(lines, pre):
     """A byte-level BPE tokenizer trained on some lines, as published ones of this splitting are."""
     rules = {
