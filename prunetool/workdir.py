@@ -139,14 +139,22 @@ def _is_dead(pid: int) -> bool:
 
 
 def _remove_broken(held: SoftFileLock) -> None:
-    """Remove a lock file that still names no process: the machine crashed while making it."""
+    """Remove a lock file that still names no process: the machine crashed while making it.
+
+    Raises:
+      WorkError: if it has content that is no lock's, such as that of a package manager.
+    """
     path = Path(held.lock_file)
     with suppress(FileNotFoundError):
         before = path.lstat()
         if held.pid is not None:
             return
         time.sleep(BROKEN_SECONDS)
-        if path.lstat() == before:
+        now = path.lstat()
+        if (before.st_ino, before.st_mtime_ns) == (now.st_ino, now.st_mtime_ns):
+            # A crash may leave zeros, or a process's number without the rest.
+            if not re.match(rb"\0*(\d|$)", path.read_bytes()):
+                raise WorkError(path, "is no lock of prunetool", "name another directory or file")
             path.unlink()
             console.log.warning("%s: names no process, so it is from a crash; taken over", path)
 
@@ -287,7 +295,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 # Descriptions of keys with checksums as values; and of keys that differ from their option's name.
 CHECKSUMS = {
     "tensors": "the tensors of the checkpoint",
-    "tokenizer": "the tokenizer of the checkpoint",
+    "tokenizer": "the tokenizer files of the checkpoint",
     "tokens": "the token ids of the text",
 }
 NAMES = {"version": "prunetool", "attention": "--attention-samples with --attention-length"}

@@ -110,8 +110,6 @@ class Calibration:
                 if index == team.index:
                     workdir.claim(self.work, run, overwrite=self.overwrite)
                 team.wait(f"claim of process {index}")
-            if team.index == 0:  # for recover
-                workdir.make_once(self.work, workdir.TOKENS_NAME, lambda: {"tokens": self.tokens})
             if not self.whole:
                 self._need_room()
             layers = self.layers()
@@ -138,6 +136,8 @@ class Calibration:
         """Yield each layer's record once its files are complete, resuming where a run stopped."""
         back, layers = self._backward(), self.model.layers
         done, whole = self.team.least(self._done()), bool(self.team.least(self.whole))
+        if self.team.index == 0:  # for recover; after `_done`, which may drop all files
+            workdir.make_once(self.work, workdir.TOKENS_NAME, lambda: {"tokens": self.tokens})
         there = done == 0 or whole or back.has_streams(done)
         there = there and (done in (0, layers) or self._before(done).is_whole())
         done = self.team.least(done if there else 0)
@@ -369,11 +369,10 @@ class Calibration:
             for kind in self._kinds()
             if kind != "gradients" or self.whole  # the backward pass looks at its own
         ]
-        return all(
-            workdir.is_intact(self.work, self._file(layer, kind))
-            for layer in range(layers)
-            for kind in kinds
-        )
+        names = [self._file(layer, kind) for layer in range(layers) for kind in kinds]
+        if self.stats in stats.EVERY and self.whole:
+            names.append(workdir.STREAM_NAME)
+        return all(workdir.is_intact(self.work, name) for name in names)
 
     def _record(self, layer: int) -> records.LayerRecord:
         return records.LayerRecord(layer, {kind: self._file(layer, kind) for kind in self._kinds()})

@@ -120,7 +120,7 @@ def prepare(
 
 def _named(text: Text | None) -> str | None:
     """The option --text as the card has it."""
-    if text is None or text.dataset:
+    if text is None or text.dataset or text.tokens_path:
         return None
     return "self" if text.by_model else "TEXT"
 
@@ -278,8 +278,12 @@ class Recovery:
         self.kl = [(int(step), float(loss)) for step, loss in said["kl"]]
         if not said["finished"]:
             return False
-        for layer in range(self.model.layers) if self.best[0] else ():
-            workdir.TensorFile(self.run.work, self._file(layer)).check()
+        try:
+            for layer in range(self.model.layers) if self.best[0] else ():
+                workdir.TensorFile(self.run.work, self._file(layer)).check()
+        except RecordError as error:
+            console.log.warning("%s: %s; training again", error.where, error.what)
+            return False
         return True
 
     def _write_progress(self, *, finished: bool) -> None:
@@ -411,7 +415,8 @@ class Recovery:
         held, total = range(len(self.tokens) - self.held_out, len(self.tokens)), 0.0
         norm = jnp.asarray(self._state.weights(self.model.layers, count)[FINAL])
         for batch in streaming.batches(held.start, held.stop, streaming.batch_size(dense.length)):
-            *_, h = self._forward(self._embedded(batch), count)
+            for h in self._forward(self._embedded(batch), count):  # noqa: B007
+                pass  # the last one is wanted, and no other kept
             target = dense.read(batch)
             for i in range(len(batch)):
                 for start in range(0, dense.length, LOGIT_TOKENS):

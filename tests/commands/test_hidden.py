@@ -193,6 +193,15 @@ def test_the_stream_after_the_last_layer_is_summed_too(calibrated, tmp_path, gra
     np.testing.assert_allclose(gram.unpack(found["gram"]), u.T @ u, atol=1e-4)
 
 
+def test_a_lost_sum_over_the_stream_is_made_again(calibrated, run, tmp_path):
+    calibrated(stats="all", gradients=0)
+    path = tmp_path / "dense.work" / "stream.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    calibrated(stats="all", gradients=0)
+    assert path.read_bytes() == whole
+
+
 def test_every_norm_has_its_say_in_the_basis(cut, tmp_path):
     _, dense, Q = cut(0.25)
     tokens = load_file(tmp_path / "dense.work" / "tokens.safetensors")["tokens"]

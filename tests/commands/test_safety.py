@@ -158,8 +158,10 @@ class TestDamage:
         path.unlink() if damaged is None else path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"weights\.json: .*; run calibrate again"):
             call("score", "--sparsity", ".2", "a.jsonl")
+        tokens = (tmp_path / "w/tokens.safetensors").read_bytes()
         call(*calibration(pruned, text))
         assert path.read_bytes() == expected
+        assert (tmp_path / "w/tokens.safetensors").read_bytes() == tokens
         assert not list((tmp_path / "w").glob("score*")), "may be made of other weights"
         call("score", "--sparsity", ".2", "a.jsonl")
 
@@ -187,7 +189,7 @@ class TestDamage:
             else:
                 flipped = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
                 path.write_bytes(data[:-1] if kind == "cut" else flipped)
-            with pytest.raises(WorkError, match=f"{name}: is damaged or missing; give --overwrite"):
+            with pytest.raises(WorkError, match=f"{name}: has changed since .*; give --over"):
                 call("export", "out", "c.jsonl")
             call("export", "out", "c.jsonl", "--overwrite")
             assert contents(tmp_path / "out") == expected
@@ -429,7 +431,7 @@ class TestOverwrite:
         path = tmp_path / "out/.prunetool.json"
         run = checksum.read_sealed(path)["run"]
         path.write_text(json.dumps(checksum.sealed({"run": run, "files": files})))
-        with pytest.raises(WorkError, match=r"out.* is (damaged or missing|not empty)"):
+        with pytest.raises(WorkError, match=r"out.*(has changed since|is not empty)"):
             call("export", "out", "c.jsonl")
         assert (tmp_path / "private").read_text() == "mine"
 
@@ -526,7 +528,10 @@ class TestFiles:
         (scores,) = (path.name for path in tmp_path.glob("w/scores-*"))
         directories = ["out", "w", "w/stats", f"w/{score}", f"w/{scores}"]
         for directory in directories:
-            for name in (".layer-00001.safetensors.x1.prunetool-partial", ".x.prunetool-partial"):
+            for name in (
+                ".layer-00001.safetensors.0123456789abcdef.prunetool-partial",
+                ".x.prunetool-partial",
+            ):
                 if directory.endswith(scores) and name.startswith(".x"):
                     continue  # there only what is left of a layer's file, under its lock
                 (tmp_path / directory / name).mkdir()
@@ -572,13 +577,31 @@ class TestFiles:
         ):
             pass
 
-    @pytest.mark.parametrize("left", [b"", b"\0" * 40, b"123", b"x\ny\n"])
+    @pytest.mark.parametrize("left", [b"", b"\0" * 40, b"123"])
     def test_a_lock_file_that_a_power_cut_left_is_taken_over(self, tmp_path, monkeypatch, left):
         monkeypatch.setattr(workdir, "BROKEN_SECONDS", 0.1)
-        (tmp_path / "w.lock").write_bytes(left)
+        path = tmp_path / "w.lock"
+        path.write_bytes(left)
+        long_ago = path.stat().st_mtime - 1e6
+        os.utime(path, (long_ago, long_ago))  # so that reading it changes when it was read
         with workdir.lock(tmp_path / "w"):
             assert (tmp_path / "w.lock").read_text()
         assert not list(tmp_path.iterdir())
+
+    def test_a_lock_file_of_another_program_is_refused_and_stays(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(workdir, "BROKEN_SECONDS", 0.1)
+        path = tmp_path / "uv.lock"
+        path.write_text("version = 1\n")
+        with pytest.raises(WorkError, match=r"uv\.lock: is no lock of prunetool; name another"):
+            workdir.lock(tmp_path / "uv").__enter__()
+        assert path.read_text() == "version = 1\n"
+
+    def test_what_another_file_of_a_longer_name_needs_is_not_swept(self, tmp_path):
+        with writer.atomic(tmp_path / "out.gguf") as partial:
+            partial.write_text("whole")
+            with workdir.lock(tmp_path / "out"):
+                pass
+        assert (tmp_path / "out.gguf").read_text() == "whole"
 
     def test_checksums_know_dtype_shape_and_bytes(self):
         a = np.arange(6, dtype=np.float32)
