@@ -64,9 +64,8 @@ def model_card(
     lines = [
         "---", data.to_yaml(line_break="\n"), "---", "",
         f"# {plain(Path(source).name)}, pruned", "",
-        f"Made from {plain(source)} by [prunetool](https://pypi.org/project/prunetool) "
-        f"{__version__}, {trained}. The licence is the base model's"
-        f"{f': {plain(licence)}' if licence else ''}.", "",
+        f"Made from {plain(source)} by prunetool {__version__}, {trained}. "
+        f"The licence is the base model's{f': {plain(licence)}' if licence else ''}.", "",
         "| | before | after |", "|---|---:|---:|",
         f"| parameters in decoder layers | {sum(before):,} | {sum(after):,} "
         f"({_change(sum(before), sum(after))}) |",
@@ -153,9 +152,8 @@ def commands(history: Iterable[Mapping[str, Any]], model: str) -> list[str]:
     for step in history:
         words = ["prunetool", step["command"]]
         if step["command"] == "calibrate":
-            named = {"text", "dataset"} & step["options"].keys()
-            source = ["--tokens", "FILE"] if "guidance" in step["options"] else ["--text", "TEXT"]
-            words += [model, *([] if named else source)]
+            named = {"text", "dataset", "tokens_file"} & step["options"].keys()
+            words += [model, *([] if named else ["--text", "TEXT"])]
         if step["command"] == "export":
             words.append("OUT")
         for option, value in step["options"].items():
@@ -171,6 +169,8 @@ def _option(option: str, value: Any) -> list[str]:
     match option, value:
         case _ if option in CHECKSUMS:
             return []
+        case "tokens_file", _:
+            return ["--tokens", "FILE"]
         case "bos", _:
             return ["--bos", "never" if value is None else "always"]
         case "attention", [samples, length]:

@@ -157,7 +157,10 @@ def _notice(number: int, context: click.Context | None) -> str:
         before.register(0, 0)  # only for its end
         if number != SIGTERM or before.poll(WAIT_SECONDS * 1000):
             return ""
-    if context.info_name in RESUMED or context.params.get("work"):
+    starts_over = (
+        context.info_name == "convert" and Path(context.params.get("out", "")).suffix == ".gguf"
+    )
+    if context.params.get("work") or (context.info_name in RESUMED and not starts_over):
         return signals.GO_ON
     return "Interrupted; nothing is kept"
 

@@ -51,8 +51,10 @@ class Text(NamedTuple):
 
     @property
     def said(self) -> dict[str, Any]:
-        """What the history says of a data set, and of conversations."""
+        """What the history says of a data set, of token ids, and of conversations."""
         said: dict[str, Any] = {"chat": True} if self.chat else {}
+        if self.tokens_path:
+            said["tokens_file"] = True
         if not self.dataset:
             return said
         column = self.dataset.column

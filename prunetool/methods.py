@@ -28,6 +28,7 @@ class Method(NamedTuple):
       needs_slopes: it requires gradients of the text's own labels, `Evidence.slopes`.
       raw_loss: its scores are a loss in output units. Layers are then compared by loss per
         parameter; the scores of other methods are already relative to their layer.
+      weighs_tokens: ``--weighting token`` changes its order even without ``--stats token``.
       sums_energy: it also returns the output energy of all units together.
       cuts: it returns a mask rather than scores.
       updates: ``compensate`` moves the weights that it keeps, by `unstructured.sparsegpt`.
@@ -44,6 +45,7 @@ class Method(NamedTuple):
     needs_gradients: bool = False
     needs_slopes: bool = False
     raw_loss: bool = False
+    weighs_tokens: bool = False
     sums_energy: bool = False
     cuts: bool = False
     updates: bool = False
@@ -91,7 +93,7 @@ UNITS = {
             "weighting": "none",
         },
     ),
-    "wanda-sp": Method("pruning.units:wanda_sp", raw_loss=True),
+    "wanda-sp": Method("pruning.units:wanda_sp", raw_loss=True, weighs_tokens=True),
     "magnitude": Method("pruning.units:magnitude", raw_loss=True),
     "random": Method("pruning.units:random", ("seed",)),
 }

@@ -162,6 +162,8 @@ length_opt = click.option(
     type=click.IntRange(2, 1 << 20),
     help="Tokens per sequence.",
 )
+# Parameters that say how a text is read and cut.
+OF_TEXT = {"text_field": "--text-field", "length": "--sequence-length", "bos": "--bos"}
 SELF = "self"  # instead of a file: the model writes its own text
 TEXT_HELP = (
     "Text to use: plain, JSON lines or Parquet (--text-field), also as .gz, .zst, .bz2 or .xz. "
@@ -184,7 +186,7 @@ TEXT = (
         "--dataset", metavar="NAME",
         help="A data set of the Hub instead of --text: wikitext2, c4, ptb, alpaca, or OWNER/NAME; "
         "then perhaps :CONFIG, the directory of its files, and @REVISION. Downloaded as far as it "
-        "is used; --shuffle uses all of it (of c4, one file).",
+        "is used; calibrate --shuffle uses all of it (of c4, one file).",
     ),
     click.option(
         "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),
@@ -235,6 +237,9 @@ def text_options(
             raise click.UsageError("--text-field is for --text FILE or --dataset")
         if chat and (tokens_path or SELF in texts or not sources):
             raise click.UsageError("--chat is for conversations in --text or --dataset")
+        for option, flag in OF_TEXT.items():
+            if given(option) and not sources:
+                raise click.UsageError(f"{flag} is for --text, --tokens or --dataset: give one")
         if SELF in texts and not by_model:
             raise click.UsageError(
                 f"--text {SELF} is for calibrate and recover: a file of this name is ./{SELF}"
@@ -270,9 +275,6 @@ dtype_opt = click.option(
     help="Precision of matrix products; sums are float32. auto: bfloat16 "
     "if the checkpoint is, else float32.",
 )
-overwrite_opt = click.option(
-    "--overwrite", is_flag=True, help="Replace what is there: OUT, the work directory."
-)
 max_shard_size_opt = click.option(
     "--max-shard-size", "max_shard_bytes", metavar="SIZE", callback=_size_bytes, default="5GB",
     show_default=True, help="Maximum shard size, such as 5GB, 2GiB or 1000000. No layer of a "
@@ -297,6 +299,11 @@ device_opt = click.option(
     show_default=True,
     help="Where JAX computes; auto uses a GPU if there is one.",
 )
+
+
+def overwrite_opt(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The flag --overwrite of a command that replaces ``what`` only then."""
+    return click.option("--overwrite", is_flag=True, help=f"Replace {what}.")
 
 
 def device_options(command: Callable[..., None]) -> Callable[..., None]:

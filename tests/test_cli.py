@@ -160,6 +160,10 @@ def test_every_command_has_help_and_an_example(command):
             "--attention-length 128 exceeds --sequence-length 64",
         ),
         (["calibrate", "m", "--text", "a", "--attention-length", "1"], "not in the range"),
+        (
+            ["calibrate", "m", "--text", "a", "--attention-length", "64"],
+            "--attention-length goes with --attention-samples",
+        ),
         (["score", "--sparsity", ".2", "--newton-iterations", "3", "--lambda", "inf"], "finite"),
         (["compensate", "--damping", "much"], "give a number"),
         (["compensate", "--damping", "-1"], "a damping must be finite"),

@@ -133,7 +133,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     show_default="MODEL's name.prunetool, here",
     help="Work directory of this run; rerun the same command to resume there.",
 )
-@options.overwrite_opt
+@options.overwrite_opt("the work directory of another calibration")
 @options.output_opt
 def calibrate(
     model: str,
@@ -293,6 +293,8 @@ def _check(
             f"--attention-samples {attention_samples} and as many held out need --samples "
             f"{2 * attention_samples}"
         )
+    if attention_length and not attention_samples:
+        raise click.UsageError("--attention-length goes with --attention-samples")
     if attention_length and attention_length > length:
         raise click.BadParameter(
             f"--attention-length {attention_length} exceeds --sequence-length {length}"

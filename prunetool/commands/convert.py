@@ -43,7 +43,7 @@ TORCH = (".pt", ".pth")
     help="For LlamaGen: attention heads, which the file does not hold.",
 )
 @options.max_shard_size_opt
-@options.overwrite_opt
+@options.overwrite_opt("OUT")
 def convert(
     source: Path, out: Path, dtype: str | None, kind: str, image_size: int | None,
     heads: int | None, max_shard_bytes: int, overwrite: bool,

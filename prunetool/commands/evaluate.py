@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Keep the residual stream there; if killed, the same command resumes.",
 )
-@options.overwrite_opt
+@options.overwrite_opt("the --work directory of another measurement")
 def evaluate(
     model: str,
     text: "Text",

@@ -21,7 +21,7 @@ from prunetool.formats import FORMATS
     help=" ".join(f"{name}: {row.help}." for name, row in FORMATS.items()),
 )
 @options.max_shard_size_opt
-@options.overwrite_opt
+@options.overwrite_opt("OUT")
 def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: bool) -> None:
     """Write the pruned checkpoint to the directory OUT, or a file for llama.cpp.
 

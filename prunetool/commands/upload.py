@@ -26,7 +26,7 @@ from prunetool import console, options
     help="Put this result of evaluate into the model card; the text is named after the file. "
     "May be given several times.",
 )
-@options.overwrite_opt
+@options.overwrite_opt("another checkpoint in REPO")
 def upload(
     out: Path,
     repository: str,

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from prunetool import console
 from prunetool.checkpoint.gguf import PART_NAME
 from prunetool.checkpoint.index import read_json
 from prunetool.checkpoint.source import ADAPTER_NAME
@@ -85,9 +86,9 @@ def measure(model: Path, how: Mapping[str, Any]) -> Measured:
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise PrunetoolError(
-            shown(model), f"{runtime_of(model)} failed ({shown(lines[-1], 120)})", "see its own log"
-        )
+        console.log.debug("%s", done.stderr.rstrip())
+        why = f"{runtime_of(model)} failed ({shown(lines[-1], 120)})"
+        raise PrunetoolError(shown(model), why, "-v shows all that it said")
     found = json.loads(done.stdout.splitlines()[-1])
     return Measured(model=str(model), file_bytes=_size(model), how=dict(how), **found)
 

@@ -82,6 +82,7 @@ class Scoring:
             need_gradients(calibration, MODEL, "--allocation loss", "--allocation global")
         if self._method.needs_slopes:
             need_gradients(calibration, TEXT, f"--method {self.how['method']}")
+        self._check_weighting(calibration["stats"])
         self._check_budget()
         return self._kept(source)
 
@@ -217,6 +218,17 @@ class Scoring:
     def _masks(self, record: records.LayerRecord) -> dict[str, np.ndarray]:
         """The units that the layer kept before this step."""
         return kept_units(self.work, record, self.model.config.layer_shapes[record.index])
+
+    def _check_weighting(self, stats: str) -> None:
+        """Refuse weighted tokens that would change nothing."""
+        method, allocation = self.how["method"], self.how["allocation"]
+        decides = allocation == "global" or self._method.weighs_tokens or stats == "token"
+        if self.how["weighting"] == "token" and not decides:
+            raise ConfigError(
+                "--weighting token",
+                f"changes nothing for --method {method} with --allocation {allocation}",
+                "give --allocation global, or calibrate with --stats token",
+            )
 
     def _check_budget(self) -> None:
         """Refuse an impossible sparsity before any layer is scored."""

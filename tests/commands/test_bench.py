@@ -70,6 +70,7 @@ def test_what_cannot_be_measured_is_one_line(checkpoint, run, tmp_path, monkeypa
     line = error_of(run("bench", "dense", "none", *WORDS, ok=False))
     assert "none: is neither a checkpoint's directory nor a GGUF file" in line
     assert "a.gguf: llama.cpp failed (" in error_of(run("bench", "a.gguf", *WORDS, ok=False))
+    assert "Traceback" in run("bench", "a.gguf", *WORDS, "-v", ok=False).stderr
     monkeypatch.setitem(runtimes.NEEDED, "transformers", ("not_there",))
     line = error_of(run("bench", "dense", *WORDS, ok=False))
     assert "transformers: needs not_there, which is not installed; pip install not_there" in line

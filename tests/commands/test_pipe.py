@@ -317,6 +317,15 @@ def test_flap_orders_by_the_plain_tokens_however_they_are_weighted(calibrated, r
         assert (plain[f"{unit}.compared"] != weighted[f"{unit}.compared"]).any()
 
 
+@pytest.mark.parametrize("method", ["greedy", "random"])
+def test_weighting_that_changes_nothing_is_refused(calibrated, run, method):
+    _, records = calibrated()
+    words = ["score", "--sparsity", ".3", "--method", method, "--weighting", "token", records]
+    line = error_of(run(*words, ok=False))
+    assert f"--weighting token: changes nothing for --method {method} with --allocation" in line
+    run(*words, "--allocation", "global")
+
+
 def test_newton_iterated_and_closed_form_keep_the_same(calibrated, run):
     _, records = calibrated()
     masks = []

@@ -203,6 +203,19 @@ def test_damaged_state_is_not_used(tmp_path, call, run, kept, monkeypatch):
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
+def test_a_damaged_result_is_made_again(tmp_path, run, kept):
+    kept(num_hidden_layers=2)
+    words = ["recover", "kept.jsonl", "--learning-rate", "1e-3"]
+    expected = run(*words).stdout
+    before = contents(tmp_path / "w")
+    (path,) = (tmp_path / "w").glob("recover-*/layer-00001.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    done = run(*words)
+    assert "training again" in done.stderr
+    assert done.stdout == expected
+    assert contents(tmp_path / "w") == before
+
+
 def test_what_diverges_keeps_what_was_before_and_says_so(tmp_path, run, kept):
     kept()
     done = run("recover", "kept.jsonl", "--learning-rate", "1e3")
@@ -290,6 +303,24 @@ def test_what_it_refuses(tmp_path, call, run, kept):
     assert "has the tokens of another run" in refused("recover", "kept.jsonl", "--seed", "1")
     path.unlink()
     assert path.name in refused("recover", "kept.jsonl", "--seed", "1")
+
+
+def test_what_says_how_a_text_is_cut_needs_a_text(tmp_path, run, kept):
+    kept()
+    for words in (["--sequence-length", 24], ["--bos", "never"], ["--text-field", "x"]):
+        line = run("recover", "kept.jsonl", *words, ok=False).stderr.splitlines()[-1]
+        assert f"{words[0]} is for --text, --tokens or --dataset: give one" in line
+
+
+def test_the_card_names_a_file_of_token_ids(tmp_path, call, kept):
+    kept()
+    np.save(tmp_path / "more.npy", np.arange(24 * 5) % 250)
+    words = ["--tokens", "more.npy", "--samples", 3, "--held-out", 2, "--sequence-length", 24]
+    call("recover", "kept.jsonl", *words, "--learning-rate", "1e-4", "-o", "recovered.jsonl")
+    call("export", "out", "recovered.jsonl")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("--tokens FILE") == 2, "calibrate's and recover's"
+    assert "--text" not in card.partition("```json")[0].partition("How it was made")[2]
 
 
 def test_other_text_and_what_the_card_says(tmp_path, call, text, kept):
