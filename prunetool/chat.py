@@ -81,8 +81,9 @@ def _message(said: Any) -> dict[str, Any] | None:
     if not isinstance(said, dict):
         return None
     if {"from", "value"} <= said.keys():
-        role = str(said["from"])
-        said = {"role": ROLES.get(role, role), "content": said["value"]}
+        role = said["from"]
+        named = ROLES.get(role, role) if isinstance(role, str) else None
+        said = {"role": named, "content": said["value"]}
     if not isinstance(said.get("role"), str) or "content" not in said:
         return None
     # Parquet has null for what a message lacks, and templates ask what it has.

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prunetool import workdir
 from prunetool.chat import conversation_text
-from tests.conftest import SMOLLM2, byte_tokenizer, error_of
+from tests.conftest import byte_tokenizer, error_of
 
 TALKS = [
     [{"role": "user", "content": "What is a “keep”?\nSay it <b>briefly</b>."},
@@ -70,9 +70,9 @@ def test_it_is_what_transformers_renders(dense, name):
         assert render("row", talk) == judge.apply_chat_template(talk, tokenize=False)
 
 
-def test_smollm2_s_template_and_ids(call, tmp_path):
-    judge = PreTrainedTokenizerFast.from_pretrained(SMOLLM2)
-    render = conversation_text(SMOLLM2.absolute())
+def test_smollm2_s_template_and_ids(smollm2, call, tmp_path):
+    judge = PreTrainedTokenizerFast.from_pretrained(smollm2)
+    render = conversation_text(smollm2.absolute())
     ids = []
     for talk in TALKS:
         assert render("row", talk) == judge.apply_chat_template(talk, tokenize=False)
@@ -80,7 +80,7 @@ def test_smollm2_s_template_and_ids(call, tmp_path):
     name = write_rows(tmp_path / "talks.jsonl", TALKS)
     words = ["--chat", "--samples", 2, "--held-out", 1, "--sequence-length", len(ids) // 2]
     words += ["--gradients", 0, "--work", "w", "-o", "r"]
-    shutil.copytree(SMOLLM2, tmp_path / "m", symlinks=False)
+    shutil.copytree(smollm2, tmp_path / "m", symlinks=False)
     call("calibrate", "m", "--text", name, *words)
     assert tokens(tmp_path / "w").reshape(-1).tolist() == ids[: 2 * (len(ids) // 2)]
     options = json.loads((tmp_path / "r").read_text().split("\n")[0])["history"][0]["options"]
@@ -150,7 +150,7 @@ def test_what_is_wrong_is_one_line(dense, run, tmp_path):
     add_template(dense, "{{ messages.__class__.__base__.__subclasses__() }}")
     assert "is refused by the model's chat template" in refused(talks)
     add_template(dense, TEMPLATES["json"])
-    odd = ([{"role": 3, "content": ""}], [{"from": [], "value": 1, "role": 3}][1:])
+    odd = ([{"role": 3, "content": ""}], [{"from": [], "value": 1, "role": 3}])
     for wrong in ("text", [], ["text"], [{"role": "user"}], *odd):
         write_rows(tmp_path / "b.jsonl", [TALKS[0], wrong])
         assert "b.jsonl: line 2: has no conversation: a list of objects" in refused("b.jsonl")

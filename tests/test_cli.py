@@ -60,6 +60,26 @@ def test_every_command_has_help_and_an_example(command):
         (["score", "--sparsity", "20"], "not in the range 0<=x<1. Did you mean 0.2?"),
         (["score", "--sparsity", "12.5%"], "not a valid float range. Did you mean 0.125?"),
         (["score", "--sparsity", ".2", "--target", "layers"], "give some of heads, channels"),
+        (["score", "--sparsity", ".2,.3"], "several sparsities need -o with {sparsity}"),
+        (
+            ["score", "--sparsity", ".2", "--refine", "3", "--target", "heads"],
+            "--refine goes with --target qk",
+        ),
+        (
+            ["score", "--sparsity", ".2", "--target", "q", "--weighting", "token"],
+            "--weighting is only for heads and channels, but --target names others",
+        ),
+        (["inspect", "m", "--sparsity", ".2"], "--sparsity goes with --plan"),
+        (["inspect", "m", "--sequence-length", "9"], "--sequence-length goes with --plan"),
+        (
+            ["calibrate", "m", "--text", "a", "--labels", "text", "--gradients", "0"],
+            "--labels text goes with --gradients, which is 0",
+        ),
+        (["evaluate", "m", "--text", "a", "--cfg-scale", "2"], "--cfg-scale is for --against"),
+        (
+            ["evaluate", "m", "--tokens", "a", "--text-field", "b"],
+            "--text-field is for --text FILE or --dataset",
+        ),
         (["score", "--sparsity", ".2", "--target", "heads,q"], "give some of heads, channels"),
         (
             ["score", "--sparsity", ".2", "--target", "qk", "--method", "newton"],

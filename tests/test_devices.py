@@ -35,7 +35,7 @@ def stats(work):
 def assert_alike(work, expected):
     """Equal within the rounding of float32 products of other batches."""
     found, expected = stats(work), stats(expected)
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys() != set()
     for file, arrays in expected.items():
         for name, array in arrays.items():
             # Each gradient has been through the layers above and back.
@@ -211,6 +211,7 @@ def test_a_lost_process_stops_the_others_and_the_run_goes_on(checkpoint, text, t
     assert "run all of them again; they resume after the last finished layer" in said
     assert list((tmp_path / "two").glob("hidden-*"))
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "two").glob("stats/layer-0000[01].*")}
+    assert made
     again = Processes(words, tmp_path).finish()
     assert [code for code, _, _ in again] == [0, 0], again
     assert {path: path.stat().st_mtime_ns for path in made} == made
@@ -234,6 +235,7 @@ def test_a_process_without_gradients_joins_a_backward_pass_that_goes_on(
     assert "run all of them again" in said
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "two").glob("stats/layer-*")}
     assert tmp_path / "two/stats/layer-00002.gradients.safetensors" in made
+    assert made
     again = Processes(words, tmp_path).finish()
     assert [code for code, _, _ in again] == [0, 0], again
     assert {path: path.stat().st_mtime_ns for path in made} == made

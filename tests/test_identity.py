@@ -98,6 +98,7 @@ OPTIONS = {
     "sequence_length": ["--sequence-length", 17],
     "held_out": ["--held-out", 2],
     "gradients": ["--gradients", 1],
+    "labels": ["--labels", "text"],
     "stream_dtype": ["--stream-dtype", "float32"],
     "stats": ["--stats", "all"],
     "attention": ["--attention-samples", 1],
@@ -111,6 +112,8 @@ OPTIONS = {
 def test_each_option_that_matters_makes_another_calibration(checkpoint, text, call, tmp_path):
     model = checkpoint()
     call(*calibration(model, text))
+    recorded = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["history"][0]
+    assert recorded["options"].keys() - {"tokens"} == OPTIONS.keys()
     for key, option in OPTIONS.items():
         before = json.loads((tmp_path / "w/run.json").read_text())
         with pytest.raises(WorkError, match="holds another run: ") as caught:
@@ -153,6 +156,7 @@ def test_a_changed_row_of_any_tensor_is_found_as_it_is_read(checkpoint, text, ca
     call(*calibration(model, text))
     call("score", "--sparsity", ".3", "a.jsonl", "-o", "b.jsonl")
     stale = {path.name for path in (tmp_path / "w").glob("score*")}
+    assert len(stale) == 2
     for name in (LAST_ROW[0], "model.layers.0.self_attn.v_proj.weight", "lm_head.weight"):
         original = (model / "model.safetensors").read_bytes()
         change_weight(model, name, -1)

@@ -403,6 +403,19 @@ def test_greedy_codes_are_the_references(theirs, converted, run, tmp_path):
         assert list(row[1:13]) == reference.greedy(state, chosen, 12, GRID, D // 4, 1.75)
 
 
+@pytest.mark.parametrize(
+    "likeliest", [["--temperature", "1e-6"], ["--top-k", 1], ["--top-p", "1e-6"]]
+)
+def test_each_option_of_the_draw_alone_can_leave_the_likeliest(converted, run, tmp_path, likeliest):
+    words = ["sample", "M", "--classes", "3,7"]
+    run(*words, "--temperature", 0, "-o", "greedy.npy")
+    run(*words, *likeliest, "-o", "found.npy")
+    run(*words, "-o", "drawn.npy")
+    greedy, found, drawn = (np.load(tmp_path / f"{n}.npy") for n in ("greedy", "found", "drawn"))
+    assert np.array_equal(found, greedy)
+    assert not np.array_equal(drawn, greedy)
+
+
 def test_a_picture_is_the_same_whatever_else_is_asked_for(converted, run, tmp_path):
     run("sample", "M", "--per-class", 2, "-o", "all.npy")
     run("sample", "M", "--classes", "7", "--per-class", 2, "-o", "one.npy")
@@ -416,7 +429,7 @@ def test_a_picture_is_the_same_whatever_else_is_asked_for(converted, run, tmp_pa
 
 
 def test_the_distribution_before_the_draw(theirs, converted, monkeypatch):
-    """Guided, then by temperature, top k and top p."""
+    """Guided, then by top k and top p."""
     random = np.random.default_rng(0)
     both = random.normal(size=(50, 6)).astype(np.float32) * 3
     guided = np.asarray(decode.guided(both, np.float32(1.75)))
@@ -462,9 +475,14 @@ def test_a_killed_run_goes_on(converted, popen, run, tmp_path, monkeypatch):
     said = run(*words, "--seed", 1, ok=False).stderr
     assert "holds another run: --seed was 0 and is 1; give --overwrite" in said
     assert "--work" not in said
-    begun = kept.read_bytes()
-    assert begun
+    assert kept.stat().st_size
+    sampled, sample = [], selftext.Sampler._sample
+    monkeypatch.setattr(
+        selftext.Sampler, "_sample",
+        lambda self, decoder, start: sampled.append(start) or sample(self, decoder, start),
+    )  # fmt: skip
     done = run(*words)
+    assert min(sampled) > 0, "what is kept is not sampled again"
     assert "20 pictures of 36 codes" in done.stderr
     run("sample", "M", "--per-class", 2, "-o", "q.npy")
     assert (tmp_path / "p.npy").read_bytes() == (tmp_path / "q.npy").read_bytes()

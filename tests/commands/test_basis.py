@@ -194,7 +194,7 @@ def test_it_can_be_compared_inspected_and_reported(cut, call, text, tmp_path):
     assert f"| before | {before:,} | 100.00% |\n| stored | {now:,} | {now / before:.2%} |" in page
 
 
-def test_a_killed_run_writes_the_same_bytes(cut, call, tmp_path):
+def test_damaged_bases_are_made_again_to_the_same_bytes(cut, call, tmp_path):
     out, *_ = cut(0.25)
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     before = (tmp_path / "kept.jsonl").read_text()

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from prunetool.steps import evaluate
 from prunetool.tokenizer import load_tokenizer
 from tests.conftest import error_of
+from tests.test_examples import EXAMPLES
 
 WORDS = ["--samples", 2, "--sequence-length", 32]
 
@@ -119,7 +120,7 @@ def test_items_are_made_of_a_text(tmp_path):
     words = [f"w{i}" for i in range(50)]
     paragraphs = [" ".join([f"p{n}", *words]) for n in range(20)]
     (tmp_path / "t.txt").write_text("\n\n".join([*paragraphs, "too short"]))
-    script = [sys.executable, "examples/cloze.py", tmp_path / "t.txt", tmp_path / "c.jsonl"]
+    script = [sys.executable, EXAMPLES / "cloze.py", tmp_path / "t.txt", tmp_path / "c.jsonl"]
     subprocess.run([*map(str, script), "--items", "7"], check=True, capture_output=True)
     items = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert len(items) == 7

@@ -57,11 +57,11 @@ def test_clean_deletes_what_the_steps_made_and_nothing_else(finished, call, tmp_
             call(*words)
 
 
-def test_clean_takes_the_work_directory_itself(finished, call, tmp_path):
+def test_clean_takes_the_work_directory_itself(finished, call, run, tmp_path):
     out, work = finished
     call("clean", work)
     assert not work.exists()
-    call("clean", out)  # nothing is left to do
+    assert f"{work} is gone already" in run("clean", out).stderr
     assert not (tmp_path / "w.lock").exists()
 
 

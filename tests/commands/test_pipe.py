@@ -146,10 +146,13 @@ def test_without_compensate_the_kept_weights_are_untouched(calibrated, run, tmp_
 def test_a_refit_helps_on_the_calibration_text(calibrated, run):
     _, records = calibrated()
     kept = run("score", "--sparsity", ".4", records).stdout
+    found = []
     for line in run("compensate", stdin=kept).stdout.splitlines()[1:-1]:
         for matrix in json.loads(line)["values"]["refit"].values():
             assert matrix["refitted"] <= matrix["removed"] * (1 + 1e-9)
             assert matrix["held_out_refitted"] <= matrix["held_out_removed"]
+            found.append(matrix["refitted"] < 0.99 * matrix["removed"])
+    assert any(found)
 
 
 @pytest.fixture
@@ -392,6 +395,7 @@ def test_one_pipe_step_by_step_and_killed_give_the_same_bytes(checkpoint, text, 
     assert '"end"' not in seen
     assert list(work.glob("hidden-*")), "killed in the middle"
     early = sorted(work.glob("stats/layer-0000[0-3]*"))
+    assert len(early) >= 4
     made = {path: path.stat().st_mtime_ns for path in early}
     shell("\n".join([*script, f"{PRUNETOOL} {parts[3]} {files[2]}"]), tmp_path)
     assert (tmp_path / "a.jsonl").read_text() == stream
@@ -430,12 +434,6 @@ def test_a_failed_step_stops_the_pipe_and_nothing_looks_whole(checkpoint, text, 
     assert done.returncode == 1
     assert f"{name} holds NaN or infinity" in error_of(done)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_full_disk_is_one_line(calibrated, run, tmp_path):
-    _, records = calibrated()
-    done = run("score", "--sparsity", ".3", records, "-o", "/dev/full", ok=False)
-    assert "No space left on device" in error_of(done)
 
 
 def test_a_write_that_fails_half_way_leaves_no_checkpoint(calibrated, run, tmp_path):

@@ -8,21 +8,47 @@ from tests.conftest import error_of
 WORDS = ["--samples", 4, "--sequence-length", 32]
 
 
-@pytest.mark.parametrize("more", [[], ["--recover"], ["--allocation", "uniform"]])
-def test_the_same_bytes_as_the_pipe(checkpoint, text, run, call, tmp_path, more):
+# Options of run, and of which steps.
+OF = {
+    "--recover": (),
+    "--allocation": ("score",),
+    "--shuffle": ("calibrate",),
+    "--bos": ("calibrate",),
+    "--gradients": ("calibrate",),
+    "--dtype": ("calibrate", "recover"),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"--recover": None},
+        {"--allocation": "uniform"},
+        {"--recover": None, "--shuffle": 1, "--bos": "always", "--dtype": "bfloat16"}
+        | {"--gradients": 2},
+    ],
+)
+def test_the_same_bytes_as_the_pipe(checkpoint, text, run, call, tmp_path, options):
+    def of(step=None):
+        own = {k: v for k, v in options.items() if step is None or step in OF[k]}
+        return [str(word) for pair in own.items() for word in pair if word is not None]
+
+    more = of()
     model = checkpoint()
     done = run("run", model, "out", "--text", text, *WORDS, "--sparsity", ".2", *more,
                "--work", "w")  # fmt: skip
     for step in ("calibrate", "score", "compensate", "export"):
         assert f"{step}: " in done.stderr
-    assert ("recover: " in done.stderr) == (more == ["--recover"])
+    assert ("recover: " in done.stderr) == ("--recover" in more)
     assert not done.stdout
-    call("calibrate", model, "--text", text, *WORDS, "--work", "v", "-o", "a")
-    call("score", "a", "--sparsity", ".2", *(w for w in more if w != "--recover"), "-o", "b")
+    words = of("calibrate")
+    call("calibrate", model, "--text", text, *WORDS, *words, "--work", "v", "-o", "a")
+    call("score", "a", "--sparsity", ".2", *of("score"), "-o", "b")
     call("compensate", "b", "-o", "c")
-    if more == ["--recover"]:
-        call("recover", "c", "-o", "c2")
-    call("export", "piped", "c2" if more == ["--recover"] else "c")
+    if "--recover" in more:
+        call("recover", "c", *of("recover"), "-o", "c2")
+    call("export", "piped", "c2" if "--recover" in more else "c")
     assert contents(tmp_path / "out") == contents(tmp_path / "piped")
     again = run("run", model, "out", "--text", text, *WORDS, "--sparsity", ".2", *more,
                 "--work", "w").stderr  # fmt: skip

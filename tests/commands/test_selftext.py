@@ -55,7 +55,9 @@ def test_the_run_is_one_over_the_sampled_ids(checkpoint, run, tmp_path):
     assert (done["text"], done["shuffle"], done["bos"]) == ("self", 0, None)
     run("calibrate", model, "--tokens", kept(tmp_path / "w"), "--samples", 5, "--sequence-length",
         16, "--held-out", 1, "--work", "v", "-o", "v.jsonl")  # fmt: skip
-    for file in (tmp_path / "w/stats").glob("*.safetensors"):
+    files = list((tmp_path / "w/stats").glob("*.safetensors"))
+    assert files
+    for file in files:
         assert file.read_bytes() == (tmp_path / "v/stats" / file.name).read_bytes()
 
 
@@ -111,7 +113,9 @@ def test_killed_while_it_samples_and_run_again_it_ends_in_the_same_bytes(
     again = start(words(model), first=NARROW)
     assert again.wait() == 0, again.stderr.read()
     assert kept(tmp_path / "w").read_bytes() == kept(tmp_path / "whole").read_bytes()
-    for file in (tmp_path / "whole/stats").glob("*.safetensors"):
+    files = list((tmp_path / "whole/stats").glob("*.safetensors"))
+    assert files
+    for file in files:
         assert file.read_bytes() == (tmp_path / "w/stats" / file.name).read_bytes()
 
 

@@ -1,6 +1,7 @@
 """llama.cpp computes from a GGUF what is computed here from the checkpoint, and reads its text."""
 
 import json
+import signal
 from dataclasses import replace
 
 import gguf
@@ -381,7 +382,7 @@ def test_what_cannot_be_written_is_one_line_and_writes_nothing(tmp_path, run):
 
 def test_a_killed_run_leaves_no_file(tmp_path, start):
     build(tmp_path, {})
-    first = "import prunetool.checkpoint.gguf_writer as w\n" + (
+    first = "import os, signal, prunetool.checkpoint.gguf_writer as w\n" + (
         "made = w._stored\n"
         "def stored(array, tensor):\n"
         "    if tensor.name.startswith('blk.2'): " + DIE + "\n"
@@ -391,7 +392,7 @@ def test_a_killed_run_leaves_no_file(tmp_path, start):
     for size in ("5GB", "100KB"):
         words = ["convert", "dense", "a.gguf", "--max-shard-size", size, "--overwrite"]
         before = set(tmp_path.glob("*.gguf"))
-        assert start(words, first=first).wait() != 0
+        assert start(words, first=first).wait() == -signal.SIGKILL
         assert set(tmp_path.glob("*.gguf")) == before
         assert start(words).wait() == 0
         assert not list(tmp_path.glob(".*")), "nothing is left of the killed one"
