@@ -13,6 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -80,6 +81,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             place = Path(directory)
             gram._product = own if summed == "float32" else summed_in(summed)
+            jax.clear_caches()  # or what was compiled for the row before stays in use
             # In this process, for the line above to hold.
             words = [
                 "-q", "calibrate", given.model, "--text", given.calibrate,

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from prunetool.pruning import gram
 from tests.commands.test_pipe import contents
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -172,7 +174,9 @@ def test_the_speed_of_every_step_is_measured(example, tmp_path):
     assert all("% of 1" in " ".join(words) for words in said)
 
 
-def test_precisions_are_compared(example, checkpoint, text, other, monkeypatch):
+def test_precisions_are_compared(example, checkpoint, text, other, monkeypatch, request):
+    request.addfinalizer(jax.clear_caches)  # compiled with other products
+    monkeypatch.setattr(gram, "_product", gram._product)  # put back after the test
     rows = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
     accuracy = example("accuracy", LENGTH=32, ROWS=rows)
     words = ["accuracy.py", checkpoint(), text, other, "--samples", 8]
