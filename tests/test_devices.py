@@ -235,7 +235,6 @@ def test_a_process_without_gradients_joins_a_backward_pass_that_goes_on(
     assert "run all of them again" in said
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "two").glob("stats/layer-*")}
     assert tmp_path / "two/stats/layer-00002.gradients.safetensors" in made
-    assert made
     again = Processes(words, tmp_path).finish()
     assert [code for code, _, _ in again] == [0, 0], again
     assert {path: path.stat().st_mtime_ns for path in made} == made

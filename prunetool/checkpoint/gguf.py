@@ -577,7 +577,8 @@ def _open(path: Path, todo: str) -> _Reader:
 
 def parts_of(path: Path) -> list[Path]:
     """The file of this name, then the parts of it if it was split; empty if there is neither."""
-    parts = path.parent.glob(f"{glob.escape(path.stem)}-?????-of-?????{path.suffix}")
+    number = "[0-9]" * 5
+    parts = path.parent.glob(f"{glob.escape(path.stem)}-{number}-of-{number}{path.suffix}")
     return [*([path] if path.exists() else []), *sorted(parts)]
 
 

@@ -106,7 +106,7 @@ def _words(step: click.Command, ctx: click.Context) -> tuple[list[str], list[str
 
 
 def _params() -> list[click.Parameter]:
-    """The parameters: those of `TAKEN` as their first step has them, but for two."""
+    """The parameters: those of `TAKEN` as their first step has them, but for three."""
     steps = {param.name: param for step in reversed(STEPS) for param in step.params}
     own = {
         "sparsities": click.Option(
@@ -114,6 +114,11 @@ def _params() -> list[click.Parameter]:
             required=True,
             type=options.Finite(0, 1, max_open=True),
             help="Fraction to remove of the parameters of all decoder layers' seven matrices.",
+        ),
+        "overwrite": click.Option(
+            ["--overwrite"],
+            is_flag=True,
+            help="Replace OUT, and the work directory of another calibration.",
         ),
         "recover": click.Option(
             ["--recover"],

@@ -66,7 +66,7 @@ from prunetool import console, options
     callback=options.named,
     help="Write the ids here (.npy).",
 )
-@options.overwrite_opt("the output file")
+@options.overwrite_opt("FILE, and what a killed run of other pictures left")
 def sample(
     model: str, classes: str, per_class: int, scale: float, temperature: float, top_k: int,
     top_p: float, seed: int, dtype: str, device: str, revision: str | None, out: Path,

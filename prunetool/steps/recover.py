@@ -9,6 +9,7 @@ largest probabilities of each token.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -415,8 +416,7 @@ class Recovery:
         held, total = range(len(self.tokens) - self.held_out, len(self.tokens)), 0.0
         norm = jnp.asarray(self._state.weights(self.model.layers, count)[FINAL])
         for batch in streaming.batches(held.start, held.stop, streaming.batch_size(dense.length)):
-            for h in self._forward(self._embedded(batch), count):  # noqa: B007
-                pass  # the last one is wanted, and no other kept
+            h = deque(self._forward(self._embedded(batch), count), maxlen=1).pop()  # keeps one
             target = dense.read(batch)
             for i in range(len(batch)):
                 for start in range(0, dense.length, LOGIT_TOKENS):

@@ -211,13 +211,16 @@ def test_a_split_model_is_the_same(tmp_path, call):
 
 def test_no_file_of_another_number_of_parts_stays(tmp_path, call, run):
     build(tmp_path, {})
+    (tmp_path / "out-final-of-tests.gguf").write_text("mine")
     left = []
     for size in ("5GB", "200KB", "100KB", "5GB"):
         words = ["convert", "dense", "out.gguf", "--max-shard-size", size]
         if left:
             assert "exists; give --overwrite" in error_of(run(*words, ok=False))
         call(*words, "--overwrite")
-        old, left = left, sorted(path.name for path in tmp_path.glob("*.gguf"))
+        assert (tmp_path / "out-final-of-tests.gguf").read_text() == "mine"
+        made = (path.name for path in tmp_path.glob("*.gguf") if "final" not in path.name)
+        old, left = left, sorted(made)
         assert not {*old} & {*left}
         assert len({name.partition("-of-")[2] for name in left}) == 1
 
