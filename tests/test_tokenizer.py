@@ -355,7 +355,7 @@ def test_evaluate_and_calibrate_say_which_bos_they_used(checkpoint, text, run, t
     assert results["auto"] == results["always"]
     assert [results[bos]["bos"] for bos in ("auto", "never")] == [256, None]
     given = run("evaluate", model, "--tokens", tmp_path / "a.npy", "--sequence-length", 32).stdout
-    assert results["auto"] | {"bos": None} == json.loads(given)
+    assert results["auto"] | {"bos": None, "tokens_file": True} == json.loads(given)
     refused = run(
         "evaluate", model, "--tokens", tmp_path / "a.npy", "--sequence-length", 32,
         "--bos", "always", ok=False,
