@@ -4,11 +4,11 @@
 
 Calibrates on 64 x 1024 tokens at random places of the text (and 8 x 1024 held out) for each seed,
 and measures on the first 8 x 2048 tokens (--windows) of TEST_TEXT, of the same kind, and of
-OTHER_TEXT, of another kind; all in float32, which is faster on CPUs without instructions for
-bfloat16. A row is added to the CSV as it is done, and a row that is there is not made again; --jobs
-makes several rows at a time. Seconds and peak memory are those of the steps between calibrate and
-export, of the run that made them. With --table NAME it prints one of the tables as Markdown: means
-over the seeds ± half their range; --plot FILE.svg draws it.
+OTHER_TEXT, of another kind; all but recover in float32, which is faster on CPUs without
+instructions for bfloat16. A row is added to the CSV as it is done, and a row that is there is not
+made again; --jobs makes several rows at a time. Seconds and peak memory are those of the steps
+between calibrate and export, of the run that made them. With --table NAME it prints one of the
+tables as Markdown: means over the seeds ± half their range; --plot FILE.svg draws it.
 """
 
 import argparse
@@ -226,7 +226,7 @@ class Rows:
                     made = kept
             if how.recover is not None:
                 source, made = made, out / "recovered.jsonl"
-                prunetool("recover", source, "-o", made, *how.recover, *DTYPE)
+                prunetool("recover", source, "-o", made, *how.recover)
             prunetool("export", out / "model", made)
             cells = [*self.measured(out / "model"), predicted(kept), *cost(made)]
             if name in TABLES["published"]:

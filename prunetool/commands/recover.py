@@ -49,7 +49,7 @@ SAMPLES, HELD_OUT = 64, 4
 @click.option(
     "--learning-rate",
     type=options.Finite(0, min_open=True),
-    show_default="a thousandth of the fraction removed (2e-4 at 20%); norms: 5e-3",
+    show_default="2.5e-4 times the held-out KL before in nats, at most 5e-4; norms: 5e-3",
     help="The largest rate of the one-cycle schedule.",
 )
 @click.option(
@@ -113,4 +113,8 @@ def recover(
         )  # fmt: skip
         job.run.write(partial(options.open_sink, sink), job.layers(), job.needed_bytes)
         (_, before), (steps, after) = job.kl[0], job.best
-        said += [f"held-out KL {before:.4f} → {after:.4f} nats", console.counted(steps, "step")]
+        said += [
+            f"held-out KL {before:.4f} → {after:.4f} nats",
+            console.counted(steps, "step"),
+            f"learning rate up to {job.largest_rate:.2g}",
+        ]

@@ -31,7 +31,6 @@ from prunetool.llama import backward, forward
 from prunetool.llama.config import LayerShape
 from prunetool.llama.parts import MATRICES, PARTS
 from prunetool.llama.weights import Layer, part_shapes, scatter
-from prunetool.model import Model
 from prunetool.plan import LOGIT_TOKENS
 from prunetool.stats import GIVEN
 from prunetool.steps.evaluate import Ends, final_stream, layer_step
@@ -40,7 +39,8 @@ from prunetool.steps.selftext import Sampler, refuse_pictures
 from prunetool.steps.trained import Gradient, Trained
 from prunetool.tokenizer import bos_id
 
-RATE_OF_REMOVED, RATE_OF_NORMS = 1e-3, 5e-3  # times the fraction removed; as it is
+# The largest rate: times the held-out loss before, in nats, at most the second; of norms alone.
+RATE_OF_LOSS, HIGHEST_RATE, RATE_OF_NORMS = 2.5e-4, 5e-4, 5e-3
 WARM_UP, FIRST = 0.1, 1 / 25  # of the steps; the first learning rate as a fraction of the largest
 MEASURED = 4  # times per epoch that the held-out loss is measured
 WORSE = 2.0  # a held-out loss this many times the first means divergence
@@ -96,11 +96,13 @@ def prepare(
     else:
         tokens, _ = read_text(model, text, samples + held_out)
         tokens = as_fed(model, tokens, "class")
-    removed = _removed(model, Path(header.work), made)
-    if not removed:
+    if not any(record.values.get("masks") for record in made) and all(
+        kept_shape(shape, kept_units(Path(header.work), record, shape)) == shape
+        for shape, record in zip(model.config.layer_shapes, made, strict=True)
+    ):
         raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
-    if peak is None:
-        peak = RATE_OF_NORMS if how["what"] == "norms" else RATE_OF_REMOVED * removed
+    if peak is None and how["what"] == "norms":
+        peak = RATE_OF_NORMS
     random = np.random.default_rng(how["seed"])
     trained = len(tokens) - held_out
     order = [int(n) for _ in range(how["epochs"]) for n in random.permutation(trained)]
@@ -144,18 +146,6 @@ def _calibrated(header: records.Header, samples: int, held_out: int) -> tuple[np
     )
 
 
-def _removed(model: Model, work: Path, made: list[records.LayerRecord]) -> float:
-    """Fraction of the seven matrices' weights that were removed, in all layers together."""
-    total = kept = 0.0
-    for shape, record in zip(model.config.layer_shapes, made, strict=True):
-        total += model.layer_parameters(shape)
-        left = part_shapes(model.config, kept_shape(shape, kept_units(work, record, shape)))
-        masks = record.values.get("masks", {})
-        for part in MATRICES:
-            kept += math.prod(left[part]) * (1 - masks.get(part, {"removed": 0.0})["removed"])
-    return 1 - kept / total
-
-
 @dataclass
 class Recovery:
     """One training: everything its layers share.
@@ -166,7 +156,7 @@ class Recovery:
       tokens: the sequences, (samples, N), int32; the last ``held_out`` only measure.
       order: numbers of the sequences to descend on, one a step.
       what: ``all`` or ``norms``.
-      peak: largest learning rate.
+      peak: largest learning rate; None for the default.
       dtype: of the products.
     """
 
@@ -176,7 +166,7 @@ class Recovery:
     held_out: int
     order: list[int]
     what: str
-    peak: float
+    peak: float | None
     dtype: str
 
     def __post_init__(self) -> None:
@@ -189,6 +179,13 @@ class Recovery:
         self.kl: list[tuple[int, float]] = []  # held-out loss by number of steps
 
     @property
+    def largest_rate(self) -> float:
+        """`peak`; by default, the farther from the dense model, the larger."""
+        if self.peak is None:
+            return min(RATE_OF_LOSS * self.kl[0][1], HIGHEST_RATE)
+        return self.peak
+
+    @property
     def best(self) -> tuple[int, float]:
         """The smallest held-out loss, and after how many steps; the first of equals."""
         return min(self.kl, key=lambda point: point[1])
@@ -199,7 +196,10 @@ class Recovery:
         if not self._is_finished():
             self._train()
         steps, after = self.best
-        said = {"kl_before": self.kl[0][1], "kl_after": after, "steps": steps}
+        said = {
+            "kl_before": self.kl[0][1], "kl_after": after, "steps": steps,
+            "learning_rate": self.largest_rate,
+        }  # fmt: skip
         for record in self.made:
             if steps:
                 yield record.adding({"recover": self._file(record.index)}, {"recover": said})
@@ -365,7 +365,7 @@ class Recovery:
     ) -> None:
         """One step; if ``partly`` layers are left of it, only these."""
         last, sequence = self.model.layers, self.order[step]
-        rate = learning_rate(step, len(self.order), self.peak)
+        rate = learning_rate(step, len(self.order), self.largest_rate)
         if partly is None:
             for layer, h in enumerate(self._forward(self._embedded([sequence]), step)):
                 self._put(layer, "residual", h)

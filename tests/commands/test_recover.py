@@ -117,6 +117,20 @@ def test_its_steps_are_those_of_adam_on_transformers_model(
         assert far.mean() < 0.01, name
 
 
+def test_the_default_rate_follows_the_loss_before(tmp_path, run, kept):
+    kept()
+    said = run("recover", "kept.jsonl", "-o", "default.jsonl").stderr
+    value = json.loads((tmp_path / "default.jsonl").read_text().splitlines()[1])["values"]
+    rate = value["recover"]["learning_rate"]
+    assert rate == min(2.5e-4 * value["recover"]["kl_before"], 5e-4)
+    assert f"learning rate up to {rate:.2g}" in said
+    run("recover", "kept.jsonl", "--learning-rate", rate, "-o", "given.jsonl")
+    for name in ("default", "given"):
+        run("export", name, f"{name}.jsonl")
+    made, same = (load_file(tmp_path / name / SHARD) for name in ("default", "given"))
+    assert all(np.array_equal(made[part], same[part]) for part in made)
+
+
 def contents(directory):
     return {
         path.relative_to(directory): path.read_bytes()
