@@ -39,7 +39,7 @@ from prunetool.steps.selftext import Sampler, refuse_pictures
 from prunetool.steps.trained import Gradient, Trained
 from prunetool.tokenizer import bos_id
 
-# The largest rate: times the held-out loss before, in nats, at most the second; of norms alone.
+# Largest learning rates: for each nat of held-out loss before; at most; of the norms alone.
 RATE_OF_LOSS, HIGHEST_RATE, RATE_OF_NORMS = 2.5e-4, 5e-4, 5e-3
 WARM_UP, FIRST = 0.1, 1 / 25  # of the steps; the first learning rate as a fraction of the largest
 MEASURED = 4  # times per epoch that the held-out loss is measured
@@ -96,8 +96,9 @@ def prepare(
     else:
         tokens, _ = read_text(model, text, samples + held_out)
         tokens = as_fed(model, tokens, "class")
-    if not any(record.values.get("masks") for record in made) and all(
-        kept_shape(shape, kept_units(Path(header.work), record, shape)) == shape
+    if not any(
+        any(mask["removed"] for mask in record.values.get("masks", {}).values())
+        or kept_shape(shape, kept_units(Path(header.work), record, shape)) != shape
         for shape, record in zip(model.config.layer_shapes, made, strict=True)
     ):
         raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
