@@ -27,18 +27,32 @@ class Need(NamedTuple):
     speed: float = 1.0  # that the solves reach, as a fraction of large products' and systems'
 
 
-def stats_bytes(model: Model, stats: str, attention: tuple[int, int], stats_dtype: str) -> int:
-    """Bytes of all stats that calibrate keeps (``attention``: samples and their length)."""
-    files = (
-        array_shapes(model.config, shape, stats).values() for shape in model.config.layer_shapes
-    )
-    values = sum(math.prod(shape) for file in files for shape in file)
+def stats_bytes(
+    model: Model, stats: str, attention: tuple[int, int], stats_dtype: str, *, first: bool = False
+) -> int:
+    """Bytes of all stats that calibrate keeps.
+
+    Args:
+      model, stats, stats_dtype: as in `calibrate`.
+      attention: samples, and their length.
+      first: whether there are sums over first tokens.
+    """
+
+    def size(kept: str) -> int:
+        files = (array_shapes(model.config, shape, kept) for shape in model.config.layer_shapes)
+        return sum(math.prod(shape) for file in files for shape in file.values())
+
+    itemsize, values = np.dtype(stats_dtype).itemsize, size(stats)
+    of_first = 0
+    if first:
+        units = "structural" if stats in EVERY else stats
+        of_first = itemsize * size(units) + model.layers * FILE_BYTES
     if stats in EVERY:
         values += model.config.hidden_size * (model.config.hidden_size + 1)  # of the last stream
     kept_inputs = attention[0] * attention[1] * model.config.hidden_size * 4
     per_layer = FILE_BYTES + kept_inputs
     # For the tokens to fit and those held out.
-    return 2 * (values * np.dtype(stats_dtype).itemsize + model.layers * per_layer)
+    return of_first + 2 * (values * itemsize + model.layers * per_layer)
 
 
 def hidden_bytes(model: Model, samples: int, length: int) -> int:
@@ -145,6 +159,7 @@ def calibrate(
     stats: str,
     stats_dtype: str,
     gradients: int = 0,
+    first: int = 0,
 ) -> Need:
     """Needs of calibrate: one process with one device, ``batch`` sequences at a time.
 
@@ -153,6 +168,7 @@ def calibrate(
       samples, length: number of sequences, and tokens in each.
       batch, stats, stats_dtype: as of the command.
       gradients: sequences that also run backward, their streams kept in bfloat16.
+      first: as many tokens as in so many sequences also run as texts of one token.
     """
     D, T = model.config.hidden_size, batch * length
     widest = model.config.widest
@@ -163,14 +179,15 @@ def calibrate(
     # token, gate and up in tiles and joined, and their product, in float32 and rounded.
     memory = WITH_JAX + 3 * layer_bytes(model) + squares * 4
     memory += squares // 2 * np.dtype(stats_dtype).itemsize + T * (22 * widest.channels + 24 * D)
-    tokens, products = samples * length, 0.0
+    tokens, products = (samples + first) * length, 0.0
     for shape in model.config.layer_shapes:
         features = input_sizes(model.config, shape).values()
         products += 2 * tokens * model.layer_parameters(shape)
         products += 2 * tokens * length * shape.heads * model.config.head_dim  # causal
         products += tokens * sum(size * (size + 1) for size in features)
         products += tokens * of_stream * D * (D + 1)
-    disk = hidden_bytes(model, samples, length) + stats_bytes(model, stats, (0, 0), stats_dtype)
+    disk = hidden_bytes(model, samples + first, length)
+    disk += stats_bytes(model, stats, (0, 0), stats_dtype, first=first > 0)
     if gradients:
         back = backward(model, gradients, length, batch, stats, stats_dtype)
         memory, disk = max(memory, back.memory), disk + back.disk

@@ -33,7 +33,7 @@ AGAIN = "run the previous step again; its own message says what happened"
 MATRIX = "(q|k|v|o|gate|up|down)"
 HASH = 12 * "[0-9a-f]"
 FILES = {
-    "stats|held_out|attention|gradients": r"stats/layer-{layer:05d}\.{kind}\.safetensors",
+    "stats|held_out|first|attention|gradients": r"stats/layer-{layer:05d}\.{kind}\.safetensors",
     rf"kept\.(heads|channels)|mask\.{MATRIX}": rf"score-{HASH}/layer-{{layer:05d}}\.safetensors",
     "basis": rf"score-{HASH}/(basis|layer-{{layer:05d}}\.basis)\.safetensors",
     "refit": rf"compensate-{HASH}/layer-{{layer:05d}}\.safetensors",

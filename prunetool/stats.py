@@ -90,6 +90,11 @@ def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> dict[str, gram.Sum
     }
 
 
+def of_units(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Those at the sites whose features are produced by units."""
+    return {name: sum_ for name, sum_ in sums.items() if SITES[name].of_units}
+
+
 def given(inputs: Taps, name: str) -> tuple[jax.Array, jax.Array]:
     """The input at a site, and the residual stream that its output joins."""
     return getattr(inputs, name), getattr(inputs, SITES[name].joins)
@@ -119,6 +124,41 @@ def arrays(
             else:
                 extent = shape.kv_heads if kind == "token_blocks" else size
                 found[f"{name}.{kind}"] = value[:extent].astype(dtype)
+    return found
+
+
+def at_the_scale_of(
+    fit: Mapping[str, np.ndarray] | workdir.TensorFile, first: dict[str, np.ndarray], share: float
+) -> dict[str, np.ndarray]:
+    """Sums over first tokens, as if they were a ``share`` of the other tokens.
+
+    The stream of a token that others attend to is large from some layer on, and the next norm
+    divides by it. So each counts relative to its own norm, times that of other tokens: the median
+    over features of Σx² / Σ(x²/‖h‖²) is their ‖h‖².
+
+    Args:
+      fit: arrays of the other tokens' file.
+      first: of the first tokens' file, each token scaled so that its stream has norm 1.
+      share: their number of tokens becomes this share of the others'.
+    """
+    tokens = np.rint(share * fit["tokens"]).astype(np.int64)
+    weight = float(tokens[0] / first["tokens"][0])
+    found = {"tokens": tokens}
+    for name, array in first.items():
+        site, _, kind = name.partition(".")
+        if kind in ("gram", "total"):
+            if SITES[site].blocks:
+                blocks = fit[f"{site}.token_blocks"]
+                weighted = np.diagonal(blocks, axis1=1, axis2=2).ravel()
+            else:
+                weighted = fit[f"{site}.token_diagonal"]
+            seen = weighted > 0
+            ratios = gram.diagonal(fit[f"{site}.gram"])[seen] / weighted[seen]
+            squares = float(np.median(ratios)) if seen.any() else 0.0
+            scale = squares if kind == "gram" else np.sqrt(squares)
+            found[name] = (array * (weight * scale)).astype(array.dtype)
+        elif kind:
+            found[name] = (array * weight).astype(array.dtype)
     return found
 
 
@@ -329,7 +369,8 @@ class Stats(_Sums):
       config: the model's config.
 
     Attributes:
-      splits: kinds of the files: the tokens to fit (``stats``), and any held out (``held_out``).
+      splits: kinds of the files: the tokens to fit (``stats``), any held out (``held_out``), and
+        tokens as the first of a text (``first``), in their share of the others.
         All requested arrays are summed over ``splits``.
 
     Raises:

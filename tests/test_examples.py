@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from prunetool.pruning import gram
 from tests.commands.test_pipe import contents
@@ -224,3 +225,15 @@ def test_no_paragraph_of_the_language_reference_is_in_both_halves(shell, tmp_pat
     shared = halves[0] & halves[1]
     assert max(map(len, shared), default=0) < 60, "at most a heading of two topics"
     assert min(map(len, halves)) > 500
+
+
+def test_first_tokens_whose_stream_stays_small_are_counted(example, checkpoint, monkeypatch):
+    models = [checkpoint(), checkpoint("other")]
+    weights = load_file(models[1] / "model.safetensors")
+    weights["model.embed_tokens.weight"][[5, 9]] = 0  # and so each stream
+    save_file(weights, models[1] / "model.safetensors")
+    first_tokens = example("first_tokens", BATCH=100)
+    monkeypatch.setattr(sys, "argv", ["first_tokens.py", *map(str, models)])
+    first_tokens.main()
+    shares = [line.split(": ")[1].split(" tokens")[0] for line in first_tokens.said]
+    assert shares == ["0.000% of 260", "0.769% of 260"]

@@ -557,6 +557,7 @@ def test_each_picture_counts_with_its_class_and_with_none(converted, pictures, r
         (["--samples", 8, "--attention-samples", 3], "--attention-samples 3: --guidance both"),
         (["--samples", 2], "--held-out 2 of --samples 2 leaves none to fit"),
         (["--samples", 8, "--gradients", 7], "only 6 samples are not held out"),
+        (["--samples", 8, "--first-tokens", 5], "--first-tokens is for models of text"),
         (["--samples", 8, "--attention-samples", 2, "--attention-length", 40], "exceeds"),
         (["--samples", 8, "--sequence-length", 8], "a picture has 37 ids; leave it out"),
         (["--samples", 64], "has 24 of 32 pictures; sample more"),

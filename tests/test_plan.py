@@ -40,8 +40,8 @@ def test_inspect_plans_a_run(checkpoint, run):
     assert twice["calibrate"]["products"] == 2 * steps["calibrate"]["products"]
     once, again = (
         json.loads(run(*words[:-3], count, *words[-2:]).stdout)["plan"]["steps"]["calibrate"]
-        for count in (64, 128)
-    )  # of which 32 run backward
+        for count in (128, 192)
+    )  # of which 32 run backward, and as many tokens as in 64 alone
     model = open_model(str(words[1]))
     forward = plan.calibrate(model, 64, 32, 64, "structural", "float32")
     assert again["products"] - once["products"] == forward.products

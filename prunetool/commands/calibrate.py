@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prunetool.model import Model
 
 GRADIENTS = 32
+FIRST_TOKENS = 2048
 ATTENTION_LENGTH = 512  # learning's cost grows with its square
 
 
@@ -47,6 +48,15 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     "loss's curvature at the outputs of o_proj and down_proj, which score --allocation loss needs, "
     "or for what --labels text keeps instead. "
     "With any, the records come when all layers are done. 0: none.",
+)
+@click.option(
+    "--first-tokens",
+    type=click.IntRange(0),
+    metavar="COUNT",
+    show_default=f"{FIRST_TOKENS}, or 0 if the samples have no more or all begin alike",
+    help="How many tokens of the samples also run as texts of one token, so that a model whose "
+    "texts begin with any token is not refitted to the few first ones of the samples only; "
+    "compensate counts them as a tenth as many as the others.",
 )
 @click.option(
     "--labels",
@@ -142,6 +152,7 @@ def calibrate(
     shuffle: int | None,
     held_out: int | None,
     gradients: int | None,
+    first_tokens: int | None,
     labels: str,
     stream_dtype: str,
     stats: str,
@@ -187,7 +198,7 @@ def calibrate(
     from prunetool.model import open_model
     from prunetool.profiling import Profile
     from prunetool.steps.backward import Precision
-    from prunetool.steps.calibrate import AttentionSamples, Calibration
+    from prunetool.steps.calibrate import AttentionSamples, Calibration, draw_first_tokens
 
     with console.summary("calibrate") as said:
         team = devices.start(device, coordinator, processes, process_id)
@@ -202,6 +213,8 @@ def calibrate(
         dtype = opened.product_dtype(dtype)
         if guidance and not opened.config.classes:
             raise click.UsageError("--guidance is for models of pictures")
+        if first_tokens and opened.config.classes:
+            raise click.UsageError("--first-tokens is for models of text: a picture's is its class")
         guidance = guidance or "both"
         if opened.config.classes:
             if guidance == "both":
@@ -217,10 +230,13 @@ def calibrate(
             opened, text, samples, shuffle, guidance, dtype, work, said, overwrite
         )
         length = tokens.shape[1]
+        if first_tokens is None:
+            alike = opened.config.classes or (tokens[:, 0] == tokens[0, 0]).all()
+            first_tokens = 0 if alike or tokens.size <= FIRST_TOKENS else FIRST_TOKENS
         kept = min(length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
         job = Calibration(
             opened, tokens, held_out, stats, Precision(dtype, stats_dtype, stream_dtype), work,
-            AttentionSamples(attention_samples, kept),
+            AttentionSamples(attention_samples, kept), draw_first_tokens(tokens, first_tokens),
             batch or streaming.batch_size(length) * devices.local_mesh().size, gradients, team,
             Profile(profile), chosen, labels, overwrite,
         )  # fmt: skip

@@ -25,12 +25,38 @@ from prunetool.pruning import gram
 from prunetool.steps.backward import Backward, Precision, names, padded_sizes, refuse_other_weights
 from prunetool.steps.run import Opens, recall_weights
 
+# What the first tokens count as, of the tokens to fit: measured on SmolLM2-135M
+# (examples/methods.md).
+FIRST_SHARE = 0.1
+
 
 class AttentionSamples(NamedTuple):
     """Number of first, and of last, sequences whose attention inputs are kept, and their length."""
 
     samples: int
     length: int
+
+
+def draw_first_tokens(tokens: np.ndarray, count: int) -> np.ndarray:
+    """Draw ids of the calibration's to run as texts of one token each.
+
+    In a model whose texts begin with no fixed token, whichever comes first is what later tokens
+    attend to for lack of anything else (StreamingLLM's attention sink, arXiv 2309.17453), and its
+    inputs are like no other token's. Sequences show one such token each, too few for a refit to
+    keep what the rarer ones need.
+
+    Args:
+      tokens: all sequences, (samples, N).
+      count: how many, rounded up to whole rows; at most as many as there are.
+
+    Returns:
+      (rows, N), int32.
+    """
+    samples, length = tokens.shape
+    rows = min(-(-count // length), samples)
+    places = np.random.default_rng(0).choice(tokens.size, rows * length, replace=False)
+    drawn: np.ndarray = tokens.ravel()[places].reshape(rows, length)
+    return drawn
 
 
 @dataclass
@@ -42,6 +68,7 @@ class Calibration:
     sequences, and removes a file of it only when all have the next one.
 
     Attributes:
+      first: ids to run as texts of one token each (`draw_first_tokens`), (rows, N).
       batch: sequences processed at a time.
       gradients: number of sequences of which a loss's gradients are summed; 0 for none.
       chosen: how ``tokens`` were chosen, for the history.
@@ -56,6 +83,7 @@ class Calibration:
     precision: Precision
     work: Path
     attention: AttentionSamples
+    first: np.ndarray
     batch: int
     gradients: int
     team: Team
@@ -81,6 +109,7 @@ class Calibration:
             "sequence_length": length,
             **self.chosen,
             "held_out": self.held_out,
+            "first_tokens": self.first.size,
             "gradients": self.gradients,
             "labels": self.labels,
             "stats": self.stats,
@@ -123,10 +152,12 @@ class Calibration:
             team.leave()
 
     def _need_room(self) -> None:
-        need = plan.stats_bytes(self.model, self.stats, self.attention, self.precision.stats_dtype)
-        need += plan.hidden_bytes(self.model, *self.tokens.shape)
         _, stats_dtype, stream_dtype = self.precision
-        length = self.tokens.shape[1]
+        samples, length = self.tokens.shape
+        need = plan.stats_bytes(
+            self.model, self.stats, self.attention, stats_dtype, first=len(self.first) > 0
+        )
+        need += plan.hidden_bytes(self.model, samples + len(self.first), length)
         need += plan.gradient_bytes(
             self.model, self.gradients, length, self.stats, stream_dtype, stats_dtype, self.labels
         )
@@ -218,7 +249,8 @@ class Calibration:
         """Write ``gram``, Σ u uᵀ of the stream after the last layer, u of norm 1 (`basis`)."""
         size, stream = self.model.config.hidden_size, self._before(self.model.layers)
         total = np.zeros((size, size))
-        for batch in streaming.batches(0, stream.samples, self.batch):
+        start, stop = self._shares().get("first", (0, 0))  # the last ones in the stream
+        for batch in streaming.batches(0, stream.samples - (stop - start), self.batch):
             total += np.asarray(_of_norm_1(jnp.asarray(stream.read(batch))))
         if self.team.count > 1:
             total = self.team.total(own_terms(total))
@@ -242,14 +274,19 @@ class Calibration:
         mine = [n for start, stop in parts.values() for n in range(start, stop)]
         stream = self._before(done)
         if done == 0:
-            streaming.embed(self.model, self.tokens[mine], stream)
+            every = np.concatenate([self.tokens, self.first])
+            streaming.embed(self.model, every[mine], stream)
             if len(back.mine):
                 streaming.embed(self.model, self.tokens[back.mine], back.stream(0))
         config = self.model.config
         head_dim = config.head_dim
-        step = layer_function(head_dim, config.rms_norm_eps, config.window, self.attention.length)
-        everywhere = step.spread.everywhere
-        rope = everywhere(streaming.rotation(self.model, self.tokens.shape[1]))
+        how = head_dim, config.rms_norm_eps, config.window, self.attention.length
+        together, alone = layer_function(*how), layer_function(*how, alone=True)
+        everywhere = together.spread.everywhere
+        ropes = {
+            step: everywhere(streaming.rotation(self.model, length))
+            for step, length in ((together, self.tokens.shape[1]), (alone, 1))
+        }
         layers = self.model.padded_layers(done)
         console.doing("compiling")
         while True:
@@ -269,16 +306,19 @@ class Calibration:
             with behind.writing() as write, back.keeping(number + 1) as keep:
                 place = 0  # of the part's first sequence in this process's stream
                 for kind, (start, stop) in parts.items():
-                    sums = step.spread.zeros(empty)
+                    first = kind == "first"
+                    step = alone if first else together
+                    sums = step.spread.zeros(stats.of_units(empty) if first else empty)
                     for batch in streaming.batches(place, place + stop - start, self.batch):
                         with self.profile.phase("compute"):
-                            h, x, sums = step(stream.read(batch), weights, rope, sums)
+                            h, x, sums = step(stream.read(batch), weights, ropes[step], sums)
                         streaming.check_finite(h, number)
                         with self.profile.phase("write"):
                             write(batch, h)
                         numbers = [n - place + start for n in batch]
                         keep(numbers, h)
-                        self._sample(samples, numbers, x)
+                        if not first:
+                            self._sample(samples, numbers, x)
                         console.within(batch.stop, len(mine), "sequence")
                     place += stop - start
                     with self.profile.phase("add up"):
@@ -299,8 +339,13 @@ class Calibration:
     def _splits(self) -> dict[str, tuple[int, int]]:
         """Start and stop of each part of the samples, by the kind of its stats."""
         fit = len(self.tokens) - self.held_out
-        parts = {"stats": (0, fit), "held_out": (fit, len(self.tokens))}
-        return parts if self.held_out else {"stats": parts["stats"]}
+        count = len(self.tokens)
+        parts = {
+            "stats": (0, fit),
+            "held_out": (fit, count),
+            "first": (count, count + len(self.first)),
+        }
+        return {kind: part for kind, part in parts.items() if part[0] < part[1]}
 
     def _no_samples(self) -> np.ndarray:
         """Zeros for the kept attention inputs, (D, 2 A, N); other processes' parts are added."""
@@ -326,6 +371,9 @@ class Calibration:
             arrays = stats.arrays(
                 sums, tokens, config, config.layer_shapes[layer], self.precision.stats_dtype
             )
+            if kind == "first":
+                fit = workdir.TensorFile(self.work, self._file(layer, "stats"))
+                arrays = stats.at_the_scale_of(fit, arrays, FIRST_SHARE)
             workdir.write(self.work, self._file(layer, kind), arrays)
 
     def _write_samples(self, layer: int, samples: np.ndarray) -> None:
@@ -387,9 +435,13 @@ class LayerFunction:
     Args:
       head_dim, eps, window: as in `forward.decoder_layer`.
       sampled: the first tokens of whose attention inputs are returned.
+      alone: each token is a text of its own, and counts as if its residual stream had norm 1
+        after the output has joined it.
     """
 
-    def __init__(self, head_dim: int, eps: float, window: int | None, sampled: int) -> None:
+    def __init__(
+        self, head_dim: int, eps: float, window: int | None, sampled: int, *, alone: bool = False
+    ) -> None:
         def step(
             h: jax.Array, real: jax.Array | None, w: Layer, rope: forward.Rotation, sums: Any
         ) -> Any:
@@ -401,10 +453,15 @@ class LayerFunction:
                 x, joined = stats.given(inputs, name)
                 if real is not None:
                     x = x * real[:, None].astype(x.dtype)
+                if alone:  # relative to what the next norm divides by
+                    joined = inputs.before_mlp if name == "o" else out
+                    norm = jnp.maximum(jnp.linalg.norm(joined, axis=0, keepdims=True), 1e-30)
+                    x, joined = x / norm.astype(x.dtype), joined / norm
                 so_far = jax.tree.map(lambda terms: terms[0], so_far)
                 added[name] = jax.tree.map(lambda terms: terms[None], gram.add(so_far, x, joined))
             return out, inputs.attention[:, :, :sampled], added
 
+        self._alone = alone
         self.spread = Spread(
             step,
             (BY_SEQUENCE, BY_DEVICE, EVERYWHERE, EVERYWHERE, BY_DEVICE),
@@ -416,9 +473,12 @@ class LayerFunction:
         self, h: np.ndarray, w: Layer, rope: forward.Rotation, sums: Any
     ) -> tuple[np.ndarray, jax.Array, Any]:
         """The stream after the layer, (D, B, N), the attention inputs' first tokens, the sums."""
-        B, spread = h.shape[1], self.spread
+        shape, spread = h.shape, self.spread
+        if self._alone:
+            h = h.reshape(len(h), -1, 1)
+        B = h.shape[1]
         out, x, sums = spread.call(spread.sequences(h), spread.real(B), w, rope, sums)
-        return np.asarray(out)[:, :B], x, sums
+        return np.asarray(out)[:, :B].reshape(shape), x, sums
 
 
 layer_function = cache(LayerFunction)  # compiled once for all models of a process

@@ -62,10 +62,13 @@ class Tokens(NamedTuple):
             return {}
         return {"refit_on": "FILE", "calibration": workdir.digest(self.header.history)}
 
+    def of_layer(self, record: records.LayerRecord) -> records.LayerRecord:
+        """The layer's record that names the sums."""
+        return record if self.layers is None else self.layers[record.index]
+
     def stats(self, model: Model, record: records.LayerRecord, *splits: tuple[str, ...]) -> Stats:
         """A layer's sums."""
-        own = record if self.layers is None else self.layers[record.index]
-        return Stats(Path(self.header.work), own, model.config, *splits)
+        return Stats(Path(self.header.work), self.of_layer(record), model.config, *splits)
 
     def sketch(self) -> str:
         """A sketch of the text."""
@@ -187,8 +190,9 @@ def _refit(
             with run.profile.phase("read"):
                 W = output_weight(model, record.index, matrix)
                 sums = [
-                    _Sums.of(tokens.stats(model, record, (split,)), matrix, rows)
-                    for split in stats.splits
+                    _Sums.of(tokens.stats(model, record, splits), matrix, rows)
+                    for splits in (("stats", "first"), ("held_out",))
+                    if splits[0] in stats.splits
                 ]
                 bias = model.part_if_any(record.index, f"{matrix}_bias")
                 if biased and bias is None:
@@ -197,11 +201,14 @@ def _refit(
             energy = record.values["energy"][f"{matrix}_proj"]
             if tokens.layers is not None:
                 energy = compensation.output_energy(gram.unpack(stats[f"{matrix}.gram"]), W)
+            if "first" in tokens.of_layer(record).files:
+                first = tokens.stats(model, record, ("first",))
+                energy += _sampled_energy(gram.unpack(first[f"{matrix}.gram"]), W)
             with run.profile.phase("solve"):
-                parts = _refit_matrix(W, bias, rows, sums, energy or 1.0, grid)
-            out |= {f"{matrix}_proj.{name}": value for name, value in parts.items()}
+                made = _refit_matrix(W, bias, rows, sums, energy or 1.0, grid)
+            out |= {f"{matrix}_proj.{name}": value for name, value in made.items()}
             console.within(1 if matrix == "o" else 2, 3, "matrix")
-        if grid and np.isnan(parts["report"][-1]):
+        if grid and np.isnan(made["report"][-1]):
             console.log.warning(
                 "layer %d, %s_proj: no damping lowered the held-out error; rows are removed but "
                 "not refitted",
@@ -210,6 +217,12 @@ def _refit(
             )
     with run.profile.phase("update masked"):
         return out | _update_masked(model, work, record, kept, stats, out)
+
+
+def _sampled_energy(A: np.ndarray, W: np.ndarray) -> float:
+    """`compensation.output_energy` from as many outputs as choose the damping."""
+    chosen = W[:, compensation.outputs_to_choose_by(W.shape[1])]
+    return float(compensation.output_energy(A, chosen) * W.shape[1] / chosen.shape[1])
 
 
 def _update_masked(

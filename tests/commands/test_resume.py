@@ -24,8 +24,8 @@ KILLS = int(os.environ.get("PRUNETOOL_KILLS", "8"))
 def commands(model, text):
     return [
         ["calibrate", model, "--text", text, "--samples", 8, "--sequence-length", 64,
-         "--held-out", 2, "--attention-samples", 2, "--stats", "all", "--work", "w",
-         "-o", "a.jsonl"],
+         "--held-out", 2, "--first-tokens", 64, "--attention-samples", 2, "--stats", "all",
+         "--work", "w", "-o", "a.jsonl"],
         ["score", "--target", "qk", "--method", "attention-diag", "--sparsity", ".5", "a.jsonl",
          "-o", "b.jsonl"],
         ["score", "--sparsity", ".2", "--multiple-of", 8, "--min-channels", 8, "b.jsonl",
