@@ -82,8 +82,8 @@ def calibration(model: Model, samples: int, length: int, work: Path) -> Calibrat
     work.mkdir()
     return Calibration(
         model, tokens, samples // 4, "structural", Precision("bfloat16", "float32", "bfloat16"),
-        work, AttentionSamples(0, 0), streaming.batch_size(length), 0, devices.start("auto"),
-        Profile(None), {}, "model",
+        work, AttentionSamples(0, 0), tokens[:0], streaming.batch_size(length), 0,
+        devices.start("auto"), Profile(None), {}, "model",
     )  # fmt: skip
 
 

@@ -60,11 +60,18 @@ def both(name: str, setting: Setting) -> dict[str, Setting]:
     return {name: setting, f"{name}, recover": setting._replace(recover=())}
 
 
+def as_published(rows: dict[str, Setting]) -> dict[str, Setting]:
+    """The settings with refits on the samples as they are, as the papers have them."""
+    return {name: how._replace(calibrate=(*how.calibrate, *NO_FIRST)) for name, how in rows.items()}
+
+
+NO_FIRST = ("--first-tokens", 0)
+FORWARD = ("--gradients", 0, *NO_FIRST)
 DEFAULT = "default (greedy, by loss)"
 TENTHS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
 # 128 windows to score and refit on, and 2 more that only choose the damping (WikiText-2's
 # validation split has 130); no gradients.
-PUBLISHED = ("--samples", 130, "--held-out", 2, "--sequence-length", 2048, "--gradients", 0)
+PUBLISHED = ("--samples", 130, "--held-out", 2, "--sequence-length", 2048, *FORWARD)
 FLAP = ["--method", "flap", "--allocation", "global"]
 LLM_PRUNER = ("--labels", "text", "--held-out", 0)
 OWN_BASES = ["--target", "hidden", "--basis", "layer"]
@@ -72,7 +79,7 @@ RESIDUAL = ("--stats", "residual")
 FEW = ("0.2", "0.5")
 TABLES = {
     "methods": {
-        "the paper (newton, global)": Setting(["--published"]),
+        "the paper (newton, global)": Setting(["--published"], calibrate=NO_FIRST),
         "wanda-sp, weighted tokens": Setting(
             ["--method", "wanda-sp", "--allocation", "global", "--weighting", "token"]
         ),
@@ -85,34 +92,36 @@ TABLES = {
         "default, recover --epochs 2": Setting(recover=["--epochs", 2], sparsities=FEW),
     },
     # Every method at its own setting of the split between layers, or as published.
-    "every method": plain(
-        {name: Setting(["--method", name]) for name in UNITS if not UNITS[name].needs_slopes}
+    "every method": as_published(
+        plain(
+            {name: Setting(["--method", name]) for name in UNITS if not UNITS[name].needs_slopes}
+            | {
+                "newton, published": Setting(["--published"]),
+                "flap, global": Setting(FLAP),
+                "wanda-sp, uniform": Setting(["--method", "wanda-sp", "--allocation", "uniform"]),
+                # As published it removes less than is asked where KV groups are few.
+                "taylor second, uniform": Setting(
+                    ["--method", "taylor", "--taylor", "second", "--allocation", "uniform"],
+                    calibrate=("--labels", "text"),
+                ),
+            }
+            | {
+                f"taylor {which}, published": Setting(
+                    ["--method", "taylor", "--published", "--taylor", which],
+                    calibrate=("--labels", "text"),
+                )
+                for which in TAYLOR
+            }
+        )
         | {
-            "newton, published": Setting(["--published"]),
-            "flap, global": Setting(FLAP),
-            "wanda-sp, uniform": Setting(["--method", "wanda-sp", "--allocation", "uniform"]),
-            # As published it removes less than is asked where KV groups are few.
-            "taylor second, uniform": Setting(
-                ["--method", "taylor", "--taylor", "second", "--allocation", "uniform"],
-                calibrate=("--labels", "text"),
+            "flap, its own bias": Setting(FLAP, ["--bias", "mean"]),
+            "greedy, refit with a bias": Setting(compensate=["--bias", "refit"]),
+            "pca": Setting(["--target", "hidden"], compensate=None),
+            "pca, a basis for each norm": Setting(
+                OWN_BASES, None, calibrate=(*RESIDUAL, "--gradients", 0)
             ),
         }
-        | {
-            f"taylor {which}, published": Setting(
-                ["--method", "taylor", "--published", "--taylor", which],
-                calibrate=("--labels", "text"),
-            )
-            for which in TAYLOR
-        }
-    )
-    | {
-        "flap, its own bias": Setting(FLAP, ["--bias", "mean"]),
-        "greedy, refit with a bias": Setting(compensate=["--bias", "refit"]),
-        "pca": Setting(["--target", "hidden"], compensate=None),
-        "pca, a basis for each norm": Setting(
-            OWN_BASES, None, calibrate=(*RESIDUAL, "--gradients", 0)
-        ),
-    },
+    ),
     # arXiv 2412.12441: tables 1, 4 to 7 and 10, and figure 2.
     "published": {
         "newton, 128 x 2048": Setting(["--published"], calibrate=PUBLISHED, sparsities=TENTHS),
@@ -141,7 +150,8 @@ TABLES = {
     "samples": {
         f"refitted on {count} x 1024 tokens": Setting(
             ["--published"],
-            refit_on=("--samples", count * 9 // 8, "--held-out", count // 8, "--gradients", 0),
+            calibrate=NO_FIRST,
+            refit_on=("--samples", count * 9 // 8, "--held-out", count // 8, *FORWARD),
         )
         for count in (8, 16, 32, 64, 128)
     },

@@ -97,6 +97,7 @@ OPTIONS = {
     "samples": ["--samples", 5],
     "sequence_length": ["--sequence-length", 17],
     "held_out": ["--held-out", 2],
+    "first_tokens": ["--first-tokens", 17],
     "gradients": ["--gradients", 1],
     "labels": ["--labels", "text"],
     "stream_dtype": ["--stream-dtype", "float32"],
