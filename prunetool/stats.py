@@ -2,6 +2,7 @@
 
 A file has ``tokens``, (1,), and for each site the arrays of `array_shapes`, named ``SITE.SUM``
 (``o.gram``) after the fields of `gram.Sums`; Gram matrices as packed triangles (`gram.pack_tiles`).
+Files of first tokens have the sites of units alone (`at_the_scale_of`).
 A file of gradients has those of `gradient_shapes` instead, named after the matrix. With labels that
 the model drew they are of the gradients g at its output: ``o.gram``, Σ g gᵀ; ``q.square``, Σ g².
 With the text's own they are of its weights w, with g the gradient of the mean loss of all sequences

@@ -5,7 +5,7 @@
       self-8c0d….safetensors  ids that the model wrote for --text self, shared by several runs
       weights.json          checksums of the checkpoint's tensors, as calibrate read them
       tokens.safetensors    the sequences of token ids
-      stats/                sums over calibration tokens, two files per layer (fit, held-out)
+      stats/                sums over calibration tokens; per layer: fit, held-out, first tokens
       hidden-00012          residual stream before layer 12, while calibrate runs
       residual-00012        the same, of the sequences of --gradients; kept for the backward pass
       gradient-00012        the loss's gradient with respect to it, while the backward pass runs

@@ -54,9 +54,9 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     type=click.IntRange(0),
     metavar="COUNT",
     show_default=f"{FIRST_TOKENS}, or 0 if the samples have no more or all begin alike",
-    help="How many tokens of the samples also run as texts of one token, so that a model whose "
-    "texts begin with any token is not refitted to the few first ones of the samples only; "
-    "compensate counts them as a tenth as many as the others.",
+    help="Also run this many tokens of the samples as texts of one token each, for compensate, "
+    "which counts them as a tenth as many as the others. In a model whose texts begin with any "
+    "token, the first one is unlike the others, and each sample shows only one.",
 )
 @click.option(
     "--labels",
