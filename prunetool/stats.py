@@ -144,23 +144,25 @@ def at_the_scale_of(
     """
     tokens = np.rint(share * fit["tokens"]).astype(np.int64)
     weight = float(tokens[0] / first["tokens"][0])
+    squares = {site: _norm_squared(fit, site) for site in of_units(SITES)}
     found = {"tokens": tokens}
     for name, array in first.items():
-        site, _, kind = name.partition(".")
-        if kind in ("gram", "total"):
-            if SITES[site].blocks:
-                blocks = fit[f"{site}.token_blocks"]
-                weighted = np.diagonal(blocks, axis1=1, axis2=2).ravel()
-            else:
-                weighted = fit[f"{site}.token_diagonal"]
-            seen = weighted > 0
-            ratios = gram.diagonal(fit[f"{site}.gram"])[seen] / weighted[seen]
-            squares = float(np.median(ratios)) if seen.any() else 0.0
-            scale = squares if kind == "gram" else np.sqrt(squares)
+        if name not in found:
+            site, _, kind = name.partition(".")
+            scale = {"gram": squares[site], "total": np.sqrt(squares[site])}.get(kind, 1.0)
             found[name] = (array * (weight * scale)).astype(array.dtype)
-        elif kind:
-            found[name] = (array * weight).astype(array.dtype)
     return found
+
+
+def _norm_squared(fit: Mapping[str, np.ndarray] | workdir.TensorFile, site: str) -> float:
+    """The usual ‖h‖² of the stream that a site's output joins, as `at_the_scale_of` says."""
+    if SITES[site].blocks:
+        weighted = np.diagonal(fit[f"{site}.token_blocks"], axis1=1, axis2=2).ravel()
+    else:
+        weighted = fit[f"{site}.token_diagonal"]
+    seen = weighted > 0
+    ratios = gram.diagonal(fit[f"{site}.gram"])[seen] / weighted[seen]
+    return float(np.median(ratios)) if seen.any() else 0.0
 
 
 def array_shapes(

@@ -61,13 +61,8 @@ BROKEN_SECONDS = 2.0  # writing a lock file takes less than this
 # Files of calibrate, for `size_bytes`.
 CALIBRATED = ("stats/*.safetensors", "hidden-*", "residual-*", "gradient-*")
 EVERYTHING = ("*", "*/*")
-STATS_KINDS = (
-    STATS,
-    "held_out",
-    "first",
-    "attention",
-    "gradients",
-)  # of calibrate's files for a layer
+# Of calibrate's files for a layer.
+STATS_KINDS = (STATS, "held_out", "first", "attention", "gradients")
 # Names of everything that the steps make in a work directory; nothing else is ever removed.
 DIRECTORIES = re.compile(r"stats|(scores|score|compensate|recover)-[0-9a-f]{12}")
 OWN_TEXT = re.compile(r"self-[0-9a-f]{12}\.safetensors")

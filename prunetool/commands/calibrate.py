@@ -56,7 +56,8 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     show_default=f"{FIRST_TOKENS}, or 0 if the samples have no more or all begin alike",
     help="Also run this many tokens of the samples as texts of one token each, for compensate, "
     "which counts them as a tenth as many as the others. In a model whose texts begin with any "
-    "token, the first one is unlike the others, and each sample shows only one.",
+    "token, the first one is unlike the others, and each sample shows only one. 0: none, as in the "
+    "papers.",
 )
 @click.option(
     "--labels",
@@ -232,7 +233,7 @@ def calibrate(
         length = tokens.shape[1]
         if first_tokens is None:
             alike = opened.config.classes or (tokens[:, 0] == tokens[0, 0]).all()
-            first_tokens = 0 if alike or tokens.size <= FIRST_TOKENS else FIRST_TOKENS
+            first_tokens = 0 if alike else usual_first_tokens(tokens.size)
         kept = min(length, attention_length or ATTENTION_LENGTH) if attention_samples else 0
         job = Calibration(
             opened, tokens, held_out, stats, Precision(dtype, stats_dtype, stream_dtype), work,
@@ -255,6 +256,11 @@ def split(
     if held_out is None:
         held_out = max(samples // 8, min(samples - 1, 1))
     return held_out, min(GRADIENTS, samples - held_out) if gradients is None else gradients
+
+
+def usual_first_tokens(tokens: int) -> int:
+    """The default of --first-tokens for samples of this many tokens, not all beginning alike."""
+    return FIRST_TOKENS if tokens > FIRST_TOKENS else 0
 
 
 def _read(

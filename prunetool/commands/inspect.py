@@ -118,7 +118,7 @@ def inspect(
 def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str) -> dict[str, Any]:
     """What the steps need and this machine's speed; prints them as a table."""
     from prunetool import plan, streaming
-    from prunetool.commands.calibrate import FIRST_TOKENS, split
+    from prunetool.commands.calibrate import split, usual_first_tokens
     from prunetool.commands.recover import HELD_OUT, SAMPLES
     from prunetool.steps import compensate, speed
 
@@ -129,8 +129,8 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     measured = speed.measure((widest.channels, model.config.hidden_size), dtype, here)
     batch = streaming.batch_size(length)
     held_out, backward = split(samples)
-    alone = samples * length > FIRST_TOKENS and not model.config.classes
-    first = -(-FIRST_TOKENS // length) if alone else 0
+    alone = 0 if model.config.classes else usual_first_tokens(samples * length)
+    first = -(-alone // length)
     trained = min(SAMPLES, samples - held_out), min(HELD_OUT, held_out)
     needs = {
         "calibrate": plan.calibrate(

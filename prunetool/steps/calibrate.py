@@ -338,8 +338,8 @@ class Calibration:
 
     def _splits(self) -> dict[str, tuple[int, int]]:
         """Start and stop of each part of the samples, by the kind of its stats."""
-        fit = len(self.tokens) - self.held_out
         count = len(self.tokens)
+        fit = count - self.held_out
         parts = {
             "stats": (0, fit),
             "held_out": (fit, count),
@@ -454,7 +454,8 @@ class LayerFunction:
                 if real is not None:
                     x = x * real[:, None].astype(x.dtype)
                 if alone:  # relative to what the next norm divides by
-                    joined = inputs.before_mlp if name == "o" else out
+                    of_attention = stats.SITES[name].joins == "before_attention"
+                    joined = inputs.before_mlp if of_attention else out
                     norm = jnp.maximum(jnp.linalg.norm(joined, axis=0, keepdims=True), 1e-30)
                     x, joined = x / norm.astype(x.dtype), joined / norm
                 so_far = jax.tree.map(lambda terms: terms[0], so_far)
