@@ -69,6 +69,10 @@ def test_every_command_has_help_and_an_example(command):
             ["score", "--sparsity", ".2", "--target", "q", "--weighting", "token"],
             "--weighting is only for heads and channels, but --target names others",
         ),
+        (
+            ["score", "--sparsity", ".2", "--target", "heads", "--min-channels", "9"],
+            "--min-channels goes with --target channels",
+        ),
         (["inspect", "m", "--sparsity", ".2"], "--sparsity goes with --plan"),
         (["inspect", "m", "--sequence-length", "9"], "--sequence-length goes with --plan"),
         (

@@ -64,7 +64,7 @@ def test_logits_are_those_of_transformers(tmp_path, monkeypatch, family, tied):
 
 FORMS = {  # options of score, and what they leave
     "alike": ["--allocation", "uniform", "--target", "heads"],
-    "unequal": ["--method", "random"],
+    "unequal": ["--method", "random", "--multiple-of", 8, "--min-channels", 8],
 }
 
 
@@ -82,8 +82,7 @@ def test_what_is_pruned_loads_in_transformers_and_means_the_same(
         "unequal": "PrunedLlama",
     }
     for form, score in FORMS.items():
-        words = ["--sparsity", ".2", "--multiple-of", 8, "--min-channels", 8, *score]
-        call("score", "stats.jsonl", *words, "-o", "kept.jsonl")
+        call("score", "stats.jsonl", "--sparsity", ".2", *score, "-o", "kept.jsonl")
         call("compensate", "kept.jsonl", "-o", "refitted.jsonl")
         call("export", form, "refitted.jsonl")
         judge = load(tmp_path / form)

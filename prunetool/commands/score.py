@@ -30,6 +30,8 @@ from prunetool.methods import (
 )
 
 OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations", "taylor", "reduce")
+CHANNELS = UNIT_TARGETS[1]
+OF_CHANNELS = ("multiple_of", "min_channels")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
 PLACE = "{sparsity}"  # in the name of an output, for each of several
 OF_HIDDEN = ("method", "multiple_of", "basis")
@@ -362,6 +364,8 @@ def _resolved(targets: tuple[str, ...], how: dict[str, Any]) -> dict[str, Any]:
                 "but --target names others"
             )
         how.pop(key)
+    if units and CHANNELS not in targets and (wrong := [*filter(options.given, OF_CHANNELS)]):
+        raise click.UsageError(f"{_flag(wrong[0])} goes with --target {CHANNELS}")
     method = methods_of(targets)[how["method"]]
     if method.needs_slopes and how["allocation"] == "loss":
         raise click.UsageError(

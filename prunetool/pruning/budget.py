@@ -205,7 +205,9 @@ def allocate_loss(
             left -= curve.cost_to(place)
             curve.at = place
         heapreplace(moves, (*curve.cheapest(left), number))
-    _exchange(groups, channels, left, limits.multiple_of * channel_cost / 2)
+    stepped = any(len(curve.numbers) > 1 for curve in channels)
+    step = limits.multiple_of * channel_cost if stepped else min(group_costs)
+    _exchange(groups, channels, left, step / 2)
     return Counts(*(np.array([c.numbers[c.at] for c in each]) for each in (groups, channels)))
 
 
