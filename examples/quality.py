@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from methods import SPARSITIES, append, prunetool, read
 
-from prunetool.methods import TAYLOR, UNITS
+from prunetool.methods import UNITS
 from prunetool.steps import picture
 from prunetool.steps.report import COSTS
 
@@ -98,19 +98,11 @@ TABLES = {
             | {
                 "newton, published": Setting(["--published"]),
                 "flap, global": Setting(FLAP),
-                "wanda-sp, uniform": Setting(["--method", "wanda-sp", "--allocation", "uniform"]),
                 # As published it removes less than is asked where KV groups are few.
                 "taylor second, uniform": Setting(
                     ["--method", "taylor", "--taylor", "second", "--allocation", "uniform"],
                     calibrate=("--labels", "text"),
                 ),
-            }
-            | {
-                f"taylor {which}, published": Setting(
-                    ["--method", "taylor", "--published", "--taylor", which],
-                    calibrate=("--labels", "text"),
-                )
-                for which in TAYLOR
             }
         )
         | {

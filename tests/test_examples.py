@@ -120,7 +120,7 @@ def test_the_table_of_quality_is_made_once(checkpoint, text, other, call, monkey
     monkeypatch.setattr(quality, "prunetool", prunetool)
     for name, value in {"SAMPLES": 10, "HELD_OUT": 2, "LENGTH": 32}.items():
         monkeypatch.setattr(quality, name, value)
-    rows = ["pca", "taylor mix, published", "flap, no refit", "refitted on 8 x 1024 tokens",
+    rows = ["pca", "taylor second, uniform", "flap, no refit", "refitted on 8 x 1024 tokens",
             "flap, its own bias", "pca, a basis for each norm"]  # fmt: skip
     words = ["quality.py", checkpoint(num_hidden_layers=9), text, other, other, tmp_path / "q.csv"]
     words += ["--seed", 1, "--sparsity", "0.2", "--windows", "2x32"]
