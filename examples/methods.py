@@ -84,7 +84,7 @@ def main() -> None:
     work = given.csv.with_suffix(".prunetool")
     stats = given.csv.with_suffix(".jsonl")
     prunetool(
-        "calibrate", given.model, "--text", given.calibration, "--samples", 32,
+        "calibrate", given.model, "--text", given.calibration, "--samples", 32, "--first-tokens", 0,
         "--work", work, "-o", stats,
     )  # fmt: skip
     for sparsity in SPARSITIES:

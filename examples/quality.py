@@ -60,8 +60,8 @@ def both(name: str, setting: Setting) -> dict[str, Setting]:
     return {name: setting, f"{name}, recover": setting._replace(recover=())}
 
 
-def as_published(rows: dict[str, Setting]) -> dict[str, Setting]:
-    """The settings with refits on the samples as they are, as the papers have them."""
+def without_first_tokens(rows: dict[str, Setting]) -> dict[str, Setting]:
+    """The settings with refits on the samples alone, as the papers have them."""
     return {name: how._replace(calibrate=(*how.calibrate, *NO_FIRST)) for name, how in rows.items()}
 
 
@@ -92,7 +92,7 @@ TABLES = {
         "default, recover --epochs 2": Setting(recover=["--epochs", 2], sparsities=FEW),
     },
     # Every method at its own setting of the split between layers, or as published.
-    "every method": as_published(
+    "every method": without_first_tokens(
         plain(
             {name: Setting(["--method", name]) for name in UNITS if not UNITS[name].needs_slopes}
             | {

@@ -45,8 +45,7 @@ def stats_bytes(
     itemsize, values = np.dtype(stats_dtype).itemsize, size(stats)
     of_first = 0
     if first:
-        units = "structural" if stats in EVERY else stats
-        of_first = itemsize * size(units) + model.layers * FILE_BYTES
+        of_first = itemsize * size("structural") + model.layers * FILE_BYTES
     if stats in EVERY:
         values += model.config.hidden_size * (model.config.hidden_size + 1)  # of the last stream
     kept_inputs = attention[0] * attention[1] * model.config.hidden_size * 4

@@ -2,7 +2,7 @@
 
 A file has ``tokens``, (1,), and for each site the arrays of `array_shapes`, named ``SITE.SUM``
 (``o.gram``) after the fields of `gram.Sums`; Gram matrices as packed triangles (`gram.pack_tiles`).
-Files of first tokens have the sites of units alone (`at_the_scale_of`).
+Files of first tokens have only ``SITE.gram`` and ``SITE.total`` of units (`at_the_scale_of`).
 A file of gradients has those of `gradient_shapes` instead, named after the matrix. With labels that
 the model drew they are of the gradients g at its output: ``o.gram``, Σ g gᵀ; ``q.square``, Σ g².
 With the text's own they are of its weights w, with g the gradient of the mean loss of all sequences
@@ -91,9 +91,13 @@ def zeros(kept: str, sizes: dict[str, int], head_dim: int) -> dict[str, gram.Sum
     }
 
 
-def of_units(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Those at the sites whose features are produced by units."""
-    return {name: sum_ for name, sum_ in sums.items() if SITES[name].of_units}
+def of_first_tokens(sums: Mapping[str, gram.Sums]) -> dict[str, gram.Sums]:
+    """Those that are kept of first tokens."""
+    return {
+        name: gram.Sums(sum_.gram, sum_.total)
+        for name, sum_ in sums.items()
+        if SITES[name].of_units
+    }
 
 
 def given(inputs: Taps, name: str) -> tuple[jax.Array, jax.Array]:
@@ -131,26 +135,28 @@ def arrays(
 def at_the_scale_of(
     fit: Mapping[str, np.ndarray] | workdir.TensorFile, first: dict[str, np.ndarray], share: float
 ) -> dict[str, np.ndarray]:
-    """Sums over first tokens, as if they were a ``share`` of the other tokens.
+    """Sums over first tokens, as if they were a ``share`` as many as the other tokens.
 
     The stream of a token that others attend to is large from some layer on, and the next norm
-    divides by it. So each counts relative to its own norm, times that of other tokens: the median
-    over features of Σx² / Σ(x²/‖h‖²) is their ‖h‖².
+    divides by it. So each counts relative to its own norm behind the output, times that of other
+    tokens before it: the median over features of Σx² / Σ(x²/‖h‖²) is their ‖h‖². Where others' norm
+    grows much in one layer, as it may in the first ones, they count less than their share.
+
+    A bias is next to nothing beside a stream that large: their ``total`` and ``tokens`` are zero,
+    so that a refit with a bias takes its mean from the others alone.
 
     Args:
       fit: arrays of the other tokens' file.
       first: of the first tokens' file, each token scaled so that its stream has norm 1.
-      share: their number of tokens becomes this share of the others'.
+      share: of the others' number of tokens.
     """
-    tokens = np.rint(share * fit["tokens"]).astype(np.int64)
-    weight = float(tokens[0] / first["tokens"][0])
-    squares = {site: _norm_squared(fit, site) for site in of_units(SITES)}
-    found = {"tokens": tokens}
-    for name, array in first.items():
-        if name not in found:
-            site, _, kind = name.partition(".")
-            scale = {"gram": squares[site], "total": np.sqrt(squares[site])}.get(kind, 1.0)
-            found[name] = (array * (weight * scale)).astype(array.dtype)
+    weight = round(share * float(fit["tokens"][0])) / float(first["tokens"][0])
+    found = {name: np.zeros_like(array) for name, array in first.items()}
+    for name in found:
+        site, _, kind = name.partition(".")
+        if kind == "gram":
+            scaled = first[name] * (weight * _norm_squared(fit, site))
+            found[name] = scaled.astype(first[name].dtype)
     return found
 
 

@@ -21,9 +21,9 @@ SECONDS = 240  # for processes to end; JAX itself would wait for longer
 
 
 def calibrate(model, text, work, *more):
-    return ["calibrate", model, "--text", text, "--samples", 11, "--sequence-length", 32,
+    return ["calibrate", model, "--text", text, "--samples", 11, "--sequence-length", 33,
             "--held-out", 3, "--stats", "all", "--attention-samples", 2, "--attention-length", 16,
-            "--gradients", 3, "--first-tokens", 64, "--stream-dtype", "float32",
+            "--gradients", 3, "--first-tokens", 66, "--stream-dtype", "float32",
             "--batch-size", 5, "--work", work, *more]  # fmt: skip
 
 

@@ -45,4 +45,9 @@ def test_inspect_plans_a_run(checkpoint, run):
     model = open_model(str(words[1]))
     forward = plan.calibrate(model, 64, 32, 64, "structural", "float32")
     assert again["products"] - once["products"] == forward.products
+    none, first = (
+        json.loads(run(*words[:-3], count, *words[-2:]).stdout)["plan"]["steps"]["calibrate"]
+        for count in (64, 65)
+    )  # 2048 tokens, and so many first tokens besides as there are more
+    assert first["products"] - none["products"] == pytest.approx(forward.products * 65 / 64)
     assert twice["score"]["solves"] == steps["score"]["solves"]

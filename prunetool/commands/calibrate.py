@@ -53,11 +53,11 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     "--first-tokens",
     type=click.IntRange(0),
     metavar="COUNT",
-    show_default=f"{FIRST_TOKENS}, or 0 if the samples have no more or all begin alike",
-    help="Also run this many tokens of the samples as texts of one token each, for compensate, "
-    "which counts them as a tenth as many as the others. In a model whose texts begin with any "
-    "token, the first one is unlike the others, and each sample shows only one. 0: none, as in the "
-    "papers.",
+    show_default=f"{FIRST_TOKENS}; 0 if the samples have no more or all begin with the same one",
+    help="Also run this many tokens of the samples, each as a text of its own (rounded up to whole "
+    "samples, at most all). The refit of heads and channels gives them a tenth of the others' "
+    "weight; masks take no notice. Where texts begin with no fixed token such as BOS, the first "
+    "one is unlike the others, and each sample shows only one. 0: none, as in the papers.",
 )
 @click.option(
     "--labels",
@@ -245,6 +245,7 @@ def calibrate(
         said += [
             console.counted(opened.layers, "layer"),
             f"{tokens.size:,} tokens",
+            *([f"{job.first.size:,} first tokens"] if job.first.size else []),
             f"work in {work}",
         ]
 

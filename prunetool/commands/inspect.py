@@ -129,6 +129,7 @@ def _plan(model: "Model", samples: int, length: int, sparsity: float, dtype: str
     measured = speed.measure((widest.channels, model.config.hidden_size), dtype, here)
     batch = streaming.batch_size(length)
     held_out, backward = split(samples)
+    # None if all samples begin alike, as those of a model with a BOS: that takes their text.
     alone = 0 if model.config.classes else usual_first_tokens(samples * length)
     first = -(-alone // length)
     trained = min(SAMPLES, samples - held_out), min(HELD_OUT, held_out)

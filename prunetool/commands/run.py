@@ -20,13 +20,13 @@ OPTIONAL = recover
 # The arguments and options of the steps that run has, too; for the others there is the pipe.
 TAKEN = (
     "model", "out", "texts", "text_field", "chat", "dataset", "split", "tokens_path", "sparsities",
-    "allocation", "samples", "gradients", "length", "shuffle", "bos", "guidance", "form", "dtype",
-    "device", "revision", "work", "overwrite",
+    "allocation", "samples", "gradients", "first_tokens", "length", "shuffle", "bos", "guidance",
+    "form", "dtype", "device", "revision", "work", "overwrite",
 )  # fmt: skip
 # Of calibrate, and not of recover, which trains on the same tokens.
 OF_CALIBRATE = (
-    "samples", "gradients", "texts", "text_field", "chat", "dataset", "split", "tokens_path",
-    "length", "bos",
+    "samples", "gradients", "first_tokens", "texts", "text_field", "chat", "dataset", "split",
+    "tokens_path", "length", "bos",
 )  # fmt: skip
 
 

@@ -281,6 +281,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = Non
       The heads' outputs, (n_kv · g · d, B, N), in the dtype of ``v``.
     """
     n_kv, g, d, B, N = q.shape
+    if N == 1:  # a token sees itself
+        return jnp.broadcast_to(v[:, None], q.shape).reshape(-1, B, 1)
 
     def one_block(
         q: jax.Array, k: jax.Array, v: jax.Array, start: int, first: int, stop: int

@@ -171,8 +171,9 @@ def allocate_loss(
     With a Lagrange multiplier ν a parameter, each curve minimises loss − ν · parameters removed by
     itself, at a vertex of its lower convex hull. As ν rises, the vertices come in the order of loss
     per parameter, and are taken while they fit: at the total of such a set nothing is better. Then
-    the cheapest places that still fit follow, and a step of channels beyond the target if it ends
-    nearer to it; and KV groups are exchanged for channels while that helps (heuristics).
+    the cheapest places that still fit follow, and a step beyond the target (of channels; of KV
+    groups where no channel may go) if it ends nearer to it; and KV groups are exchanged for
+    channels while that helps (heuristics).
 
     Args:
       group_curves: for each layer, the losses after removing 0 … n_kv − 1 KV groups, (n_kv,);

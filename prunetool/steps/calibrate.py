@@ -38,7 +38,7 @@ class AttentionSamples(NamedTuple):
 
 
 def draw_first_tokens(tokens: np.ndarray, count: int) -> np.ndarray:
-    """Draw ids of the calibration's to run as texts of one token each.
+    """Draw some of the calibration's tokens, to run each as a text of its own.
 
     In a model whose texts begin with no fixed token, whichever comes first is what later tokens
     attend to for lack of anything else (StreamingLLM's attention sink, arXiv 2309.17453), and its
@@ -46,7 +46,7 @@ def draw_first_tokens(tokens: np.ndarray, count: int) -> np.ndarray:
     keep what the rarer ones need.
 
     Args:
-      tokens: all sequences, (samples, N).
+      tokens: all sequences, (samples, N); also those held out.
       count: how many, rounded up to whole rows; at most as many as there are.
 
     Returns:
@@ -308,7 +308,7 @@ class Calibration:
                 for kind, (start, stop) in parts.items():
                     first = kind == "first"
                     step = alone if first else together
-                    sums = step.spread.zeros(stats.of_units(empty) if first else empty)
+                    sums = step.spread.zeros(stats.of_first_tokens(empty) if first else empty)
                     for batch in streaming.batches(place, place + stop - start, self.batch):
                         with self.profile.phase("compute"):
                             h, x, sums = step(stream.read(batch), weights, ropes[step], sums)
@@ -457,7 +457,7 @@ class LayerFunction:
                     of_attention = stats.SITES[name].joins == "before_attention"
                     joined = inputs.before_mlp if of_attention else out
                     norm = jnp.maximum(jnp.linalg.norm(joined, axis=0, keepdims=True), 1e-30)
-                    x, joined = x / norm.astype(x.dtype), joined / norm
+                    x = x / norm.astype(x.dtype)
                 so_far = jax.tree.map(lambda terms: terms[0], so_far)
                 added[name] = jax.tree.map(lambda terms: terms[None], gram.add(so_far, x, joined))
             return out, inputs.attention[:, :, :sampled], added

@@ -189,6 +189,12 @@ def _refit(
         with naming(f"{matrix}_proj"):
             with run.profile.phase("read"):
                 W = output_weight(model, record.index, matrix)
+                energy = record.values["energy"][f"{matrix}_proj"]
+                if tokens.layers is not None:
+                    energy = compensation.output_energy(gram.unpack(stats[f"{matrix}.gram"]), W)
+                if "first" in tokens.of_layer(record).files:
+                    first = tokens.stats(model, record, ("first",))
+                    energy += _sampled_energy(gram.unpack(first[f"{matrix}.gram"]), W)
                 sums = [
                     _Sums.of(tokens.stats(model, record, splits), matrix, rows)
                     for splits in (("stats", "first"), ("held_out",))
@@ -198,12 +204,6 @@ def _refit(
                 if biased and bias is None:
                     bias = np.zeros(W.shape[1])
                 bias = None if bias is None else bias.astype(np.float64)
-            energy = record.values["energy"][f"{matrix}_proj"]
-            if tokens.layers is not None:
-                energy = compensation.output_energy(gram.unpack(stats[f"{matrix}.gram"]), W)
-            if "first" in tokens.of_layer(record).files:
-                first = tokens.stats(model, record, ("first",))
-                energy += _sampled_energy(gram.unpack(first[f"{matrix}.gram"]), W)
             with run.profile.phase("solve"):
                 made = _refit_matrix(W, bias, rows, sums, energy or 1.0, grid)
             out |= {f"{matrix}_proj.{name}": value for name, value in made.items()}

@@ -12,7 +12,8 @@ from prunetool import plan
 from prunetool.commands.calibrate import FIRST_TOKENS
 from prunetool.llama.weights import tensor_name
 from prunetool.model import open_model
-from prunetool.pruning import gram
+from prunetool.pruning import compensation, gram
+from prunetool.steps import compensate
 from prunetool.steps.calibrate import FIRST_SHARE, draw_first_tokens
 from prunetool.workdir import load
 from tests import references
@@ -69,8 +70,8 @@ def test_each_counts_at_the_scale_of_other_tokens(checkpoint, text, call, tmp_pa
             load_file(tmp_path / f"w/stats/layer-{layer:05d}.{kind}.safetensors")
             for kind in ("stats", "first")
         )
-        assert int(first["tokens"][0]) == due
-        assert first.keys() == {k for k in fit if k == "tokens" or k.startswith(("o.", "down."))}
+        assert first.keys() == {"tokens", "o.gram", "o.total", "down.gram", "down.total"}
+        assert not first["tokens"].any()
         for site in ("o", "down"):
             x, h = seen[layer, site, "x"], seen[layer, site, "h"]
             squares = np.median(
@@ -80,15 +81,11 @@ def test_each_counts_at_the_scale_of_other_tokens(checkpoint, text, call, tmp_pa
             u = x / np.linalg.norm(h, axis=1, keepdims=True) * np.sqrt(due / len(ids))
             A = gram.unpack(first[f"{site}.gram"])
             np.testing.assert_allclose(A, squares * u.T @ u, atol=1e-5 * A.max())
-            B = gram.unpack(first[f"{site}.token_gram"])
-            np.testing.assert_allclose(B, u.T @ u, atol=1e-5 * B.max())
-            total = np.sqrt(squares * due / len(ids)) * u.sum(axis=0)
-            np.testing.assert_allclose(
-                first[f"{site}.total"], total, atol=1e-5 * np.abs(total).max()
-            )
+            assert not first[f"{site}.total"].any()
 
 
-def test_the_refit_counts_them_and_the_score_does_not(checkpoint, text, call, tmp_path):
+@pytest.mark.parametrize("bias", [[], ["--bias", "refit"]])
+def test_the_refit_counts_them_and_the_score_does_not(checkpoint, text, call, tmp_path, bias):
     model = checkpoint()
     words = ["--sparsity", ".4", "--multiple-of", 1, "--min-channels", 1, "-o", "kept.jsonl"]
     for count in (0, 64):
@@ -96,9 +93,10 @@ def test_the_refit_counts_them_and_the_score_does_not(checkpoint, text, call, tm
         work.mkdir()
         calibrated_with(call, model, text, "--first-tokens", count, "--work", work)
         call("score", "stats.jsonl", *words)
-        call("compensate", "kept.jsonl", "-o", "made.jsonl")
-        lines = (tmp_path / "made.jsonl").read_text().splitlines()
-        check_refits(model, work, list(map(json.loads, lines[1:-1])), with_first=count > 0)
+        call("compensate", "kept.jsonl", "-o", "made.jsonl", *bias)
+        layers = list(map(json.loads, (tmp_path / "made.jsonl").read_text().splitlines()[1:-1]))
+        assert all(("first" in layer["files"]) == (count > 0) for layer in layers)
+        check_refits(model, work, layers, biased=bool(bias))
         kept = [load_file(path) for path in sorted(work.glob("score-*/layer-*"))]
         if not count:
             without = kept
@@ -107,25 +105,51 @@ def test_the_refit_counts_them_and_the_score_does_not(checkpoint, text, call, tm
         np.testing.assert_equal(one, other)
 
 
-def check_refits(model, work, layers, *, with_first):
+def any_inputs(A):
+    """Inputs of this Gram matrix."""
+    squared, axes = np.linalg.eigh(A)
+    return np.sqrt(squared.clip(0))[:, None] * axes.T
+
+
+def check_refits(model, work, layers, *, biased):
+    """Compare with explicit refits, to the variation around the others' mean if ``biased``."""
     dense = load_file(model / "model.safetensors")
     for layer, record in enumerate(layers):
         files = record["files"]
-        assert ("first" in files) == with_first
         kept = load_file(work / files["kept.channels"])["channels"].astype(bool)
         assert 0 < kept.sum() < kept.size
         made = load_file(work / files["refit"])["down_proj.weight"].T
         W = dense[tensor_name(layer, "down")].T.astype(np.float64)
         kinds = [kind for kind in ("stats", "held_out", "first") if kind in files]
-        A = sum(gram.unpack(load_file(work / files[kind])["down.gram"]) for kind in kinds)
-        squared, axes = np.linalg.eigh(A)
-        X = np.sqrt(squared.clip(0))[:, None] * axes.T  # any inputs of this Gram matrix
+        sums = {kind: load_file(work / files[kind]) for kind in kinds}
+        A = {kind: gram.unpack(sums[kind]["down.gram"]) for kind in kinds}
+        fit, every = A["stats"] + A.get("first", 0), sum(A.values())
+        energy = np.einsum("io,ij,jo->", W, every, W)
+        if biased:
+            total, count = (
+                sum(sums[kind][name] for kind in ("stats", "held_out"))
+                for name in ("down.total", "tokens")
+            )
+            every = every - np.outer(total, total) / count
         report = record["values"]["refit"]["down_proj"]
+        X = any_inputs(every)
         V = references.refit(X, W, kept, report["damping"])
         np.testing.assert_allclose(made, V, rtol=1e-4, atol=1e-5)
         error = np.linalg.norm(X[:, kept] @ V - X @ W) ** 2
-        energy = np.einsum("io,ij,jo->", W, A, W)
         assert report["refitted"] == pytest.approx(error / energy, rel=1e-5)
+        if not biased:  # the damping is chosen on the others
+            held = any_inputs(A["held_out"])
+            V = references.refit(any_inputs(fit), W, kept, report["damping"])
+            error = np.linalg.norm(held[:, kept] @ V - held @ W) ** 2
+            energy = np.linalg.norm(held @ W) ** 2
+            assert report["held_out_refitted"] == pytest.approx(error / energy, rel=1e-5)
+
+
+def test_the_energy_of_many_outputs_is_that_of_a_sample():
+    X, w = np.random.default_rng(0).standard_normal((2, 9, 9))
+    W = np.repeat(w[:, :1], 3 * compensation.CHOICE_OUTPUTS, axis=1)
+    energy = np.linalg.norm(X @ W) ** 2
+    assert compensate._sampled_energy(X.T @ X, W) == pytest.approx(energy)
 
 
 def test_where_every_text_begins_alike_none_are_needed(checkpoint, text, call, tmp_path):

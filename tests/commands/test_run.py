@@ -15,6 +15,7 @@ OF = {
     "--shuffle": ("calibrate",),
     "--bos": ("calibrate",),
     "--gradients": ("calibrate",),
+    "--first-tokens": ("calibrate",),
     "--dtype": ("calibrate", "recover"),
 }
 
@@ -26,7 +27,7 @@ OF = {
         {"--recover": None},
         {"--allocation": "uniform"},
         {"--recover": None, "--shuffle": 1, "--bos": "always", "--dtype": "bfloat16"}
-        | {"--gradients": 2},
+        | {"--gradients": 2, "--first-tokens": 32},
     ],
 )
 def test_the_same_bytes_as_the_pipe(checkpoint, text, run, call, tmp_path, options):
