@@ -26,6 +26,7 @@ A stream names its work directory, and is untrusted input: only files named by t
 deleted, below a directory whose run.json matches that stream, and never through links.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -35,6 +36,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -396,9 +398,20 @@ def below(work: Path, name: str) -> Path:
 
 
 def size_bytes(work: Path, *patterns: str) -> int:
-    """Bytes of the files below ``work`` that match one of the patterns."""
-    found = [path for pattern in patterns for path in work.glob(pattern) if path.is_file()]
-    return sum(path.stat().st_size for path in found)
+    """Bytes of the files below ``work`` that match one of the patterns.
+
+    Another step may be running there: what it deletes meanwhile counts nothing.
+    """
+
+    def size(path: Path) -> int:
+        with suppress(FileNotFoundError):
+            if path.is_file():
+                return path.stat().st_size
+        return 0
+
+    # Unlike Path.glob, it passes over a directory that goes.
+    found = (glob.iglob(pattern, root_dir=work, include_hidden=True) for pattern in patterns)
+    return sum(size(work / name) for name in chain.from_iterable(found))
 
 
 def digest(value: Any) -> str:

@@ -1,6 +1,7 @@
 """What a finished run leaves: records, which report finds, and work files, which clean deletes."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,20 @@ def test_a_finished_export_says_what_next(finished, run):
         "prunetool clean out",
     ]
     assert lines[-1].startswith(f"Delete {size:,.1f} MB of work files")
+
+
+def test_the_size_leaves_out_what_another_step_deletes_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "recover-1").mkdir()
+    for name in ("a", ".b", "recover-1/stays", "recover-1/goes"):
+        (tmp_path / name).write_bytes(b"12345")
+    is_file = Path.is_file
+
+    def seen(path):
+        found = is_file(path)
+        if path.name == "goes":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", seen)
+    assert workdir.size_bytes(tmp_path, *workdir.EVERYTHING) == 15
+    assert not (tmp_path / "recover-1/goes").exists()
