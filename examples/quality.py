@@ -149,7 +149,7 @@ TABLES = {
     },
     "gradients": {
         f"{count} run backward": Setting(calibrate=("--gradients", count), sparsities=FEW)
-        for count in (8, 64)
+        for count in (8, 16, 64)
     },
 }
 SETTINGS = {name: setting for rows in TABLES.values() for name, setting in rows.items()}
