@@ -151,12 +151,11 @@ def at_the_scale_of(
       share: of the others' number of tokens.
     """
     weight = round(share * float(fit["tokens"][0])) / float(first["tokens"][0])
-    found = {name: np.zeros_like(array) for name, array in first.items()}
-    for name in found:
+    found = {}
+    for name, array in first.items():
         site, _, kind = name.partition(".")
-        if kind == "gram":
-            scaled = first[name] * (weight * _norm_squared(fit, site))
-            found[name] = scaled.astype(first[name].dtype)
+        scale = weight * _norm_squared(fit, site) if kind == "gram" else 0.0
+        found[name] = (array * scale).astype(array.dtype)
     return found
 
 
