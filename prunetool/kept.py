@@ -16,10 +16,9 @@ from prunetool.errors import RecordError
 from prunetool.llama.config import LayerShape, LlamaConfig
 from prunetool.llama.parts import MATRICES, PARTS
 from prunetool.llama.weights import Bases, Layer, part_shapes, select, unit_axes, with_biases
-from prunetool.methods import UNIT_TARGETS
+from prunetool.methods import CHANNELS, GROUPS
 from prunetool.model import Model
 
-GROUPS, CHANNELS = UNIT_TARGETS
 BINS = 4  # of a power of ten, in the histograms of scores that records have
 FINAL = "final_norm"  # in the last layer's file of recover
 

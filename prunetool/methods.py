@@ -136,7 +136,7 @@ REDUCE = ("sum", "mean", "max", "prod", "first")
 HIDDEN = {"pca": Method("pruning.basis:principal")}
 HIDDEN_TARGETS = ("hidden",)
 BASES = SHARED, LAYER = "shared", "layer"  # one for the whole model, or one for each norm
-UNIT_TARGETS = ("heads", "channels")  # of ``--target``; heads: whole KV groups
+UNIT_TARGETS = GROUPS, CHANNELS = "heads", "channels"  # of ``--target``; heads: whole KV groups
 PATTERNS = ("unstructured", "per-output", "2:4")
 UPDATED = frozenset(name for name, method in WEIGHTS.items() if method.updates)
 PUBLISHED = tuple(n for n, row in (UNITS | QK | WEIGHTS).items() if row.published is not None)

@@ -11,6 +11,7 @@ from prunetool.errors import RecordError
 from prunetool.llama.parts import MATRICES
 from prunetool.methods import (
     BASES,
+    CHANNELS,
     DAMPED,
     HIDDEN,
     HIDDEN_TARGETS,
@@ -30,7 +31,6 @@ from prunetool.methods import (
 )
 
 OF_UNITS = ("weighting", "multiple_of", "min_channels", "newton_iterations", "taylor", "reduce")
-CHANNELS = UNIT_TARGETS[1]
 OF_CHANNELS = ("multiple_of", "min_channels")
 OF_WEIGHTS = ("pattern", "iterations", "learning_rate", "refine")
 PLACE = "{sparsity}"  # in the name of an output, for each of several

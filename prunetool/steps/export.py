@@ -31,16 +31,7 @@ from prunetool.checkpoint.writer import (
 )
 from prunetool.errors import RecordError, WorkError, shown
 from prunetool.formats import FORMATS
-from prunetool.kept import (
-    CHANNELS,
-    GROUPS,
-    bases_of,
-    cut_config,
-    kept_shape,
-    kept_units,
-    pruned_layer,
-    pruned_norm,
-)
+from prunetool.kept import bases_of, cut_config, kept_shape, kept_units, pruned_layer, pruned_norm
 from prunetool.llama import forms
 from prunetool.llama.config import PRUNED, LlamaConfig
 from prunetool.llama.parts import EMBEDDING, FINAL_NORM, LM_HEAD, MATRICES, PARTS, UNIT_MATRICES
@@ -52,7 +43,7 @@ from prunetool.llama.weights import (
     tensor_chunks,
     tensor_name,
 )
-from prunetool.methods import load
+from prunetool.methods import CHANNELS, GROUPS, load
 from prunetool.model import Model, open_model
 from prunetool.steps.run import reopen
 

@@ -10,20 +10,12 @@ from typing import Any, NamedTuple
 from prunetool import console, records, workdir
 from prunetool.checkpoint.hub import hub_id
 from prunetool.errors import RecordError, shown
-from prunetool.kept import (
-    BINS,
-    CHANNELS,
-    GROUPS,
-    cut_config,
-    extents,
-    kept_shape,
-    kept_units,
-    masks,
-)
+from prunetool.kept import BINS, cut_config, extents, kept_shape, kept_units, masks
 from prunetool.llama import forms
 from prunetool.llama.config import LlamaConfig
 from prunetool.llama.parts import SHORTCUTS
 from prunetool.llama.weights import part_shapes
+from prunetool.methods import CHANNELS, GROUPS
 from prunetool.model import Model
 from prunetool.pruning import curve
 from prunetool.steps import picture, sweep

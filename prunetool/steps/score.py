@@ -11,11 +11,11 @@ import numpy as np
 
 from prunetool import console, records, workdir
 from prunetool.errors import ConfigError, naming
-from prunetool.kept import BINS, CHANNELS, GROUPS, extents, kept_units, output_weight
+from prunetool.kept import BINS, extents, kept_units, output_weight
 from prunetool.llama import forms
 from prunetool.llama.config import LayerShape
 from prunetool.llama.parts import UNIT_MATRICES
-from prunetool.methods import methods_of
+from prunetool.methods import CHANNELS, GROUPS, methods_of
 from prunetool.pruning import budget, compensation, curve, gram, structural, units
 from prunetool.stats import MODEL, TEXT, Gradients, Stats, need_gradients
 from prunetool.steps.run import Run, chosen_layers
