@@ -1,5 +1,5 @@
 # make demo   convert a real model, prune 20%, print size and perplexity before and after
-# make test   all tests
+# make test   all tests but those of `make loaders`
 # Both make their environment in .venv on first use. Needs Python 3.11 or later.
 
 PYTHON ?= python3

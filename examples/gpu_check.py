@@ -1,4 +1,4 @@
-"""Parity and speed of every step that computes on a GPU, against the same step on the CPU.
+"""Parity of calibrate, recover and evaluate on a GPU with the CPU, and speed of those and others.
 
     python examples/gpu_check.py MODEL TEXT [--samples 8] [--device gpu]
 

@@ -184,9 +184,9 @@ TEXT = (
     ),
     click.option(
         "--dataset", metavar="NAME",
-        help="A data set of the Hub instead of --text: wikitext2, c4, ptb, alpaca, or OWNER/NAME; "
-        "then perhaps :CONFIG, the directory of its files, and @REVISION. Downloaded as far as it "
-        "is used; calibrate --shuffle uses all of it (of c4, one file).",
+        help="A data set of the Hub instead of --text: wikitext2, c4, ptb, alpaca, or OWNER/NAME, "
+        "if need be followed by :CONFIG (the directory of its files) and @REVISION. Only the files "
+        "that are used are downloaded; with --shuffle those are all, of c4 one.",
     ),
     click.option(
         "--tokens", "tokens_path", metavar="FILE", type=click.Path(path_type=Path),

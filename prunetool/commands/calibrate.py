@@ -37,7 +37,8 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     "--held-out",
     type=click.IntRange(0),
     show_default="an eighth of --samples, at least 1 of 2",
-    help="How many samples, the last ones, only choose the damping of the refit.",
+    help="How many samples, the last ones, are set aside to choose the damping of the refit, and "
+    "for recover to measure on. They are not run backward; score and the final refit use them too.",
 )
 @click.option(
     "--gradients",
@@ -47,7 +48,7 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     help="How many samples, evenly spread over those not held out, also run backward, for the "
     "loss's curvature at the outputs of o_proj and down_proj, which score --allocation loss needs, "
     "or for what --labels text keeps instead. "
-    "With any, the records come when all layers are done. 0: none.",
+    "Unless it is 0, the records come when all layers are done.",
 )
 @click.option(
     "--first-tokens",
@@ -56,8 +57,9 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     show_default=f"{FIRST_TOKENS}; 0 if the samples have no more or all begin with the same one",
     help="Also run this many tokens of the samples, each as a text of its own (rounded up to whole "
     "samples, at most all). The refit of heads and channels gives them a tenth of the others' "
-    "weight; masks take no notice. Where texts begin with no fixed token such as BOS, the first "
-    "one is unlike the others, and each sample shows only one. 0: none, as in the papers.",
+    "weight; masks of single weights ignore them. For texts that begin with no fixed token such as "
+    "BOS: to a model a text's first token is unlike the others, and each sample has only one. "
+    "0: none, as in the published methods.",
 )
 @click.option(
     "--labels",
@@ -65,8 +67,8 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     default="model",
     show_default=True,
     help="Which token the loss of --gradients expects next. model: one drawn from the model's own "
-    "distribution, for score --allocation loss. text: the text's, for score --method taylor; kept "
-    "are sums over the weights of each unit, and not over outputs.",
+    "distribution, for score --allocation loss. text: the text's, for score --method taylor; then "
+    "sums over each unit's weights are kept instead of sums over outputs.",
 )
 @click.option(
     "--stream-dtype",
@@ -83,7 +85,8 @@ ATTENTION_LENGTH = 512  # learning's cost grows with its square
     help="structural: sums over the inputs of o_proj and down_proj. token: also "
     "their full token-weighted Gram matrices. all: also the inputs of q, k, v and of gate, up, and "
     "the squares of the gradients at the outputs of all seven matrices. residual: also the "
-    "residual stream before each norm, for score --basis layer.",
+    "residual stream before each norm, for score --basis layer. score --target hidden needs all "
+    "or residual, as do most methods for single weights other than those of o and down.",
 )
 @click.option(
     "--attention-samples",

@@ -12,8 +12,9 @@ from prunetool import console, options
 def clean(place: Path) -> None:
     """Delete the files of a work directory: stats, scores, refits and their records.
 
-    DIR is the work directory, or the checkpoint that export wrote from it, which stays. Another
-    sparsity, or a report, then needs another calibration. Files that no step wrote stay.
+    DIR is the work directory, or the checkpoint that export wrote from it, which stays. All
+    checkpoints made from one calibration share it: another sparsity, or a report on any of them,
+    then needs another calibration. Files that no step wrote stay.
 
     \b
     Example:

@@ -74,9 +74,9 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of MODEL, dense or pruned, one layer at a time.
 
-    Windows do not overlap; every token but a window's first is predicted, and with --bos the
-    first is the BOS token. The result is one JSON object on stdout. Text that MODEL was calibrated
-    or trained on is refused, if MODEL is the directory that export wrote.
+    Windows do not overlap; every token but a window's first is predicted; where --bos puts a
+    BOS token first, that is all of the text. The result is one JSON object on stdout. Text that
+    MODEL was calibrated or trained on is refused, if MODEL is the directory that export wrote.
 
     \b
     Example:

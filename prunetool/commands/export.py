@@ -25,9 +25,9 @@ from prunetool.formats import FORMATS
 def export(out: Path, source: str, form: str, max_shard_bytes: int, overwrite: bool) -> None:
     """Write the pruned checkpoint to the directory OUT, or a file for llama.cpp.
 
-    Reads all records of score or compensate before anything is written. The index is written last;
-    without it OUT is not a checkpoint. If killed, the same command resumes after the last finished
-    shard.
+    Reads all records of score, compensate or recover before anything is written. The index is
+    written last; without it OUT is not a checkpoint. If killed, the same command resumes after the
+    last finished shard.
 
     \b
     Example:

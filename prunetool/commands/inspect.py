@@ -54,7 +54,8 @@ def inspect(
 ) -> None:
     """Show what MODEL is: shapes, parameters by kind, sizes of the layers.
 
-    Reads only the headers. The tables go to stderr, one JSON object to stdout.
+    Reads only the headers; a Hub id is downloaded whole first. The tables go to stderr, one JSON
+    object to stdout.
 
     \b
     Example:

@@ -76,14 +76,14 @@ def recover(
     profile: Path | None,
     sink: str,
 ) -> None:
-    """Train what is kept to predict as the dense model does, for minutes.
+    """Train the kept weights to predict what the dense model predicts.
 
     The only step that trains, and optional. Reads the records of compensate (or score) and descends
     on the KL divergence of the next-token distributions over the calibration's tokens, or those of
     --text, one sequence a step. Weights that were removed stay removed. What was best on held-out
     sequences is kept, and if nothing was better, what came in. Costs about five forward passes of
-    the tokens per epoch, and disk for three float32 numbers per weight. If killed, the same command
-    resumes within the step.
+    the tokens per epoch, and disk for four float32 numbers per kept weight and for the residual
+    streams. If killed, the same command resumes within the step.
 
     \b
     Example:

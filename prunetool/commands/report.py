@@ -56,9 +56,9 @@ def report(
 ) -> None:
     """Make a page of what each layer kept and what that cost.
 
-    Reads the records of score or compensate from a file or stdin, all before the page is written;
-    given the directory that export wrote, it reads the records that it was made of, and of a work
-    directory the last ones. Of several sparsities scored from one calibration, it draws the
+    Reads the records of score, compensate or recover from a file or stdin, all before the page is
+    written; given the directory that export wrote, it reads the records that it was made of, and of
+    a work directory the last ones. Of several sparsities scored from one calibration, it draws the
     expected loss, and beside it the measured one of every --evaluation made with --against. An
     HTML page is one self-contained file.
 

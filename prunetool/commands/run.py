@@ -49,7 +49,7 @@ class Run(options.Command):
         if wrong := form.wrong_name(out):
             raise click.UsageError(wrong)
         if ctx.params["gradients"] == 0 and ctx.params["allocation"] in (None, "loss"):
-            raise click.UsageError("--gradients 0 goes with --allocation global, uniform or share")
+            raise click.UsageError("--gradients 0 goes with --allocation uniform or share")
         if ctx.params["samples"] == 1:
             raise click.UsageError("--samples 1 leaves none to choose a damping on: give 2 or more")
         from prunetool.methods import load
@@ -106,7 +106,7 @@ def _words(step: click.Command, ctx: click.Context) -> tuple[list[str], list[str
 
 
 def _params() -> list[click.Parameter]:
-    """The parameters: those of `TAKEN` as their first step has them, but for three."""
+    """The parameters: those of `TAKEN` as their first step has them, but for four."""
     steps = {param.name: param for step in reversed(STEPS) for param in step.params}
     own = {
         "sparsities": click.Option(
@@ -114,6 +114,15 @@ def _params() -> list[click.Parameter]:
             required=True,
             type=options.Finite(0, 1, max_open=True),
             help="Fraction to remove of the parameters of all decoder layers' seven matrices.",
+        ),
+        "allocation": click.Option(
+            ["--allocation"],
+            type=click.Choice(["loss", "uniform", "share"]),
+            show_default="loss",
+            help="How the removal is shared between the layers. loss: so that the predicted loss "
+            "of the model is least. uniform: the same counts in every layer, so that OUT loads "
+            "without a loader file. share: the same share of KV groups and of channels in every "
+            "layer, in whole units: the total may miss --sparsity.",
         ),
         "overwrite": click.Option(
             ["--overwrite"],
@@ -123,7 +132,7 @@ def _params() -> list[click.Parameter]:
         "recover": click.Option(
             ["--recover"],
             is_flag=True,
-            help="Also train what is kept to predict as MODEL does: the step recover.",
+            help="Also train the kept weights to predict what MODEL predicts: the step recover.",
         ),
     }
     known = {**steps, **own}

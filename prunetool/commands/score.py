@@ -84,11 +84,11 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     show_default="loss, or what --published sets; taylor: share; weights by a method without "
     "gradients, or with another --pattern than unstructured: uniform",
     help="global: one ranking over all layers. uniform: the same counts in "
-    "every layer, met to one step of --multiple-of in each; of weights, the same share of each "
-    "matrix. share: the same share of KV groups and of channels in every layer, in whole units: "
-    "the total may miss --sparsity. loss: the least predicted loss of the model, from calibrate "
-    "--gradients --labels model; --method then only orders the channels of a layer, or the weights "
-    "of a matrix.",
+    "every layer, so that --sparsity is met to within one step of --multiple-of in each; of "
+    "weights, the same share of each matrix. share: the same share of KV groups and of channels in "
+    "every layer, in whole units: the total may miss --sparsity. loss: the least predicted loss of "
+    "the model, from calibrate --gradients --labels model; --method then only "
+    "orders the channels of a layer, or the weights of a matrix.",
 )
 @click.option(
     "--layers",
@@ -131,7 +131,8 @@ SHORTHANDS = {"qk": MATRICES[:2], "weights": MATRICES}
     "--newton-iterations",
     type=click.IntRange(1),
     metavar="T",
-    help="Run the paper's Algorithm 1 for T steps instead of its closed form (same result).",
+    help="Run Algorithm 1 of arXiv 2412.12441 for T steps instead of its closed form (same "
+    "result).",
 )
 @click.option(
     "--taylor",

@@ -78,7 +78,7 @@ def test_a_wrong_option_and_a_failing_step_are_one_line(checkpoint, text, run, t
 def test_what_would_fail_after_calibrating_is_refused_before(checkpoint, text, run, tmp_path):
     model = checkpoint()
     for more, says in {
-        ("--gradients", 0): "--gradients 0 goes with --allocation global, uniform or share",
+        ("--gradients", 0): "--gradients 0 goes with --allocation uniform or share",
         ("--samples", 1): "--samples 1 leaves none to choose a damping on: give 2 or more",
     }.items():
         words = ["--text", text, *WORDS, "--sparsity", ".2"]
