@@ -162,7 +162,7 @@ SHORT = ("--samples", 128, "--sequence-length", 128)
 # Of the lines of a plot, in turn; a setting has one colour with and without a refit.
 COLOURS = (
     "#3070b0", "#c05020", "#308050", "#8040a0", "#a08020", "#c03070", "#208090", "#707070",
-    "#6060e0", "#e09060", "#80b050", "#604020", "#d060d0",
+    "#6060e0", "#e09060", "#80b050", "#604020", "#d060d0", "#202020", "#60c8d8", "#d0c040",
 )  # fmt: skip
 MOST = 2.5  # nats of the highest point of a plot
 DENSE = "dense"  # its row has the windows for a seed
