@@ -106,7 +106,7 @@ def test_the_same_rows_in_parquet_and_of_sharegpt(dense, call, tmp_path):
 def test_run_and_recover_take_conversations_too(dense, run, tmp_path):
     add_template(dense, TEMPLATES["marked"])
     name = write_rows(tmp_path / "a.jsonl", TALKS * 20)
-    words = ["--sequence-length", 32, "--sparsity", ".2", "--allocation", "global"]
+    words = ["--sequence-length", 32, "--sparsity", ".2", "--allocation", "uniform"]
     run("run", "dense", "out", "--chat", "--text", name, "--samples", 4, "--gradients", 0, *words)
     card = (tmp_path / "out/README.md").read_text()
     assert "calibrate dense --text TEXT" in card
