@@ -111,6 +111,16 @@ def recover(
             header, list(layers), text, samples, held_out,
             {"what": what, "epochs": epochs, "seed": seed, "dtype": dtype}, learning_rate, profile,
         )  # fmt: skip
+        for option, used in (
+            ("samples", len(job.tokens) - job.held_out),
+            ("held_out", job.held_out),
+        ):
+            if options.given(option) and click.get_current_context().params[option] > used:
+                console.log.warning(
+                    "the calibration has only %d for --%s; give --text for more",
+                    used,
+                    option.replace("_", "-"),
+                )
         job.run.write(partial(options.open_sink, sink), job.layers(), job.needed_bytes)
         (_, before), (steps, after) = job.kl[0], job.best
         said += [

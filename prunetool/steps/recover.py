@@ -86,6 +86,13 @@ def prepare(
     """
     model = reopen(header)
     dtype = model.product_dtype(how["dtype"])
+    if not any(
+        any(mask["removed"] for mask in record.values.get("masks", {}).values())
+        or kept_shape(shape, kept_units(Path(header.work), record, shape)) != shape
+        for shape, record in zip(model.config.layer_shapes, made, strict=True)
+    ):
+        raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
+    cut: dict[str, Any] = {}  # how the text was, by option
     if text is None:
         tokens, held_out = _calibrated(header, samples, held_out)
     elif text.by_model:
@@ -93,15 +100,12 @@ def prepare(
         bos = bos_id(model.directory, model.config.vocab_size, text.bos)
         sampler = Sampler(model, text.length, bos, dtype, how["seed"])
         tokens = sampler.load(Path(header.work), samples + held_out)
+        cut = {"sequence_length": text.length, "bos": bos}
     else:
-        tokens, _ = read_text(model, text, samples + held_out)
+        tokens, bos = read_text(model, text, samples + held_out)
+        if not model.config.classes:  # a picture has its own
+            cut = {"sequence_length": text.length, "bos": bos}
         tokens = as_fed(model, tokens, "class")
-    if not any(
-        any(mask["removed"] for mask in record.values.get("masks", {}).values())
-        or kept_shape(shape, kept_units(Path(header.work), record, shape)) != shape
-        for shape, record in zip(model.config.layer_shapes, made, strict=True)
-    ):
-        raise RecordError("layer 0", "nothing was pruned", "run prunetool score before this step")
     if peak is None and how["what"] == "norms":
         peak = RATE_OF_NORMS
     random = np.random.default_rng(how["seed"])
@@ -113,9 +117,9 @@ def prepare(
         learning_rate=peak,
         samples=trained,
         held_out=held_out,
-        sequence_length=tokens.shape[1],
         text=_named(text),
         tokens=corpus.fingerprint(tokens),
+        **cut,
         **(text.said if text else {}),
     )
     run = Run.of(header, profile, discard=False)
@@ -194,8 +198,12 @@ class Recovery:
     def layers(self) -> Iterator[records.LayerRecord]:
         """Train, then yield each layer's record with its weights."""
         self._directory.mkdir(exist_ok=True)
-        if not self._is_finished():
+        if not self._finished:
             self._train()
+        self._state.forget()
+        for path in self._directory.iterdir():
+            if workdir.FILES.fullmatch(path.name):
+                path.unlink()
         steps, after = self.best
         said = {
             "kl_before": self.kl[0][1], "kl_after": after, "steps": steps,
@@ -213,10 +221,17 @@ class Recovery:
     @property
     def needed_bytes(self) -> int:
         """Disk for the state (one layer's twice), the weights, and the streams."""
-        sizes = [sum(map(math.prod, shapes.values())) for shapes in self._state.shapes]
+        if self._finished:
+            return 0
+        state = self._state
+        every = sum(math.prod(extent) for shapes in state.shapes for extent in shapes.values())
+        trained = [
+            sum(math.prod(shapes[part]) for part in state.trained(layer))
+            for layer, shapes in enumerate(state.shapes)
+        ]
         stream = self.tokens.shape[1] * self.model.config.hidden_size * 4
-        streams: int = (2 * len(self.tokens) + len(sizes) + 2) * stream
-        return 16 * sum(sizes) + 12 * max(sizes) + streams
+        streams: int = (2 * len(self.tokens) + len(trained) + 2) * stream
+        return 4 * every + 12 * sum(trained) + 12 * max(trained) + streams
 
     @cached_property
     def _shapes(self) -> list[LayerShape]:
@@ -245,8 +260,8 @@ class Recovery:
         ends = Ends.of(self.model, self.dtype)
         done, last = self._resume()
         steps = console.progress(range(done, len(self.order)), len(self.order), done, "step")
-        self._measure(done, dense, ends)
         try:
+            self._measure(done, dense, ends)
             self._check_loss()  # a killed run may have measured it
             for step in steps:
                 self._step(step, last, dense, ends)
@@ -254,16 +269,14 @@ class Recovery:
                 self._measure(step + 1, dense, ends)
                 self._check_loss()
         except NumericalError as error:
+            if not self.kl:  # the weights that came in
+                raise
             console.log.warning(
                 "%s: %s; what was best before is kept; try a lower --learning-rate",
                 error.where,
                 error.what,
             )
         self._write_progress(finished=True)
-        self._state.forget()
-        for path in self._directory.iterdir():
-            if workdir.FILES.fullmatch(path.name):
-                path.unlink()
 
     def _check_loss(self) -> None:
         """Refuse to go on from a held-out loss that diverged."""
@@ -271,7 +284,8 @@ class Recovery:
         if count and not loss < WORSE * self.kl[0][1]:
             raise NumericalError("recover", f"diverged after {console.counted(count, 'step')}", "")
 
-    def _is_finished(self) -> bool:
+    @cached_property
+    def _finished(self) -> bool:
         """Whether an earlier run did all, and its files are as written; reads what it measured."""
         try:
             said = checksum.read_sealed(self._directory / workdir.PROGRESS_NAME)
@@ -334,9 +348,16 @@ class Recovery:
 
     def _read(self, layer: int, count: int) -> Layer:
         """A layer's weights after ``count`` updates, on the device, in the dtype of products."""
-        weights = self._state.weights(layer, count)
-        dtype = jnp.dtype(self.dtype)
-        return Layer(**{part: jnp.asarray(array).astype(dtype) for part, array in weights.items()})
+        dtype, weights = jnp.dtype(self.dtype), self._rounded(layer, count)
+        return Layer(**{part: array.astype(dtype) for part, array in weights.items()})
+
+    def _rounded(self, layer: int, count: int) -> dict[str, jax.Array]:
+        """Weights after ``count`` updates as export rounds them, so that these are measured."""
+        weights, dtype = self._state.weights(layer, count), jnp.dtype(self.model.dtype)
+        return {part: jnp.asarray(array).astype(dtype) for part, array in weights.items()}
+
+    def _final_norm(self, count: int) -> jax.Array:
+        return self._rounded(self.model.layers, count)[FINAL].astype(jnp.float32)
 
     def _ahead(self, numbers: range, count: int) -> Iterator[tuple[int, Layer]]:
         """Layers' weights, each read while the one before is in use."""
@@ -395,7 +416,7 @@ class Recovery:
     def _top(self, h: np.ndarray, dense: np.ndarray, ends: Ends, step: int, rate: float) -> None:
         """Write the loss's gradient after the last layer, and update the final norm."""
         last, length = self.model.layers, h.shape[2]
-        norm = jnp.asarray(self._state.weights(last, step)[FINAL])
+        norm = self._final_norm(step)
         g, of_norm = [], jnp.zeros_like(norm)
         for start in range(0, length, LOGIT_TOKENS):
             block = slice(start, start + LOGIT_TOKENS)
@@ -415,7 +436,7 @@ class Recovery:
         if not due or any(count == done for done, _ in self.kl):
             return
         held, total = range(len(self.tokens) - self.held_out, len(self.tokens)), 0.0
-        norm = jnp.asarray(self._state.weights(self.model.layers, count)[FINAL])
+        norm = self._final_norm(count)
         for batch in streaming.batches(held.start, held.stop, streaming.batch_size(dense.length)):
             h = deque(self._forward(self._embedded(batch), count), maxlen=1).pop()  # keeps one
             target = dense.read(batch)
@@ -425,7 +446,11 @@ class Recovery:
                     total += float(_divergence(h[block], target[block], norm, ends, ends.eps))
         loss = total / (len(held) * dense.length)
         if not math.isfinite(loss):
-            raise NumericalError("recover", f"has a loss of {loss} after {count} steps", "")
+            raise NumericalError(
+                "recover",
+                f"has a loss of {loss} after {console.counted(count, 'step')}",
+                "export what came in, and evaluate it",
+            )
         self.kl.append((count, loss))
         console.log.debug("after %d of %d steps: held-out KL %.4f", count, len(self.order), loss)
         if count and self.best[0] == count:

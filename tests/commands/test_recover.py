@@ -236,6 +236,70 @@ def test_a_damaged_result_is_made_again(tmp_path, run, kept):
     assert contents(tmp_path / "w") == before
 
 
+def test_what_is_measured_is_what_export_rounds(tmp_path, call, run, kept):
+    kept(dtype="bfloat16")
+    words = [
+        "--learning-rate",
+        "3e-3",
+        "--dtype",
+        "float32",
+        "--epochs",
+        4,
+        "-o",
+        "recovered.jsonl",
+    ]
+    call("recover", "kept.jsonl", *words)
+    value = json.loads((tmp_path / "recovered.jsonl").read_text().splitlines()[1])["values"]
+    call("export", "out", "recovered.jsonl")
+    np.save(tmp_path / "held.npy", load_file(tmp_path / "w" / workdir.TOKENS_NAME)["tokens"][-1])
+    words = ["--tokens", "held.npy", "--sequence-length", 32, "--dtype", "float32"]
+    said = run("evaluate", "out", "--against", "dense", *words, "--allow-calibrated").stdout
+    kl = json.loads(said)["against"]["kl"]
+    assert kl == pytest.approx(value["recover"]["kl_after"], rel=0.05)  # without the last token
+
+
+def test_a_kill_before_it_cleans_up_leaves_nothing_for_long(tmp_path, call, kept, monkeypatch):
+    kept()
+    words = ["recover", "kept.jsonl", "--learning-rate", "1e-3", "-o"]
+    call(*words, "whole.jsonl")
+    before = contents(tmp_path / "w")
+    for done in tmp_path.glob("w/recover-*"):
+        shutil.rmtree(done)
+    write = step.Recovery._write_progress
+
+    def killed(self, *, finished):
+        write(self, finished=finished)
+        if finished:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.Recovery, "_write_progress", killed)
+        with pytest.raises(Killed):
+            call(*words, "again.jsonl")
+    assert [*tmp_path.glob("w/recover-*/state-*")]
+    call(*words, "again.jsonl")
+    assert contents(tmp_path / "w") == before
+
+
+def test_the_disk_asked_for_is_what_is_written(call, kept, monkeypatch):
+    asked = []
+    monkeypatch.setattr("prunetool.steps.run.need_room", lambda _, need: asked.append(need))
+    kept(num_hidden_layers=8)
+    asked.clear()
+    for words in (["--what", "norms"], [], []):
+        call("recover", "kept.jsonl", *words, "-o", "recovered.jsonl")
+    norms, every, again = asked
+    assert 0 < norms < every / 2
+    assert again <= 0
+
+
+def test_more_than_the_calibration_has_is_said(run, kept):
+    kept()
+    said = run("recover", "kept.jsonl", "--samples", 9).stderr
+    assert "the calibration has only 4 for --samples; give --text for more" in said
+    assert "calibration has only" not in run("recover", "kept.jsonl", "--samples", 2).stderr
+
+
 def test_what_diverges_keeps_what_was_before_and_says_so(tmp_path, run, kept):
     kept()
     done = run("recover", "kept.jsonl", "--learning-rate", "1e3")
@@ -246,9 +310,10 @@ def test_what_diverges_keeps_what_was_before_and_says_so(tmp_path, run, kept):
     assert "without training" in (tmp_path / "out/README.md").read_text()
 
 
-def test_what_diverged_is_not_gone_on_with(tmp_path, call, run, kept, monkeypatch):
+@pytest.mark.parametrize("rate", ["1e3", "1e30"])  # too large a loss, and none
+def test_what_diverged_is_not_gone_on_with(tmp_path, call, run, kept, monkeypatch, rate):
     kept()
-    words = ["recover", "kept.jsonl", "--learning-rate", "1e3", "-o"]
+    words = ["recover", "kept.jsonl", "--learning-rate", rate, "-o"]
     said = run(*words, "whole.jsonl").stderr
     write = step.Recovery._write_progress
     for done in tmp_path.glob("w/recover-*"):
@@ -263,7 +328,7 @@ def test_what_diverged_is_not_gone_on_with(tmp_path, call, run, kept, monkeypatc
     with pytest.raises(Killed):
         call(*words, "again.jsonl")
     monkeypatch.setattr(step.Recovery, "_write_progress", write)
-    (after,) = re.findall(r"diverged after \d+ steps?", said)
+    (after,) = re.findall(r".*; what was best before is kept", said)
     assert after in run(*words, "again.jsonl").stderr
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
@@ -355,7 +420,14 @@ def test_other_text_and_what_the_card_says(tmp_path, call, text, kept):
     card = (tmp_path / "recovered/README.md").read_text()
     assert "and trained on its predictions" in card
     assert "| prunetool recover --what all" in card
-    assert "--text TEXT" in card.partition("prunetool recover")[2].partition("\n")[0]
+    command = card.partition("prunetool recover")[2].partition("\n")[0]
+    assert "--text TEXT" in command
+    assert "--bos never" in command
+    assert "--sequence-length 24" in command
+    call("recover", "kept.jsonl", "-o", "same.jsonl")
+    call("export", "same", "same.jsonl")
+    command = (tmp_path / "same/README.md").read_text().partition("| prunetool recover")[2]
+    assert "--sequence-length" not in command.partition("\n")[0], "which needs a text"
     call("report", "recovered.jsonl", "-o", "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Recovered</caption>" in page
