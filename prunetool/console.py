@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import IO, TypeVar
 
 from prunetool.errors import shown
@@ -402,6 +403,8 @@ def _fewer(rows: list[list[object]], by: Sequence[float] | None) -> list[list[ob
 @contextmanager
 def summary(command: str) -> Iterator[list[str]]:
     """Yield a list for what to say; at the end log it with the times and peak memory."""
+    with suppress(OSError):  # of this step alone: `run` does several in one process
+        Path("/proc/self/clear_refs").write_text("5")
     said: list[str] = []
     yield said
     times = [f"{_step.worked():.1f} s"]
@@ -418,5 +421,9 @@ def spent() -> tuple[float, int]:
 
 def _peak() -> int:
     """Peak resident memory of this process, MB."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 // 1_000_000
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (1_000_000 if sys.platform == "darwin" else 1000)

@@ -55,14 +55,20 @@ class Run(options.Command):
         from prunetool.methods import load
         from prunetool.model import open_model
         from prunetool.steps.export import refuse_taken, refuse_taken_file
+        from prunetool.steps.score import common_shape
 
         if form.suffix:
             refuse_taken_file(out, overwrite=ctx.params["overwrite"])
         elif not ctx.params["overwrite"]:
-            refuse_taken(out, ctx.params["sparsities"])
-        if form.check:
+            asked = ("sparsity", ctx.params["sparsities"]), ("recover", ctx.params["recover"])
+            refuse_taken(out, dict(asked, allocation=ctx.params["allocation"] or "loss"))
+        same = ctx.params["allocation"] if ctx.params["allocation"] != "loss" else None
+        if form.check or same:
             model = open_model(ctx.params["model"], ctx.params["revision"])
-            load(form.check)(model, model.config)
+            if form.check:
+                load(form.check)(model, model.config)
+            if same:
+                common_shape(same, model.config.layer_shapes)
         made = "-"
         with TemporaryDirectory(prefix="prunetool-") as directory:
             for step in STEPS:

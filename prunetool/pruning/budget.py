@@ -327,7 +327,7 @@ def allocate_share(
         raise ConfigError(
             "--allocation share",
             f"asks for {share:.0%} of the KV groups and of the channels of each layer",
-            "lower --sparsity, or give --allocation global",
+            "lower --sparsity, or give another --allocation",
         )
     return Counts(np.full(layers, lost_groups), np.full(layers, channels - kept))
 

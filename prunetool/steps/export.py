@@ -262,13 +262,17 @@ def refuse_taken_file(out: Path, *, overwrite: bool) -> None:
         raise WorkError(there[0], "exists", "name another file or give --overwrite")
 
 
-def refuse_taken(out: Path, sparsity: float) -> None:
+def refuse_taken(out: Path, asked: Mapping[str, Any]) -> None:
     """Refuse, before a run, a directory that this would find taken at its end.
 
     What an earlier run wrote or began may be the same run's, which goes on there.
 
+    Args:
+      out: the directory.
+      asked: sparsity and allocation of the run, and whether it will recover.
+
     Raises:
-      WorkError: if it is no checkpoint of this tool, or one of another sparsity.
+      WorkError: if it is no checkpoint of this tool, or one that was made in another way.
     """
     if not out.exists() or (out.is_dir() and is_empty(out)):
         return
@@ -277,15 +281,23 @@ def refuse_taken(out: Path, sparsity: float) -> None:
         raise WorkError(out, "is a file", "name a directory")
     if not (step_of(out) or (out / UNFINISHED).exists()):
         raise WorkError(out, "is not empty", taken)
-    before = [sparsity]  # if it is not known, export will tell
+    made: list[Mapping[str, Any]] = [asked]  # if it is not known, export will tell
     with suppress(WorkError, RecordError, OSError, KeyError):
         with workdir.records_of(out).open(encoding="utf-8") as stream:
             header, _ = records.read(stream)
-        before = [
-            step["options"]["sparsity"] for step in header.history[1:] if step["command"] == "score"
+        made = [
+            {name: step["options"][name] for name in ("sparsity", "allocation")}
+            | {"recover": header.had("recover")}
+            for step in header.history[1:]
+            if step["command"] == "score"
         ]
-    if before != [sparsity]:
-        raise WorkError(out, f"was made with --sparsity {', '.join(map(str, before))}", taken)
+    if made != [asked]:
+        how = [
+            " ".join(f"--{name} {value}" for name, value in each.items() if name != "recover")
+            + " and recover" * each["recover"]
+            for each in made
+        ]
+        raise WorkError(out, f"was made with {', '.join(how) or 'nothing pruned'}", taken)
 
 
 def _sketches(model: Path, work: Path, made: Sequence[records.LayerRecord]) -> list[str]:

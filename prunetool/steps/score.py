@@ -79,7 +79,7 @@ class Scoring:
         """Score every layer, share the budget out, then yield each layer's record."""
         calibration = self.run.header.calibration
         if self._by_loss:
-            need_gradients(calibration, MODEL, "--allocation loss", "--allocation global")
+            need_gradients(calibration, MODEL, "--allocation loss", "--allocation uniform")
         if self._method.needs_slopes:
             need_gradients(calibration, TEXT, f"--method {self.how['method']}")
         self._check_weighting(calibration["stats"])
@@ -275,10 +275,7 @@ class Scoring:
                 groups, channels, group_costs, channel_cost, target, limits
             )
         same, chosen = self.how["allocation"], np.flatnonzero(self._chosen)
-        shapes = {self.model.config.layer_shapes[layer] for layer in chosen}
-        if len(shapes) > 1:
-            raise ConfigError(f"--allocation {same}", "the layers differ in size", "give global")
-        shape = shapes.pop()
+        shape = common_shape(same, [self.model.config.layer_shapes[layer] for layer in chosen])
         share_out = budget.allocate_share if same == "share" else budget.allocate_uniform
         counts = share_out(
             shape.kv_heads if GROUPS in self.targets else 0,
@@ -410,6 +407,21 @@ class Scoring:
                 100 * padding / total,
                 forms.WIDTH_MULTIPLE,
             )
+
+
+def common_shape(allocation: str, shapes: Sequence[LayerShape]) -> LayerShape:
+    """The shape of all layers, for an allocation that needs one.
+
+    Raises:
+      ConfigError: if they differ.
+    """
+    if len({*shapes}) > 1:
+        raise ConfigError(
+            f"--allocation {allocation}",
+            "the layers of MODEL differ in size",
+            "give --allocation loss or, to score, global",
+        )
+    return shapes[0]
 
 
 def _curve(

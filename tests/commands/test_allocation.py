@@ -176,7 +176,7 @@ def test_a_calibration_without_gradients_is_refused_before_any_layer(calibrated,
     done = run("score", records, "--sparsity", ".3", "--allocation", "loss", ok=False)
     assert error_of(done) == (
         "Error: --allocation loss: needs gradients, and calibrate kept none; run calibrate with "
-        "--gradients 32, or give --allocation global"
+        "--gradients 32, or give --allocation uniform"
     )
     assert not list(tmp_path.glob("dense.work/scores-*"))
 

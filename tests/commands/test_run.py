@@ -84,6 +84,11 @@ def test_what_would_fail_after_calibrating_is_refused_before(checkpoint, text, r
         words = ["--text", text, *WORDS, "--sparsity", ".2"]
         assert says in run("run", model, "out", *words, *more, ok=False).stderr
     assert not (tmp_path / "dense.prunetool").exists()
+    run("run", model, "out", *words[:-1], ".1")
+    for allocation in ("uniform", "share"):
+        again = run("run", "out", "out2", *words, "--allocation", allocation, ok=False)
+        assert "the layers of MODEL differ in size; give --allocation loss" in error_of(again)
+    assert not (tmp_path / "out.prunetool").exists()
 
 
 def test_a_taken_out_is_refused_before_the_steps(checkpoint, text, run, tmp_path):
@@ -97,8 +102,14 @@ def test_a_taken_out_is_refused_before_the_steps(checkpoint, text, run, tmp_path
     assert not (tmp_path / "dense.prunetool").exists()
     run("run", model, "out", *words, ".2")
     done = run("run", model, "out", *words, ".3", ok=False)
-    assert "out: was made with --sparsity 0.2; name another directory or give" in error_of(done)
+    assert (
+        "out: was made with --sparsity 0.2 --allocation loss; name another directory or"
+        in error_of(done)
+    )
     assert "calibrate: " not in done.stderr
+    trained = run("run", model, "out", *words, ".2", "--recover", ok=False)
+    assert "out: was made with --sparsity 0.2 --allocation loss; name" in error_of(trained)
+    assert "recover: " not in trained.stderr
     assert "already has it" in run("run", model, "out", *words, ".2").stderr
     run("run", model, "out", *words, ".3", "--overwrite")
     run("clean", "out")

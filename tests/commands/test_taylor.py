@@ -300,7 +300,7 @@ def test_bad_input_has_one_clear_line(checkpoint, call, run, ids, calibrated):
         ("w.jsonl", "--sparsity", ".2"): (
             "--allocation loss: needs gradients of --labels model, and calibrate took --labels "
             "text; run calibrate with --labels model into another --work, or give --allocation "
-            "global"
+            "uniform"
         ),
         ("w.jsonl", *taylor, "--layers", "7:"): (
             "--layers '7:': leaves none of 3 layers to prune; give other --layers"
