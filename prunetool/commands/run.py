@@ -48,7 +48,8 @@ class Run(options.Command):
         form = FORMATS[ctx.params["form"]]
         if wrong := form.wrong_name(out):
             raise click.UsageError(wrong)
-        if ctx.params["gradients"] == 0 and ctx.params["allocation"] in (None, "loss"):
+        allocation = ctx.params["allocation"] or "loss"  # the default of score
+        if ctx.params["gradients"] == 0 and allocation == "loss":
             raise click.UsageError("--gradients 0 goes with --allocation uniform or share")
         if ctx.params["samples"] == 1:
             raise click.UsageError("--samples 1 leaves none to choose a damping on: give 2 or more")
@@ -60,15 +61,18 @@ class Run(options.Command):
         if form.suffix:
             refuse_taken_file(out, overwrite=ctx.params["overwrite"])
         elif not ctx.params["overwrite"]:
-            asked = ("sparsity", ctx.params["sparsities"]), ("recover", ctx.params["recover"])
-            refuse_taken(out, dict(asked, allocation=ctx.params["allocation"] or "loss"))
-        same = ctx.params["allocation"] if ctx.params["allocation"] != "loss" else None
-        if form.check or same:
+            asked = {
+                "sparsity": ctx.params["sparsities"],
+                "allocation": allocation,
+                "recover": ctx.params["recover"],
+            }
+            refuse_taken(out, asked)
+        if form.check or allocation != "loss":
             model = open_model(ctx.params["model"], ctx.params["revision"])
             if form.check:
                 load(form.check)(model, model.config)
-            if same:
-                common_shape(same, model.config.layer_shapes)
+            if allocation != "loss":
+                common_shape(allocation, model.config.layer_shapes)
         made = "-"
         with TemporaryDirectory(prefix="prunetool-") as directory:
             for step in STEPS:

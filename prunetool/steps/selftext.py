@@ -99,8 +99,6 @@ class Sampler:
           NumericalError: if the model's output is not finite.
           CorpusError: if the ids in the directory are not this model's.
         """
-        if len(self._kept(work)) >= samples:  # files are replaced whole: no lock is needed
-            return self.load_locked(work, samples)
         with workdir.lock(work):
             return self.load_locked(work, samples)
 
